@@ -1,0 +1,106 @@
+// The CPU kernel: blocks that fit the first-level cache go through float32, and
+// the loop over a block is csrc/math's element, vectorised by the compiler.
+// UPDATE names the function; each build of this file has its own instruction set.
+#include "cpu/kernel.h"
+
+#include "cpu/half.h"
+
+namespace mlx_fused_optim::cpu {
+namespace {
+
+using fused_math::SgdHyper;
+
+// Three buffers of this many float32 are 6 KiB.
+constexpr size_t kBlock = 512;
+
+/// The elements [begin, begin + n) of `source` as float32: in place if they
+/// already are, else in `buffer`.
+const float* read(const Source& source, size_t begin, size_t n, float* buffer) {
+  begin += source.first;
+  if (source.dimensions == 0) {
+    if (source.type == Type::float32) {
+      return static_cast<const float*>(source.data) + begin;
+    }
+    auto* half = static_cast<const uint16_t*>(source.data) + begin;
+    source.type == Type::float16 ? widen_float16(half, buffer, n) : widen_bfloat16(half, buffer, n);
+    return buffer;
+  }
+  for (size_t i = 0; i < n; ++i) {
+    size_t rest = begin + i;
+    int64_t at = 0;
+    for (int d = source.dimensions - 1; d >= 0; --d) {
+      at += int64_t(rest % source.shape[d]) * source.strides[d];
+      rest /= source.shape[d];
+    }
+    if (source.type == Type::float32) {
+      buffer[i] = static_cast<const float*>(source.data)[at];
+    } else {
+      const uint16_t half = static_cast<const uint16_t*>(source.data)[at];
+      buffer[i] = source.type == Type::float16 ? widen_float16(half) : widen_bfloat16(half);
+    }
+  }
+  return buffer;
+}
+
+void write(Type type, void* data, size_t begin, size_t n, const float* values) {
+  auto* half = static_cast<uint16_t*>(data) + begin;
+  type == Type::float16 ? narrow_float16(values, half, n) : narrow_bfloat16(values, half, n);
+}
+
+/// One block. An output may be its own input, element for element, and nothing
+/// else overlaps: that is what `omp simd` promises the compiler here.
+template <uint32_t flags>
+void update_block(
+    const float* parameter,
+    const float* gradient,
+    const float* velocity,
+    float* parameter_out,
+    float* velocity_out,
+    size_t n,
+    SgdHyper hyper) {
+  constexpr bool has_momentum = flags & fused_math::kMomentum;
+#pragma omp simd
+  for (size_t i = 0; i < n; ++i) {
+    fused_math::SgdElement e = {parameter[i], has_momentum ? velocity[i] : 0.0f};
+    e = fused_math::sgd_element(e, gradient[i], hyper, flags);
+    parameter_out[i] = e.parameter;
+    if (has_momentum) {
+      velocity_out[i] = e.velocity;
+    }
+  }
+}
+
+} // namespace
+
+void UPDATE(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint32_t flags) {
+  alignas(64) float parameter_block[kBlock], gradient_block[kBlock], velocity_block[kBlock];
+  const Type type = tensor.parameter.type;
+  const bool direct = type == Type::float32;
+  const bool has_momentum = flags & fused_math::kMomentum;
+  static constexpr decltype(&update_block<0>) blocks[] = {
+      update_block<0>, update_block<1>, update_block<2>, update_block<3>,
+      update_block<4>, update_block<5>, update_block<6>, update_block<7>};
+  const auto update = blocks[flags & 7];
+  // Without conversions or gathers there is no buffer to fill: one long block.
+  const bool whole = direct && tensor.gradient.type == Type::float32 &&
+      !tensor.parameter.dimensions && !tensor.gradient.dimensions && !tensor.velocity.dimensions;
+  const size_t step = whole ? end - begin : kBlock;
+
+  for (size_t at = begin; at < end; at += step) {
+    const size_t n = end - at < step ? end - at : step;
+    const float* p = read(tensor.parameter, at, n, parameter_block);
+    const float* g = read(tensor.gradient, at, n, gradient_block);
+    const float* v = has_momentum ? read(tensor.velocity, at, n, velocity_block) : nullptr;
+    float* p_out = direct ? static_cast<float*>(tensor.parameter_out) + at : parameter_block;
+    float* v_out = direct ? static_cast<float*>(tensor.velocity_out) + at : velocity_block;
+    update(p, g, v, p_out, v_out, n, hyper);
+    if (!direct) {
+      write(type, tensor.parameter_out, at, n, p_out);
+      if (has_momentum) {
+        write(type, tensor.velocity_out, at, n, v_out);
+      }
+    }
+  }
+}
+
+} // namespace mlx_fused_optim::cpu

@@ -1,0 +1,56 @@
+#include "cpu/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "mlx/threadpool.h"
+
+namespace mlx_fused_optim::cpu {
+
+namespace {
+
+size_t thread_count() {
+  if (const char* text = std::getenv("MLX_FUSED_OPTIM_NUM_THREADS")) {
+    return std::clamp<long>(std::strtol(text, nullptr, 10), 1, 1024);
+  }
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+/// The other threads. Never destroyed: at exit a stream may still be running.
+ThreadPool& helpers(size_t count) {
+  static auto* pool = new ThreadPool(count);
+  return *pool;
+}
+
+} // namespace
+
+void parallel_for(size_t size, size_t grain, const std::function<void(size_t, size_t)>& body) {
+  static const size_t available = thread_count();
+  const size_t threads = std::min(available, size / grain);
+  if (threads <= 1) {
+    body(0, size);
+    return;
+  }
+  // More pieces than threads, so that a core that is taken away for a moment
+  // does not hold up the others.
+  const size_t piece = std::max(grain, size / (threads * 8) + 1);
+  std::atomic<size_t> next{0};
+  auto work = [&] {
+    for (size_t begin; (begin = next.fetch_add(piece)) < size;) {
+      body(begin, std::min(begin + piece, size));
+    }
+  };
+  std::vector<std::future<void>> done;
+  for (size_t i = 1; i < threads; ++i) {
+    done.push_back(helpers(available - 1).enqueue(work));
+  }
+  work();
+  for (auto& helper : done) {
+    helper.wait();
+  }
+}
+
+} // namespace mlx_fused_optim::cpu

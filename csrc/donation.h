@@ -1,0 +1,25 @@
+// When may a step write into the memory of its own inputs?
+#pragma once
+
+#include <functional>
+
+#include "sgd.h"
+
+namespace mlx_fused_optim {
+
+/// Gives every output of a step its memory: that of the inputs where nobody else
+/// can ever look at it again, else fresh from `allocate`. Shared by all backends.
+///
+/// - Momentum is one array: MLX's own test for donation serves.
+/// - Parameters are many arrays in one buffer. They are written in place when
+///   they lie in it exactly as the arena wants them, when each of them has no
+///   other holder, and when the buffer has no holder besides them.
+/// - The step counter and the learning rate are always fresh: other dispatches of
+///   the same step still read the old counter.
+void set_outputs(
+    const SgdPlan& plan,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    const std::function<mx::allocator::Data(size_t)>& allocate);
+
+} // namespace mlx_fused_optim

@@ -1,0 +1,86 @@
+#include "layout.h"
+
+#include <cstdio>
+#include <limits>
+
+namespace mlx_fused_optim {
+
+size_t element_count(const mx::Shape& shape) {
+  size_t count = 1;
+  for (auto length : shape) {
+    count *= length;
+  }
+  return count;
+}
+
+mx::Shape arena_shape(const Arena& arena) {
+  constexpr size_t kLargest = std::numeric_limits<mx::ShapeElem>::max();
+  if (arena.size <= kLargest) {
+    return {static_cast<mx::ShapeElem>(arena.size)};
+  }
+  auto row = static_cast<mx::ShapeElem>(kArenaAlignment / arena.dtype.size());
+  return {static_cast<mx::ShapeElem>(arena.size / row), row};
+}
+
+void Fingerprint::add_bytes(const void* bytes, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    hash_ = (hash_ ^ static_cast<const unsigned char*>(bytes)[i]) * 0x100000001b3;
+  }
+}
+
+void Fingerprint::add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype) {
+  add_bytes(path.data(), path.size());
+  // Bytes that no path contains end each part; dimensions go in little-endian.
+  const unsigned char type[] = {0xff, static_cast<unsigned char>(dtype == mx::float32 ? 1 : dtype == mx::float16 ? 2 : 3)};
+  add_bytes(type, sizeof(type));
+  for (auto length : shape) {
+    unsigned char bytes[4];
+    for (int b = 0; b < 4; ++b) {
+      bytes[b] = static_cast<uint32_t>(length) >> (8 * b);
+    }
+    add_bytes(bytes, sizeof(bytes));
+  }
+  add_bytes("\xfe", 1);
+}
+
+std::string Fingerprint::hex() const {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash_));
+  return text;
+}
+
+std::string fingerprint_of(const Layout& layout) {
+  Fingerprint fingerprint;
+  for (auto& spec : layout.tensors) {
+    fingerprint.add(spec.path, spec.shape, spec.dtype);
+  }
+  return fingerprint.hex();
+}
+
+Layout make_layout(std::vector<TensorSpec> tensors) {
+  Layout layout;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    auto& spec = tensors[t];
+    const size_t granule = kArenaAlignment / spec.dtype.size();
+    const size_t size = (element_count(spec.shape) + granule - 1) / granule * granule;
+
+    // Only the latest arena of a dtype can have room: tensors keep their order.
+    Arena* arena = nullptr;
+    for (auto& candidate : layout.arenas) {
+      if (candidate.dtype == spec.dtype) {
+        arena = &candidate;
+      }
+    }
+    if (!arena || (arena->size > 0 && (arena->size + size) * spec.dtype.size() > kArenaBytes)) {
+      layout.arenas.push_back({spec.dtype});
+      arena = &layout.arenas.back();
+    }
+    arena->tensors.push_back(t);
+    arena->offsets.push_back(arena->size);
+    arena->size += size;
+  }
+  layout.tensors = std::move(tensors);
+  return layout;
+}
+
+} // namespace mlx_fused_optim

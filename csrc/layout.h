@@ -1,0 +1,69 @@
+// Where each tensor of a parameter tree lives: tensors of one dtype share flat
+// buffers ("arenas"), so that a step is one kernel and four outputs, however
+// many tensors there are.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mlx/array.h"
+
+namespace mlx_fused_optim {
+
+namespace mx = mlx::core;
+
+/// Tensors start at multiples of this: the widest vector load of any backend,
+/// and a whole number of cache lines on all of them.
+constexpr size_t kArenaAlignment = 256;
+
+/// An arena holds at most this much, unless a single tensor is larger. When the
+/// parameters cannot be donated, a step needs one arena of extra memory at a
+/// time, not a second model.
+constexpr size_t kArenaBytes = size_t(128) << 20;
+
+struct TensorSpec {
+  std::string path; // as in mlx.utils.tree_flatten: "layers.0.weight"
+  mx::Shape shape;
+  mx::Dtype dtype;
+};
+
+struct Arena {
+  mx::Dtype dtype;
+  size_t size = 0; // elements, gaps included
+  std::vector<int> tensors = {}; // indices into Layout::tensors
+  std::vector<size_t> offsets = {}; // elements, of each of `tensors`
+};
+
+struct Layout {
+  std::vector<TensorSpec> tensors;
+  std::vector<Arena> arenas;
+};
+
+size_t element_count(const mx::Shape& shape);
+
+/// The shape of an arena's flat array: {size}, or two dimensions where int32
+/// could not hold one.
+mx::Shape arena_shape(const Arena& arena);
+
+/// Identifies a sequence of tensors by path, shape and dtype: the same number in
+/// every process, on every platform and in later versions, because saved states
+/// name their layout with it. FNV-1a, 64 bits.
+class Fingerprint {
+ public:
+  void add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype);
+  std::string hex() const;
+
+ private:
+  void add_bytes(const void* bytes, size_t count);
+  uint64_t hash_ = 0xcbf29ce484222325;
+};
+
+/// The fingerprint of all tensors of a layout.
+std::string fingerprint_of(const Layout& layout);
+
+/// Assigns every tensor to an arena of its dtype, in order.
+Layout make_layout(std::vector<TensorSpec> tensors);
+
+} // namespace mlx_fused_optim

@@ -1,0 +1,43 @@
+// The one place where the three compilers of csrc/math differ: g++ or clang
+// (CPU), nvcc (CUDA) and Apple's Metal compiler. Everything here works on plain
+// values in float32 and 32/64-bit integers, because Metal has no double.
+//
+// Contraction must be off in all of them (-ffp-contract=off, --fmad=false,
+// Metal's math mode "safe"): the formulas name each rounding.
+#pragma once
+
+#if defined(__METAL_VERSION__)
+#include <metal_stdlib>
+#define MATH_FN inline
+#define MATH_CONSTANT constant
+#elif defined(__CUDACC__)
+#include <cstdint>
+#define MATH_FN __host__ __device__ inline
+#define MATH_CONSTANT const
+#else
+#include <cstdint>
+#define MATH_FN static inline
+#define MATH_CONSTANT const
+#endif
+
+namespace fused_math {
+
+#if defined(__METAL_VERSION__)
+MATH_FN float fma_float(float a, float b, float c) { return metal::fma(a, b, c); }
+MATH_FN float rint_float(float x) { return metal::rint(x); }
+MATH_FN float bits_to_float(uint32_t bits) { return as_type<float>(bits); }
+#elif defined(__CUDA_ARCH__)
+MATH_FN float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+MATH_FN float rint_float(float x) { return rintf(x); }
+MATH_FN float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+#else
+MATH_FN float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MATH_FN float rint_float(float x) { return __builtin_rintf(x); }
+MATH_FN float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+#endif
+
+} // namespace fused_math

@@ -1,0 +1,20 @@
+// A build for machines where MLX has no GPU backend.
+#include <stdexcept>
+
+#include "sgd.h"
+
+namespace mlx_fused_optim {
+
+void FusedSGD::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[fused_sgd_step] no GPU implementation in this build: got a GPU stream, "
+      "pass stream=mx.cpu or set mx.set_default_device(mx.cpu).");
+}
+
+void EvaluateSchedule::eval_gpu(const std::vector<mx::array>&, mx::array&) {
+  throw std::runtime_error(
+      "[Schedule] no GPU implementation in this build: got a GPU stream, "
+      "call the schedule on the CPU.");
+}
+
+} // namespace mlx_fused_optim

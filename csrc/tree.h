@@ -1,0 +1,50 @@
+// Python trees (dicts, lists, tuples of arrays) to flat lists and back, as
+// mlx.utils does, but in one pass in C++: a model can have hundreds of tensors,
+// and a step only microseconds.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "layout.h"
+
+namespace mlx_fused_optim {
+
+namespace nb = nanobind;
+
+/// The leaves of a tree of gradients and the parameters at the same places. The
+/// tree of parameters may hold more. Throws std::invalid_argument, naming the
+/// path, where a gradient has no parameter or either is not an array of a
+/// supported dtype.
+class Tree {
+ public:
+  Tree(nb::object gradients, nb::object parameters, std::string op, bool exact);
+
+  /// A new tree of the gradients' structure; dicts become plain dicts.
+  nb::object unflatten(const std::vector<mx::array>& leaves) const;
+
+  /// The tensors, named; made on demand, as it costs more than the walk.
+  std::vector<TensorSpec> specs() const;
+
+  const std::vector<mx::array>& gradients() const {
+    return gradients_;
+  }
+  const std::vector<mx::array>& parameters() const {
+    return parameters_;
+  }
+  std::string fingerprint() const {
+    return fingerprint_.hex();
+  }
+
+ private:
+  void walk(nb::handle gradients, nb::handle parameters, std::string& path);
+  void leaf(nb::handle gradient, nb::handle parameter, const std::string& path);
+
+  nb::object structure_;
+  std::string op_; // for error messages
+  bool exact_; // every parameter must have a gradient
+  std::vector<mx::array> gradients_;
+  std::vector<mx::array> parameters_;
+  Fingerprint fingerprint_;
+};
+
+} // namespace mlx_fused_optim

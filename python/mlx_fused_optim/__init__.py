@@ -1,0 +1,23 @@
+"""Fused optimizer steps for MLX: one kernel for the whole parameter tree.
+
+    import mlx_fused_optim as optim          # was: import mlx.optimizers as optim
+    optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
+"""
+
+from ._requirements import check_mlx, load_extension
+
+check_mlx()
+_ext = load_extension()
+
+from .functional import fused_sgd_init, fused_sgd_step  # noqa: E402
+from .optimizers import SGD  # noqa: E402
+from .schedules import Schedule, exponential_decay  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "SGD",
+    "Schedule",
+    "exponential_decay",
+    "fused_sgd_init",
+    "fused_sgd_step",
+]

@@ -1,0 +1,273 @@
+"""The optimizer state: momentum of all tensors in a few flat arenas.
+
+A state is a plain tree of arrays::
+
+    {"step": uint64, "learning_rate": float32,
+     "arenas": {"layout_<fingerprint>": {"table": uint8, "momentum": [flat, ...]}},
+     ...}
+
+The fingerprint names the tensors of the arenas (paths, shapes, dtypes, in order); the
+table lists them as JSON, so that a saved state explains itself. Everything else in the
+state is momentum where ``mlx.optimizers.SGD`` keeps it, ``state[...path...]["v"]``: of
+tensors that no current layout holds (frozen ones), or a whole state of MLX's. The first
+step that needs such a tensor moves it into an arena.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import _ext
+
+State = dict[str, Any]
+
+_OWN_KEYS = ("step", "learning_rate", "arenas")
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_layouts: dict[str, _ext.Layout] = {}
+
+
+def layout_key(tree: _ext.Tree) -> str:
+    # The prefix keeps tree_unflatten from taking a number for a list index.
+    return f"layout_{tree.fingerprint}"
+
+
+def layout_of(tree: _ext.Tree) -> _ext.Layout:
+    key = layout_key(tree)
+    layout = _layouts.get(key)
+    if layout is None:
+        layout = _layouts[key] = _ext.Layout(tree)
+    return layout
+
+
+def momentum_arenas(state: State, tree: _ext.Tree) -> list[mx.array] | None:
+    """The arenas of exactly these tensors, if the state has them."""
+    entry = state.get("arenas", {}).get(layout_key(tree))
+    return None if entry is None else entry["momentum"]
+
+
+def with_momentum(state: State, arenas: list[mx.array], tree: _ext.Tree) -> State:
+    key = layout_key(tree)
+    entries = state["arenas"]
+    return {**state, "arenas": {**entries, key: {**entries[key], "momentum": arenas}}}
+
+
+def packed(state: State, tree: _ext.Tree, op: str) -> State:
+    """A state that has momentum arenas for the tensors of ``tree``.
+
+    Momentum is taken by path from wherever the state has it, else it is zero. Arenas
+    that share no tensor with the new ones stay as they are.
+    """
+    if momentum_arenas(state, tree) is not None:
+        return state
+    layout = layout_of(tree)
+    wanted = {path: (shape, dtype) for path, shape, dtype in layout.tensors}
+    if len(wanted) != len(layout.tensors):
+        paths = [path for path, _, _ in layout.tensors]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"[{op}] two tensors have the same path: got '{twice}' twice, allowed once."
+        )
+
+    entries, found = {}, _loose_velocities(state, op)
+    for key, entry in state.get("arenas", {}).items():
+        velocities = _arena_velocities(key, entry, op)
+        if wanted.keys().isdisjoint(velocities):
+            entries[key] = entry
+        else:
+            found.update(velocities)
+
+    velocities = {}
+    for path, (shape, dtype) in wanted.items():
+        velocity = found.pop(path, None)
+        if velocity is None:
+            velocity = mx.zeros(shape, dtype)
+        elif velocity.shape != shape:
+            raise ValueError(
+                f"[{op}] the state is of another model: got momentum of shape "
+                f"{velocity.shape} for '{path}', the parameter has {shape}."
+            )
+        velocities[path] = velocity.astype(dtype)
+
+    entries[layout_key(tree)] = {
+        "table": _encode(layout),
+        "momentum": _fill_arenas(layout, list(velocities.values())),
+    }
+    own = {key: state[key] for key in _OWN_KEYS if key in state}
+    return {**own, "arenas": entries, **_placed(found)}
+
+
+def unpacked(state: State, op: str) -> State:
+    """The state in the layout of ``mlx.optimizers.SGD``: no arenas, only views of them."""
+    velocities = _loose_velocities(state, op)
+    for key, entry in state.get("arenas", {}).items():
+        velocities.update(_arena_velocities(key, entry, op))
+    own = {key: state[key] for key in ("step", "learning_rate") if key in state}
+    return {**own, **_placed(velocities)}
+
+
+def check_state(state: State, parameters: Any, op: str) -> None:
+    """Raise ValueError unless a state that was loaded fits these parameters."""
+    check_scalars(state, op)
+    velocities = _loose_velocities(state, op)
+    for key, entry in state.get("arenas", {}).items():
+        velocities.update(_arena_velocities(key, entry, op))
+    for path, velocity in velocities.items():
+        parameter = _lookup(parameters, path)
+        if not isinstance(parameter, mx.array):
+            raise ValueError(
+                f"[{op}] the state is of another model: got momentum for '{path}', "
+                "allowed only paths that the parameters have."
+            )
+        if velocity.shape != parameter.shape:
+            raise ValueError(
+                f"[{op}] the state is of another model: got momentum of shape "
+                f"{velocity.shape} for '{path}', the parameter has {parameter.shape}."
+            )
+
+
+def check_scalars(state: State, op: str) -> None:
+    """Raise ValueError unless step and learning rate are what a step needs."""
+    step = state.get("step")
+    if not isinstance(step, mx.array) or step.dtype != mx.uint64 or step.ndim != 0:
+        raise ValueError(
+            f"[{op}] state['step'] is missing or of the wrong type: got {_described(step)}, "
+            "allowed a uint64 scalar array."
+        )
+    rate = state.get("learning_rate")
+    if not isinstance(rate, mx.array) or rate.ndim != 0:
+        raise ValueError(
+            f"[{op}] state['learning_rate'] is missing or of the wrong type: got "
+            f"{_described(rate)}, allowed a scalar array."
+        )
+
+
+# ---- Parts ---------------------------------------------------------------------
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, mx.array):
+        return f"{value.dtype} of shape {value.shape}"
+    return "nothing" if value is None else type(value).__name__
+
+
+def _lookup(tree: Any, path: str) -> Any:
+    """The node at a path of ``tree_flatten``, or None."""
+    for key in path.split(".") if path else ():
+        if isinstance(tree, dict):
+            tree = tree.get(key)
+        elif isinstance(tree, (list, tuple)) and key.isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return None
+    return tree
+
+
+def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
+    """Momentum that lies where mlx.optimizers.SGD keeps it, by path."""
+    velocities = {}
+    for name, leaf in tree_flatten({k: v for k, v in state.items() if k not in _OWN_KEYS}):
+        path, _, key = name.rpartition(".")
+        if key != "v" or not isinstance(leaf, mx.array):
+            raise ValueError(
+                f"[{op}] the state has a leaf that is not SGD's: got {_described(leaf)} at "
+                f"'{name}', allowed only momentum arrays 'v'."
+            )
+        velocities[path] = leaf
+    return velocities
+
+
+def _arena_velocities(key: str, entry: Any, op: str) -> dict[str, mx.array]:
+    """Momentum that lies in the arenas of one entry, as views."""
+    layout = _checked_layout(key, entry, op)
+    velocities = {}
+    for (_, _, tensors, offsets), arena in zip(layout.arenas, entry["momentum"], strict=True):
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            path, shape, _ = layout.tensors[tensor]
+            velocities[path] = _ext.arena_view(mx.contiguous(arena), shape, offset)
+    return velocities
+
+
+def _checked_layout(key: str, entry: Any, op: str) -> _ext.Layout:
+    if not isinstance(entry, dict) or not {"table", "momentum"} <= entry.keys():
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}'] is incomplete: got {_described(entry)}, "
+            "allowed a dict with 'table' and 'momentum'."
+        )
+    layout = _layouts.get(key)
+    if layout is None:
+        layout = _layouts[key] = _decode(key, entry["table"], op)
+    momentum = entry["momentum"]
+    expected = [(dtype, shape) for dtype, shape, _, _ in layout.arenas]
+    if not isinstance(momentum, (list, tuple)) or len(momentum) != len(expected):
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}']['momentum'] is incomplete: got "
+            f"{_described(momentum)}, allowed a list of {len(expected)} arrays."
+        )
+    for number, (arena, (dtype, shape)) in enumerate(zip(momentum, expected, strict=True)):
+        if not isinstance(arena, mx.array) or arena.dtype != dtype or arena.shape != shape:
+            raise ValueError(
+                f"[{op}] momentum arena {number} of the state does not fit its layout: got "
+                f"{_described(arena)}, expected {dtype} of shape {shape}."
+            )
+    return layout
+
+
+def _fill_arenas(layout: _ext.Layout, velocities: list[mx.array]) -> list[mx.array]:
+    arenas = []
+    for dtype, shape, tensors, offsets in layout.arenas:
+        size = 1
+        for length in shape:
+            size *= length
+        pieces, at = [], 0
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            if offset > at:
+                pieces.append(mx.zeros(offset - at, dtype))
+            pieces.append(velocities[tensor].flatten())
+            at = offset + velocities[tensor].size
+        pieces.append(mx.zeros(size - at, dtype))
+        arenas.append(mx.concatenate(pieces).reshape(shape))
+    return arenas
+
+
+def _placed(velocities: dict[str, mx.array]) -> State:
+    """By path, as mlx.optimizers.SGD nests it."""
+    if not velocities:
+        return {}
+    if "" in velocities:  # the tree is one array
+        return {"v": velocities[""]}
+    tree: State = tree_unflatten([(f"{path}.v", v) for path, v in velocities.items()])
+    return tree
+
+
+def _encode(layout: _ext.Layout) -> mx.array:
+    import json
+
+    rows = [[path, list(shape), _name(dtype)] for path, shape, dtype in layout.tensors]
+    return mx.array(list(json.dumps(rows).encode()), mx.uint8)
+
+
+def _decode(key: str, table: Any, op: str) -> _ext.Layout:
+    import json
+
+    try:
+        rows = json.loads(bytes(table.tolist()))
+        layout = _ext.Layout([(path, tuple(shape), _DTYPES[name]) for path, shape, name in rows])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}']['table'] cannot be read: got "
+            f"{_described(table)} ({error}), allowed the table that was saved with the state. "
+            "Inside mx.compile it has no value yet: call optimizer.init(parameters) first."
+        ) from error
+    if f"layout_{layout.fingerprint}" != key:
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}'] does not match its table: got the tensors of "
+            f"'layout_{layout.fingerprint}', allowed those of the key."
+        )
+    return layout
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return next(name for name, value in _DTYPES.items() if value == dtype)

@@ -1,0 +1,162 @@
+"""Optimizers that read like ``mlx.optimizers``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from . import _ext, _packing
+from ._step import LearningRate, checked_hyperparameters, checked_rate, take_step
+from .schedules import Schedule
+
+
+class SGD(Optimizer):  # type: ignore[misc]
+    r"""Stochastic gradient descent, the whole parameter tree in one kernel.
+
+    Takes the place of ``mlx.optimizers.SGD``: the same arguments, the same methods and,
+    in float32 with a constant learning rate, the same bits as its eager step.
+
+    .. math::
+
+        g &\leftarrow g + \lambda w \\
+        v &\leftarrow \mu v + (1 - \tau) g \\
+        w &\leftarrow w - \eta_t \, (g + \mu v \text{ if nesterov else } v)
+
+    With :math:`\mu = 0` there is no :math:`v`, and :math:`w \leftarrow w - \eta_t g`.
+    Arithmetic is float32 and is rounded once, to the parameter's dtype (float32, float16
+    or bfloat16), which a parameter always keeps. Momentum has the parameter's dtype.
+
+    ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
+    of ``mlx.optimizers.SGD`` can be assigned to it, and :meth:`unpacked_state` gives that
+    layout back.
+
+    Args:
+        learning_rate (float, array, Schedule or callable): The learning rate
+            :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
+            callable gets the step and returns a scalar.
+        momentum (float): The momentum :math:`\mu`, 0 or more. Default: ``0.0``.
+        weight_decay (float): The weight decay :math:`\lambda` (L2 penalty), 0 or more.
+            Default: ``0.0``.
+        dampening (float): The dampening :math:`\tau` of the momentum, 0 to 1.
+            Default: ``0.0``.
+        nesterov (bool): Nesterov momentum; needs momentum and no dampening.
+            Default: ``False``.
+
+    Raises:
+        ValueError: An option makes no sense; at a step: trees, shapes, dtypes or state do
+            not fit. Nothing has been changed then.
+
+    Reference: ``mlx.optimizers.SGD``.
+
+    Example:
+        >>> optimizer = SGD(learning_rate=0.5, momentum=0.5)
+        >>> parameters = {"w": mx.array([1.0, 2.0])}
+        >>> for _ in range(2):
+        ...     parameters = optimizer.apply_gradients({"w": mx.array([1.0, 1.0])}, parameters)
+        >>> parameters["w"], optimizer.step
+        (array([-0.25, 0.75], dtype=float32), array(2, dtype=uint64))
+    """
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+    ):
+        checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
+        super().__init__()
+        if not callable(learning_rate):
+            learning_rate = checked_rate("SGD", learning_rate)
+        self._maybe_schedule("learning_rate", learning_rate)
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.dampening = dampening
+        self.nesterov = nesterov
+
+    def init(self, parameters: Any) -> None:
+        """Make the state for these parameters, keeping what it already knows of them.
+
+        Optional: the first step does it. Useful to have the whole state before the first
+        step, for instance to capture it in ``mx.compile``.
+
+        Args:
+            parameters (tree): A tree of the arrays that will be trained.
+        """
+        tree = _ext.Tree(parameters, parameters, "SGD")
+        self._check_loaded_state(parameters)
+        if self._hyperparameters().momentum != 0 and len(tree) > 0:
+            self._replace_state(_packing.packed(self.state, tree, "SGD"))
+        self._initialized = True
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """One step: the updated parameters, in the structure of ``gradients``.
+
+        Args:
+            gradients (tree): A tree of arrays. It may have a part of the parameters only.
+            parameters (tree): A tree of parameters, or the model.
+
+        Returns:
+            The updated parameters; each keeps its shape and dtype.
+        """
+        tree = _ext.Tree(gradients, parameters, "SGD")
+        hyper = self._hyperparameters()
+        self._check_loaded_state(parameters)
+        scheduled = {
+            name: schedule(self.step)
+            for name, schedule in self._schedulers.items()
+            if not (name == "learning_rate" and isinstance(schedule, Schedule))
+        }
+        learning_rate = self._schedulers.get("learning_rate")
+        if not isinstance(learning_rate, Schedule):
+            rate = scheduled.pop("learning_rate", self.state.get("learning_rate"))
+            learning_rate = checked_rate("SGD", rate)
+        updated, state = take_step("SGD", tree, self.state, learning_rate, hyper, None)
+        self._replace_state({**state, **scheduled})
+        self._initialized = True
+        return updated
+
+    def unpacked_state(self) -> dict[str, Any]:
+        """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array.
+
+        Its arrays are views; while they live, the next step copies the momentum once
+        instead of writing in place.
+
+        Example:
+            >>> optimizer = SGD(learning_rate=0.5, momentum=0.9)
+            >>> optimizer.init({"w": mx.zeros(2)})
+            >>> optimizer.unpacked_state()["w"]
+            {'v': array([0, 0], dtype=float32)}
+        """
+        return _packing.unpacked(self.state, "SGD")
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        raise NotImplementedError(
+            "[SGD] init_single is not used: the state is that of the whole tree, see init()."
+        )
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
+        raise NotImplementedError(
+            "[SGD] apply_single is not used: a step is one kernel for the whole tree, see "
+            "apply_gradients()."
+        )
+
+    def _hyperparameters(self) -> Any:
+        return checked_hyperparameters(
+            "SGD", self.momentum, self.weight_decay, self.dampening, self.nesterov
+        )
+
+    def _check_loaded_state(self, parameters: Any) -> None:
+        if self._initialized:
+            _packing.check_scalars(self.state, "SGD")
+        else:
+            _packing.check_state(self.state, parameters, "SGD")
+
+    def _replace_state(self, state: dict[str, Any]) -> None:
+        # The dict itself stays: mx.compile captures it.
+        if state is not self._state:
+            self._state.clear()
+            self._state.update(state)
