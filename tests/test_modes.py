@@ -5,11 +5,12 @@ import threading
 
 import mlx.core as mx
 import mlx.optimizers
-import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from bits import of_mlx, same
 from mlx.utils import tree_flatten
+
+import mlx_fused_optim as optim
+from bits import of_mlx, same
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": (), "d": (0, 3)}
 OPTIONS = [

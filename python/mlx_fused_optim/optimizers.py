@@ -72,6 +72,8 @@ class SGD(Optimizer):  # type: ignore[misc]
         if not callable(learning_rate):
             learning_rate = checked_rate("SGD", learning_rate)
         self._maybe_schedule("learning_rate", learning_rate)
+        # A callable may have returned a plain number.
+        self.state["learning_rate"] = checked_rate("SGD", self.state["learning_rate"])
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
