@@ -23,6 +23,16 @@ class Hyperparameters(NamedTuple):
     nesterov: bool
 
 
+def _as_float(value: Any) -> float | None:
+    """A number as a float; None for what is not one, text and truth values included."""
+    if isinstance(value, (bool, str, bytes)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def checked_hyperparameters(
     op: str, momentum: float, weight_decay: float, dampening: float, nesterov: bool
 ) -> Hyperparameters:
@@ -30,11 +40,12 @@ def checked_hyperparameters(
     limits = {"momentum": math.inf, "weight_decay": math.inf, "dampening": 1.0}
     values = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening}
     for name, value in values.items():
-        if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        number = _as_float(value)
+        if number is None:
             raise TypeError(
                 f"[{op}] {name} must be a number: got {type(value).__name__}, allowed a float."
             )
-        number = values[name] = float(value)
+        values[name] = number
         if not 0 <= number <= limits[name] or math.isinf(number):
             allowed = "0 to 1" if name == "dampening" else "0 or more, finite"
             raise ValueError(f"[{op}] {name} is out of range: got {number}, allowed {allowed}.")
@@ -50,13 +61,12 @@ def checked_hyperparameters(
 def checked_rate(op: str, rate: Any) -> mx.array:
     """A learning rate that is not a schedule, as a scalar array."""
     if not isinstance(rate, mx.array):
-        try:
-            number = float(rate)
-        except (TypeError, ValueError):
+        number = _as_float(rate)
+        if number is None:
             raise TypeError(
                 f"[{op}] learning_rate must be a scalar: got {type(rate).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
-            ) from None
+            )
         if not number >= 0 or math.isinf(number):
             raise ValueError(
                 f"[{op}] learning_rate is out of range: got {number}, allowed 0 or more, finite."
@@ -88,7 +98,7 @@ def take_step(
     arenas: list[mx.array] = []
     if hyper.momentum != 0 and len(tree) > 0:
         state = _packing.packed(state, tree, op)
-        arenas = _packing.momentum_arenas(state, tree) or []
+        arenas = _packing.momentum_arenas(state, tree, op) or []
     scheduled = isinstance(learning_rate, Schedule)
     parameters, arenas, step, used = _ext.sgd_step(
         tree,

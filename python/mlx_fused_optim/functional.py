@@ -117,7 +117,7 @@ def fused_sgd_step(
     tree = _ext.Tree(gradients, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
     _packing.check_scalars(state, op)
-    if hyper.momentum != 0 and len(tree) > 0 and _packing.momentum_arenas(state, tree) is None:
+    if hyper.momentum != 0 and len(tree) > 0 and _packing.momentum_arenas(state, tree, op) is None:
         raise ValueError(
             f"[{op}] the state has no momentum for these parameters: got the state of other "
             "parameters, or of steps without momentum; allowed one from "
