@@ -282,7 +282,7 @@ def _decode(key: str, table: Any, op: str) -> _ext.Layout:
     try:
         rows = json.loads(bytes(table.tolist()))
         layout = _ext.Layout([(path, tuple(shape), _DTYPES[name]) for path, shape, name in rows])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"[{op}] state['arenas']['{key}']['table'] cannot be read: got "
             f"{_described(table)} ({error}), allowed the table that was saved with the state. "
