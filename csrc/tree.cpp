@@ -24,6 +24,19 @@ class Descend {
   size_t length_;
 };
 
+/// Python's own limit to recursion, for trees that contain themselves.
+class Recursion {
+ public:
+  Recursion() {
+    if (Py_EnterRecursiveCall(" in a tree")) {
+      nb::raise_python_error();
+    }
+  }
+  ~Recursion() {
+    Py_LeaveRecursiveCall();
+  }
+};
+
 bool is_sequence(nb::handle tree) {
   return nb::isinstance<nb::list>(tree) || nb::isinstance<nb::tuple>(tree);
 }
@@ -90,6 +103,7 @@ Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exa
 }
 
 void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) {
+  Recursion guard; // the other walks follow the same structure
   if (nb::isinstance<nb::dict>(gradients)) {
     if (!nb::isinstance<nb::dict>(parameters)) {
       refuse(op_, "the trees differ at ", described(path), ": got a dict of gradients and a ",

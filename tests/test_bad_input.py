@@ -347,6 +347,17 @@ def test_a_refused_first_step_leaves_no_state():
     assert optimizer.step.item() == 1
 
 
+def test_a_tree_that_contains_itself():
+    """Python's own error, as from mlx.optimizers."""
+    check = untouched()
+    before = check.everything()
+    tree = [mx.ones(1)]
+    tree.append(tree)
+    with pytest.raises(RecursionError):
+        check.optimizer.apply_gradients(tree, tree)
+    assert check.everything() == before
+
+
 def test_a_model_keeps_its_parameters():
     model = nn.Linear(3, 2)
     bits = [of_mlx(v).tobytes() for _, v in tree_flatten(model.parameters())]
