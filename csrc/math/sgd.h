@@ -65,8 +65,7 @@ struct SgdElement {
 /// Values in and out, so that no address space, vector width or launch shape
 /// shows. Terms that the step does not have are left out, not multiplied by
 /// zero: that keeps the sign of -0.0 and the bits of mlx.optimizers.
-MATH_FN SgdElement
-sgd_element(SgdElement e, float gradient, SgdHyper hyper, uint32_t flags) {
+MATH_FN SgdElement sgd_element(SgdElement e, float gradient, SgdHyper hyper, uint32_t flags) {
   if (flags & kWeightDecay) {
     gradient = gradient + hyper.weight_decay * e.parameter;
   }
