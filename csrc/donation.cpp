@@ -13,9 +13,7 @@ namespace {
 // private; an explicit instantiation may use it, and MLX's version is pinned.
 template <auto Member>
 struct HandleCount {
-  friend long handle_count(const mx::array& a) {
-    return (a.*Member).use_count();
-  }
+  friend long handle_count(const mx::array& a) { return (a.*Member).use_count(); }
 };
 template struct HandleCount<&mx::array::array_desc_>;
 long handle_count(const mx::array& a);
@@ -38,7 +36,8 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   }
   for (size_t i = 0; i < n; ++i) {
     auto& p = parameters[i];
-    if (p.data_shared_ptr() != data || p.offset() != begin + int64_t(plan.arena.offsets[i]) * itemsize ||
+    if (p.data_shared_ptr() != data ||
+        p.offset() != begin + int64_t(plan.arena.offsets[i]) * itemsize ||
         !p.flags().row_contiguous || handle_count(p) != 1) {
       return {};
     }

@@ -31,7 +31,12 @@ void Fingerprint::add_bytes(const void* bytes, size_t count) {
 void Fingerprint::add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype) {
   add_bytes(path.data(), path.size());
   // Bytes that no path contains end each part; dimensions go in little-endian.
-  const unsigned char type[] = {0xff, static_cast<unsigned char>(dtype == mx::float32 ? 1 : dtype == mx::float16 ? 2 : 3)};
+  const unsigned char type[] = {
+      0xff,
+      static_cast<unsigned char>(
+          dtype == mx::float32       ? 1
+              : dtype == mx::float16 ? 2
+                                     : 3)};
   add_bytes(type, sizeof(type));
   for (auto length : shape) {
     unsigned char bytes[4];

@@ -55,7 +55,13 @@ void check(
   }
   const size_t arenas = options.flags & fused_math::kMomentum ? layout.arenas.size() : 0;
   if (momentum.size() != arenas) {
-    refuse(kOp, "momentum has the wrong number of arenas: got ", momentum.size(), ", expected ", arenas, ".");
+    refuse(
+        kOp,
+        "momentum has the wrong number of arenas: got ",
+        momentum.size(),
+        ", expected ",
+        arenas,
+        ".");
   }
   for (size_t a = 0; a < arenas; ++a) {
     auto shape = arena_shape(layout.arenas[a]);
@@ -76,7 +82,8 @@ void check(
     }
   }
   if (step.ndim() != 0 || step.dtype() != mx::uint64) {
-    refuse(kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
+    refuse(
+        kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
   }
   const SgdScalarSource* sources[] = {
       &options.learning_rate, &options.momentum, &options.weight_decay};
@@ -84,16 +91,18 @@ void check(
   for (int i = 0; i < fused_math::kScalars; ++i) {
     auto* array = std::get_if<mx::array>(sources[i]);
     if (array && array->ndim() != 0) {
-      refuse(kOp, names[i], " must be a scalar: got an array of shape ", array->shape(), ", allowed ().");
+      refuse(
+          kOp,
+          names[i],
+          " must be a scalar: got an array of shape ",
+          array->shape(),
+          ", allowed ().");
     }
   }
 }
 
 /// The gradients, cast where their dtype is not one the kernels read.
-mx::array readable_gradient(
-    const mx::array& gradient,
-    const TensorSpec& spec,
-    mx::Stream stream) {
+mx::array readable_gradient(const mx::array& gradient, const TensorSpec& spec, mx::Stream stream) {
   if (gradient.shape() != spec.shape) {
     refuse(
         kOp,
@@ -109,7 +118,9 @@ mx::array readable_gradient(
 }
 
 /// The schedules, and the given scalars as one array (none if none is given).
-std::pair<SgdControl, std::vector<mx::array>> make_control(const SgdOptions& options, mx::Stream stream) {
+std::pair<SgdControl, std::vector<mx::array>> make_control(
+    const SgdOptions& options,
+    mx::Stream stream) {
   SgdControl control{};
   control.flags = options.flags;
   control.gradient_weight = static_cast<float>(1 - options.dampening);
@@ -220,11 +231,14 @@ SgdStep sgd_step(
     inputs.insert(inputs.end(), given.begin(), given.end());
 
     auto outputs = mx::array::make_arrays(
-        plan.output_shapes(), plan.output_dtypes(), std::make_shared<FusedSGD>(stream, plan), inputs);
+        plan.output_shapes(),
+        plan.output_dtypes(),
+        std::make_shared<FusedSGD>(stream, plan),
+        inputs);
     SgdOutputs out(plan, outputs);
     for (size_t i = 0; i < tensors.size(); ++i) {
-      result.parameters[tensors[i]] =
-          arena_view(*out.parameters, parameters[tensors[i]].shape(), plan.arena.offsets[i], stream);
+      result.parameters[tensors[i]] = arena_view(
+          *out.parameters, parameters[tensors[i]].shape(), plan.arena.offsets[i], stream);
     }
     if (out.momentum) {
       result.momentum.push_back(*out.momentum);

@@ -20,13 +20,9 @@ struct SgdPlan {
   SgdControl control;
   bool writes_step; // the next counter and the numbers used are outputs too
 
-  size_t tensor_count() const {
-    return arena.tensors.size();
-  }
+  size_t tensor_count() const { return arena.tensors.size(); }
   /// Whether this arena has momentum: one without tensors has none.
-  bool has_momentum() const {
-    return control.flags & fused_math::kMomentum && tensor_count() > 0;
-  }
+  bool has_momentum() const { return control.flags & fused_math::kMomentum && tensor_count() > 0; }
   std::vector<mx::Shape> output_shapes() const;
   std::vector<mx::Dtype> output_dtypes() const;
 };
@@ -149,9 +145,7 @@ class ArenaView : public mx::UnaryPrimitive {
       const std::vector<int>& axes) override;
 
   DEFINE_NAME(ArenaView)
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override {
-    return {shape_};
-  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override { return {shape_}; }
   bool is_equivalent(const mx::Primitive& other) const override;
 
  private:

@@ -93,9 +93,7 @@ struct DifferentiableStep {
   std::vector<int> argnums;
   mx::Stream stream;
 
-  int step_input() const {
-    return 2 * plan.tensor_count() + plan.has_momentum();
-  }
+  int step_input() const { return 2 * plan.tensor_count() + plan.has_momentum(); }
   /// Position of the counter among the outputs; -1 if it is not one.
   int step_output() const {
     return plan.writes_step ? (plan.tensor_count() > 0 ? 1 + plan.has_momentum() : 0) : -1;
@@ -151,7 +149,8 @@ std::vector<mx::array> FusedSGD::vjp(
     }
   }
   auto gradients =
-      mx::vjp(function, values, DifferentiableStep::without(function.step_output(), cotangents)).second;
+      mx::vjp(function, values, DifferentiableStep::without(function.step_output(), cotangents))
+          .second;
   auto step_at = std::find(argnums.begin(), argnums.end(), function.step_input());
   if (step_at != argnums.end()) {
     gradients.insert(
@@ -179,8 +178,8 @@ std::pair<std::vector<mx::array>, std::vector<int>> FusedSGD::vmap(
 void ArenaView::eval(const std::vector<mx::array>& inputs, mx::array& output) {
   // Row-contiguous strides; the other flag only matters for vectors.
   mx::array::Flags flags{true, true, false};
-  flags.col_contiguous =
-      output.size() <= 1 || std::count_if(shape_.begin(), shape_.end(), [](auto d) { return d > 1; }) <= 1;
+  flags.col_contiguous = output.size() <= 1 ||
+      std::count_if(shape_.begin(), shape_.end(), [](auto d) { return d > 1; }) <= 1;
   output.copy_shared_buffer(
       inputs[0], output.strides(), flags, output.size(), static_cast<int64_t>(offset_));
 }

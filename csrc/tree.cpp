@@ -15,9 +15,7 @@ class Descend {
     }
     path_ += key;
   }
-  ~Descend() {
-    path_.resize(length_);
-  }
+  ~Descend() { path_.resize(length_); }
 
  private:
   std::string& path_;
@@ -32,9 +30,7 @@ std::string python_type(nb::handle object) {
   return nb::cast<std::string>(object.type().attr("__name__"));
 }
 
-std::string key_text(nb::handle key) {
-  return nb::cast<std::string>(nb::str(key));
-}
+std::string key_text(nb::handle key) { return nb::cast<std::string>(nb::str(key)); }
 
 std::string described(const std::string& path) {
   return path.empty() ? "the tree itself" : "'" + path + "'";
@@ -92,15 +88,23 @@ Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exa
 void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) {
   if (nb::isinstance<nb::dict>(gradients)) {
     if (!nb::isinstance<nb::dict>(parameters)) {
-      refuse(op_, "the trees differ at ", described(path), ": got a dict of gradients and a ",
-             python_type(parameters), " of parameters, allowed the same structure.");
+      refuse(
+          op_,
+          "the trees differ at ",
+          described(path),
+          ": got a dict of gradients and a ",
+          python_type(parameters),
+          " of parameters, allowed the same structure.");
     }
     auto parameter_dict = nb::borrow<nb::dict>(parameters);
     for (auto [key, gradient] : nb::borrow<nb::dict>(gradients)) {
       Descend down(path, key_text(key));
       if (!parameter_dict.contains(key)) {
-        refuse(op_, "a gradient without a parameter: got a gradient at '", path,
-               "', allowed only paths that the parameters have.");
+        refuse(
+            op_,
+            "a gradient without a parameter: got a gradient at '",
+            path,
+            "', allowed only paths that the parameters have.");
       }
       walk(gradient, parameter_dict[key], path);
     }
@@ -109,8 +113,11 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
       for (auto [key, parameter] : parameter_dict) {
         Descend down(path, key_text(key));
         if (!gradient_dict.contains(key)) {
-          refuse(op_, "a parameter without a gradient: got none at '", path,
-                 "', allowed the same structure for both.");
+          refuse(
+              op_,
+              "a parameter without a gradient: got none at '",
+              path,
+              "', allowed the same structure for both.");
         }
       }
     }
@@ -118,10 +125,16 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
     const size_t length = nb::len(gradients);
     if (!is_sequence(parameters) || nb::len(parameters) < length ||
         (exact_ && nb::len(parameters) != length)) {
-      refuse(op_, "the trees differ at ", described(path), ": got ", length, " gradients and ",
-             is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
-                                     : "a " + python_type(parameters) + " of parameters",
-             ", allowed the same structure.");
+      refuse(
+          op_,
+          "the trees differ at ",
+          described(path),
+          ": got ",
+          length,
+          " gradients and ",
+          is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
+                                  : "a " + python_type(parameters) + " of parameters",
+          ", allowed the same structure.");
     }
     for (size_t i = 0; i < length; ++i) {
       Descend down(path, std::to_string(i));
@@ -135,21 +148,42 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
 void Tree::leaf(nb::handle gradient, nb::handle parameter, const std::string& path) {
   auto array = [&](nb::handle object, const char* role) -> const mx::array& {
     if (!nb::isinstance<mx::array>(object)) {
-      refuse(op_, "the ", role, " at ", described(path), " is not an array: got ",
-             python_type(object), ", allowed mlx.core.array.");
+      refuse(
+          op_,
+          "the ",
+          role,
+          " at ",
+          described(path),
+          " is not an array: got ",
+          python_type(object),
+          ", allowed mlx.core.array.");
     }
     auto& a = *nb::inst_ptr<mx::array>(object);
     if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
-      refuse(op_, "the ", role, " at ", described(path), " has a dtype that cannot be trained: got ",
-             a.dtype(), ", allowed float32, float16, bfloat16.");
+      refuse(
+          op_,
+          "the ",
+          role,
+          " at ",
+          described(path),
+          " has a dtype that cannot be trained: got ",
+          a.dtype(),
+          ", allowed float32, float16, bfloat16.");
     }
     return a;
   };
   auto& g = array(gradient, "gradient");
   auto& p = array(parameter, "parameter");
   if (g.shape() != p.shape()) {
-    refuse(op_, "the gradient at ", described(path), " has the wrong shape: got ", g.shape(),
-           ", the parameter has ", p.shape(), ".");
+    refuse(
+        op_,
+        "the gradient at ",
+        described(path),
+        " has the wrong shape: got ",
+        g.shape(),
+        ", the parameter has ",
+        p.shape(),
+        ".");
   }
   gradients_.push_back(g);
   parameters_.push_back(p);

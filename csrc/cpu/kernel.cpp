@@ -108,7 +108,8 @@ void update_block(
       __builtin_prefetch(velocity + i + kAhead);
     }
     for (size_t j = i; j < i + kLine; j += kWidth) {
-      update_at<Vector, flags>(j, parameter, gradient, velocity, parameter_out, velocity_out, hyper);
+      update_at<Vector, flags>(
+          j, parameter, gradient, velocity, parameter_out, velocity_out, hyper);
     }
   }
   for (; i < n; ++i) {
@@ -124,8 +125,14 @@ void UPDATE(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint
   const bool direct = type == Type::float32;
   const bool has_momentum = flags & fused_math::kMomentum;
   static constexpr decltype(&update_block<0>) blocks[] = {
-      update_block<0>, update_block<1>, update_block<2>, update_block<3>,
-      update_block<4>, update_block<5>, update_block<6>, update_block<7>};
+      update_block<0>,
+      update_block<1>,
+      update_block<2>,
+      update_block<3>,
+      update_block<4>,
+      update_block<5>,
+      update_block<6>,
+      update_block<7>};
   const auto update = blocks[flags & 7];
   // Without conversions or gathers there is no buffer to fill: one long block.
   const bool whole = direct && tensor.gradient.type == Type::float32 &&

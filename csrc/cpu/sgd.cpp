@@ -149,7 +149,6 @@ void FusedSGD::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
     }
     task->ends.push_back((i ? task->ends.back() : 0) + tensor.size);
     task->tensors.push_back(tensor);
-
   }
   if (out.parameters && out.parameters->data_shared_ptr() != in.parameters[0].data_shared_ptr()) {
     task->clear_gaps(plan_, out.parameters->data<char>());

@@ -70,8 +70,7 @@ using SgdElement = SgdElements<float>;
 /// shows. Terms that the step does not have are left out, not multiplied by
 /// zero: that keeps the sign of -0.0 and the bits of mlx.optimizers.
 template <typename T>
-MATH_FN SgdElements<T>
-sgd_element(SgdElements<T> e, T gradient, SgdHyper hyper, uint32_t flags) {
+MATH_FN SgdElements<T> sgd_element(SgdElements<T> e, T gradient, SgdHyper hyper, uint32_t flags) {
   if (flags & kWeightDecay) {
     gradient = gradient + hyper.weight_decay * e.parameter;
   }

@@ -1,5 +1,7 @@
 """Fused optimizer steps for MLX: one kernel for the whole parameter tree.
 
+One import line is the whole migration::
+
     import mlx_fused_optim as optim          # was: import mlx.optimizers as optim
     optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
 """
@@ -9,9 +11,9 @@ from ._requirements import check_mlx, load_extension
 check_mlx()
 _ext = load_extension()
 
-from .functional import fused_sgd_init, fused_sgd_step  # noqa: E402
-from .optimizers import SGD  # noqa: E402
-from .schedules import Schedule, exponential_decay  # noqa: E402
+from .functional import fused_sgd_init, fused_sgd_step
+from .optimizers import SGD
+from .schedules import Schedule, exponential_decay
 
 __version__ = "0.1.0"
 __all__ = [

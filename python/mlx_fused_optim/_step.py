@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import _ext, _packing
 from .schedules import Schedule
 
-LearningRate = Union[float, mx.array, Schedule, Callable[[mx.array], mx.array]]
+LearningRate = float | mx.array | Schedule | Callable[[mx.array], mx.array]
 
 
 class Hyperparameters(NamedTuple):

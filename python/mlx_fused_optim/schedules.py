@@ -151,9 +151,7 @@ def exponential_decay(
     init = as_float32_range(op, "init", init)
     decay_rate = as_float(op, "decay_rate", decay_rate)
     if decay_rate <= 0:
-        raise ValueError(
-            f"[{op}] decay_rate must be positive: got {decay_rate}, allowed above 0."
-        )
+        raise ValueError(f"[{op}] decay_rate must be positive: got {decay_rate}, allowed above 0.")
     transition_steps = as_integer(op, "transition_steps", transition_steps, at_least=1)
     transition_begin = as_integer(op, "transition_begin", transition_begin, at_least=0)
     end = None if end is None else as_float32_range(op, "end", end)
@@ -210,7 +208,6 @@ def as_integer(op: str, name: str, value: SupportsIndex, *, at_least: int) -> in
         ) from None
     if not at_least <= number <= _LARGEST_UINT64:
         raise ValueError(
-            f"[{op}] {name} is out of range: got {number}, "
-            f"allowed {at_least} to {_LARGEST_UINT64}."
+            f"[{op}] {name} is out of range: got {number}, allowed {at_least} to {_LARGEST_UINT64}."
         )
     return number
