@@ -13,32 +13,51 @@ using fused_math::SgdHyper;
 // Three buffers of this many float32 are 6 KiB.
 constexpr size_t kBlock = 512;
 
+float read_at(const Source& source, int64_t at) {
+  if (source.type == Type::float32) {
+    return static_cast<const float*>(source.data)[at];
+  }
+  const uint16_t half = static_cast<const uint16_t*>(source.data)[at];
+  return source.type == Type::float16 ? widen_float16(half) : widen_bfloat16(half);
+}
+
+/// The elements [begin, begin + n) of a strided array into `buffer`, a run along
+/// its last axis at a time.
+void gather(const Source& source, size_t begin, size_t n, float* buffer) {
+  const Strided& s = *source.strided;
+  const size_t last = s.dimensions - 1;
+  for (size_t done = 0; done < n;) {
+    size_t rest = s.first + begin + done;
+    int64_t at = 0;
+    size_t run = n - done;
+    for (size_t d = last + 1; d-- > 0;) {
+      const size_t length = s.shape[d];
+      const size_t index = rest % length;
+      if (d == last && length - index < run) {
+        run = length - index;
+      }
+      at += int64_t(index) * s.strides[d];
+      rest /= length;
+    }
+    for (size_t i = 0; i < run; ++i) {
+      buffer[done + i] = read_at(source, at + int64_t(i) * s.strides[last]);
+    }
+    done += run;
+  }
+}
+
 /// The elements [begin, begin + n) of `source` as float32: in place if they
 /// already are, else in `buffer`.
 const float* read(const Source& source, size_t begin, size_t n, float* buffer) {
-  begin += source.first;
-  if (source.dimensions == 0) {
-    if (source.type == Type::float32) {
-      return static_cast<const float*>(source.data) + begin;
-    }
-    auto* half = static_cast<const uint16_t*>(source.data) + begin;
-    source.type == Type::float16 ? widen_float16(half, buffer, n) : widen_bfloat16(half, buffer, n);
+  if (source.strided) {
+    gather(source, begin, n, buffer);
     return buffer;
   }
-  for (size_t i = 0; i < n; ++i) {
-    size_t rest = begin + i;
-    int64_t at = 0;
-    for (int d = source.dimensions - 1; d >= 0; --d) {
-      at += int64_t(rest % source.shape[d]) * source.strides[d];
-      rest /= source.shape[d];
-    }
-    if (source.type == Type::float32) {
-      buffer[i] = static_cast<const float*>(source.data)[at];
-    } else {
-      const uint16_t half = static_cast<const uint16_t*>(source.data)[at];
-      buffer[i] = source.type == Type::float16 ? widen_float16(half) : widen_bfloat16(half);
-    }
+  if (source.type == Type::float32) {
+    return static_cast<const float*>(source.data) + begin;
   }
+  auto* half = static_cast<const uint16_t*>(source.data) + begin;
+  source.type == Type::float16 ? widen_float16(half, buffer, n) : widen_bfloat16(half, buffer, n);
   return buffer;
 }
 
@@ -135,8 +154,8 @@ void UPDATE(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint
       update_block<7>};
   const auto update = blocks[flags & 7];
   // Without conversions or gathers there is no buffer to fill: one long block.
-  const bool whole = direct && tensor.gradient.type == Type::float32 &&
-      !tensor.parameter.dimensions && !tensor.gradient.dimensions && !tensor.velocity.dimensions;
+  const bool whole = direct && tensor.gradient.type == Type::float32 && !tensor.parameter.strided &&
+      !tensor.gradient.strided && !tensor.velocity.strided;
   const size_t step = whole ? end - begin : kBlock;
 
   for (size_t at = begin; at < end; at += step) {
