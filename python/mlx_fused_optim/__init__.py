@@ -6,10 +6,10 @@ One import line is the whole migration::
     optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
 """
 
-from ._requirements import check_mlx, load_extension
+from ._requirements import check_extension, check_mlx
 
 check_mlx()
-_ext = load_extension()
+check_extension()
 
 from .functional import fused_sgd_init, fused_sgd_step
 from .optimizers import SGD

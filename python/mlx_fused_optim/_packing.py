@@ -104,7 +104,7 @@ def unpacked(state: State, op: str) -> State:
     velocities = _loose_velocities(state, op)
     for key, entry in state.get("arenas", {}).items():
         velocities.update(_arena_velocities(key, entry, op))
-    own = {key: state[key] for key in ("step", "learning_rate") if key in state}
+    own: State = {key: state[key] for key in ("step", "learning_rate") if key in state}
     return {**own, **_placed(velocities)}
 
 
@@ -168,7 +168,8 @@ def _lookup(tree: Any, path: str) -> Any:
 def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
     """Momentum that lies where mlx.optimizers.SGD keeps it, by path."""
     velocities = {}
-    for name, leaf in tree_flatten({k: v for k, v in state.items() if k not in _OWN_KEYS}):
+    leaves: Any = tree_flatten({k: v for k, v in state.items() if k not in _OWN_KEYS})
+    for name, leaf in leaves:
         path, _, key = name.rpartition(".")
         if key != "v" or not isinstance(leaf, mx.array):
             raise ValueError(

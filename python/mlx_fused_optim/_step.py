@@ -89,13 +89,13 @@ def take_step(
     if hyper.momentum != 0 and len(tree) > 0:
         state = _packing.packed(state, tree, op)
         arenas = _packing.momentum_arenas(state, tree) or []
-    scheduled = isinstance(learning_rate, Schedule)
+    rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     parameters, arenas, step, used = _ext.sgd_step(
         tree,
         layout,
         arenas,
         state["step"],
-        learning_rate=learning_rate._device if scheduled else learning_rate,
+        learning_rate=rate,
         momentum=hyper.momentum,
         weight_decay=hyper.weight_decay,
         dampening=hyper.dampening,
@@ -106,5 +106,6 @@ def take_step(
     )
     if arenas:
         state = _packing.with_momentum(state, arenas, tree)
-    rate = _ext.arena_view(used, [], 0, stream=stream) if scheduled else learning_rate
-    return parameters, {**state, "step": step, "learning_rate": rate}
+    if isinstance(learning_rate, Schedule):
+        learning_rate = _ext.arena_view(used, [], 0, stream=stream)
+    return parameters, {**state, "step": step, "learning_rate": learning_rate}

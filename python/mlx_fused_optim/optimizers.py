@@ -12,7 +12,7 @@ from ._step import LearningRate, checked_hyperparameters, checked_rate, take_ste
 from .schedules import Schedule
 
 
-class SGD(Optimizer):  # type: ignore[misc]
+class SGD(Optimizer):
     r"""Stochastic gradient descent, the whole parameter tree in one kernel.
 
     Takes the place of ``mlx.optimizers.SGD``: the same arguments, the same methods and,
@@ -68,10 +68,10 @@ class SGD(Optimizer):  # type: ignore[misc]
         nesterov: bool = False,
     ):
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if not callable(learning_rate):
             learning_rate = checked_rate("SGD", learning_rate)
-        self._maybe_schedule("learning_rate", learning_rate)
+        self._maybe_schedule("learning_rate", learning_rate)  # type: ignore[arg-type]
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
