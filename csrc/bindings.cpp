@@ -48,7 +48,8 @@ nb::list layout_arenas(const Layout& layout) {
   nb::list arenas;
   for (auto& arena : layout.arenas) {
     arenas.append(
-        nb::make_tuple(arena.dtype, shape_tuple(arena_shape(arena)), arena.tensors, arena.offsets));
+        nb::make_tuple(
+            arena->dtype, shape_tuple(arena_shape(*arena)), arena->tensors, arena->offsets));
   }
   return arenas;
 }

@@ -28,16 +28,16 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   if (!data || data.use_count() != static_cast<long>(n)) {
     return {};
   }
-  const auto itemsize = static_cast<int64_t>(plan.arena.dtype.size());
-  const int64_t begin = parameters[0].offset() - plan.arena.offsets[0] * itemsize;
-  const int64_t end = begin + plan.arena.size * itemsize;
+  const auto itemsize = static_cast<int64_t>(plan.arena->dtype.size());
+  const int64_t begin = parameters[0].offset() - plan.arena->offsets[0] * itemsize;
+  const int64_t end = begin + plan.arena->size * itemsize;
   if (begin < 0 || begin % kArenaAlignment || end > int64_t(parameters[0].buffer_size())) {
     return {};
   }
   for (size_t i = 0; i < n; ++i) {
     auto& p = parameters[i];
     if (p.data_shared_ptr() != data ||
-        p.offset() != begin + int64_t(plan.arena.offsets[i]) * itemsize ||
+        p.offset() != begin + int64_t(plan.arena->offsets[i]) * itemsize ||
         !p.flags().row_contiguous || handle_count(p) != 1) {
       return {};
     }

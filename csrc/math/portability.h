@@ -16,7 +16,8 @@
 #define MATH_CONSTANT const
 #else
 #include <cstdint>
-#define MATH_FN static inline
+// Inlined before the vectoriser looks: structs by value must have become registers.
+#define MATH_FN static inline __attribute__((always_inline))
 #define MATH_CONSTANT const
 #endif
 
