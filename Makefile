@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own, .venv, which is made on first
-# use; a change in pyproject.toml remakes it, a changed source rebuilds the package.
+# use. A changed source rebuilds what depends on it.
 #   make demo | test | bench | lint | wheel | clean
 # Options: PYTHON=python3.12, EXTRA=cuda13 (Linux: which MLX backend), ARGS="-k name".
 
@@ -47,8 +47,10 @@ clean:
 
 # ---- Stamps ------------------------------------------------------------------
 
-$(VENV)/tools: pyproject.toml tools/requirements.py tools/make_venv.sh
+$(RUN)/pip:
 	tools/make_venv.sh $(PYTHON) $(VENV)
+
+$(VENV)/tools: pyproject.toml tools/requirements.py | $(RUN)/pip
 	$(RUN)/python tools/requirements.py $(EXTRA) dev > $(VENV)/requirements.txt
 	$(PIP) install --quiet --requirement $(VENV)/requirements.txt
 	touch $@
