@@ -65,7 +65,8 @@ def mismatches(case: Case, bits, broken: Broken = NOTHING) -> list[str]:
         if case.hyper.momentum:
             pairs["velocity"] = (bits[f"v{step}.{i}"], new_velocity)
         for name, (got, want) in pairs.items():
-            assert got.shape == want.shape and got.dtype == want.dtype
+            assert got.shape == want.shape
+            assert got.dtype == want.dtype
             wrong = np.flatnonzero(got.reshape(-1) != want.reshape(-1))
             if wrong.size:
                 found.append(f"{name} of shape {want.shape}, step {step}: elements {wrong[:5]}")
@@ -248,7 +249,8 @@ def test_infinity_nan_and_overflow(dtype):
     with np.errstate(over="ignore"):
         want = widened(narrowed(widened(start, dtype) - gradient, dtype), dtype)
     assert np.array_equal(got, want, equal_nan=True)
-    assert np.isnan(got).sum() == 7 and np.isinf(got).sum() >= 14
+    assert np.isnan(got).sum() == 7
+    assert np.isinf(got).sum() >= 14
 
 
 def test_negative_zero_and_subnormals_stay():
