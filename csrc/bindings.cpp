@@ -108,6 +108,7 @@ NB_MODULE(_ext, m) {
           "stream"_a = nb::none(),
           "The float32 value at each of ``steps``, an array of integers.")
       .def_prop_ro("first_value", &first_value, "The value at step 0, as a float.")
+      .def_prop_ro("natural_length", &natural_length, "About how many steps show its shape.")
       .def_ro("segments", &Schedule::count, "How many segments it has.");
   m.attr("MAX_SEGMENTS") = int(fused_math::kMaxSegments);
   m.attr("MAX_CYCLE_FACTOR") = int(fused_math::kMaxCycleFactor);

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+
+#include "errors.h"
 
 namespace mlx_fused_optim {
 
@@ -128,10 +131,17 @@ std::optional<Schedule> join(
 }
 
 Schedule scaled(const Schedule& schedule, double factor) {
+  auto times_factor = [factor](Real x) {
+    const double value = factor * to_double(x);
+    if (std::abs(value) > std::numeric_limits<float>::max()) {
+      refuse("scaled", "a value is too large for float32: got ", value, ", allowed a smaller factor.");
+    }
+    return real_from_double(value);
+  };
   Schedule result = schedule;
   for (auto& segment : result.segments) {
-    segment.one = real_from_double(factor * to_double(segment.one));
-    segment.zero = real_from_double(factor * to_double(segment.zero));
+    segment.one = times_factor(segment.one);
+    segment.zero = times_factor(segment.zero);
   }
   return result;
 }
@@ -144,6 +154,36 @@ double first_value(const Schedule& schedule) {
   return segment.flags & kFloor ? std::max(value, bound)
       : segment.flags & kCeiling ? std::min(value, bound)
                                  : value;
+}
+
+uint64_t natural_length(const Schedule& schedule) {
+  auto& segment = schedule.segments[schedule.count - 1];
+  const auto steps = static_cast<double>(segment.steps);
+  const auto second = static_cast<double>(segment.second);
+  double length = 0;
+  switch (segment.kind) {
+    case kExponential:
+      // Five halvings, or doublings.
+      length = 5 / std::max(std::abs(to_double(segment.rate)), 1e-15) *
+          (segment.flags & kStaircase ? steps : 1);
+      break;
+    case kBlend:
+      length = 1.1 * steps;
+      break;
+    case kInversePower:
+      length = 15 * steps; // a quarter of the peak
+      break;
+    case kRestarts:
+      length = steps * (1 + second + second * second);
+      break;
+    case kTriangle:
+      length = 4 * (steps + second);
+      break;
+    default:
+      length = std::max(0.25 * static_cast<double>(segment.start), 10.0);
+  }
+  length += static_cast<double>(segment.start) + static_cast<double>(segment.begin) + 1;
+  return static_cast<uint64_t>(std::min(length, 1e18));
 }
 
 mx::array evaluate_schedule(

@@ -68,11 +68,16 @@ std::optional<Schedule> join(
     const std::vector<Schedule>& schedules,
     const std::vector<uint64_t>& boundaries);
 
-/// `factor` (not negative) times the schedule.
+/// `factor` (not negative) times the schedule. Throws std::invalid_argument where
+/// that leaves the range of float32.
 Schedule scaled(const Schedule& schedule, double factor);
 
 /// The value at step 0, to 2^-48 of it: where a warm-up ends.
 double first_value(const Schedule& schedule);
+
+/// About how many steps show its shape: to the end and a little more, the first
+/// cycles, or a fall to a few percent.
+uint64_t natural_length(const Schedule& schedule);
 
 /// The value at each of `steps` (any shape, uint64), as float32.
 mx::array evaluate_schedule(

@@ -11,13 +11,46 @@ _ext = load_extension()
 
 from .functional import fused_sgd_init, fused_sgd_step  # noqa: E402
 from .optimizers import SGD  # noqa: E402
-from .schedules import Schedule, exponential_decay  # noqa: E402
+from .schedules import (  # noqa: E402
+    Schedule,
+    constant,
+    cosine_decay,
+    cosine_restarts,
+    exponential_decay,
+    inverse_sqrt,
+    join_schedules,
+    linear_schedule,
+    multi_step,
+    one_cycle,
+    parse_schedule,
+    polynomial_decay,
+    scaled,
+    step_decay,
+    triangular,
+    warmup,
+    warmup_stable_decay,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Schedule",
+    "constant",
+    "cosine_decay",
+    "cosine_restarts",
     "exponential_decay",
     "fused_sgd_init",
     "fused_sgd_step",
+    "inverse_sqrt",
+    "join_schedules",
+    "linear_schedule",
+    "multi_step",
+    "one_cycle",
+    "parse_schedule",
+    "polynomial_decay",
+    "scaled",
+    "step_decay",
+    "triangular",
+    "warmup",
+    "warmup_stable_decay",
 ]
