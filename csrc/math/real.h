@@ -36,10 +36,9 @@ MATH_FN Real multiply(Real a, Real b) {
   return fast_two_sum(p.hi, p.lo + (a.hi * b.lo + a.lo * b.hi));
 }
 
-constexpr uint64_t kMaxExactStep = (uint64_t(1) << 48) - 1;
-
 /// An integer step, exactly; steps from 2^48 on count as 2^48 - 1.
 MATH_FN Real real_from_step(uint64_t step) {
+  constexpr uint64_t kMaxExactStep = (uint64_t(1) << 48) - 1;
   if (step > kMaxExactStep) {
     step = kMaxExactStep;
   }

@@ -28,7 +28,9 @@ struct Segment {
   uint32_t flags;
 };
 
-constexpr uint32_t kMaxSegments = 8;
+enum ScheduleLimits : uint32_t {
+  kMaxSegments = 8,
+};
 
 struct Schedule {
   uint32_t count; // at least 1
