@@ -19,8 +19,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
-import mlx_fused_optim
 import numpy as np
+
+import mlx_fused_optim
 
 try:
     import matplotlib

@@ -189,9 +189,8 @@ __device__ void update(const Launch<Flat>& launch) {
     return;
   }
   const Flat& tensor = find_tensor(launch);
-  with_type(tensor.gradient_type, [&](auto g) {
-    update_tile<T, decltype(g)>(launch.common, tensor);
-  });
+  with_type(
+      tensor.gradient_type, [&](auto g) { update_tile<T, decltype(g)>(launch.common, tensor); });
 }
 
 // ---- Tensors whose gradient is transposed -----------------------------------------
@@ -338,18 +337,18 @@ __device__ void update(const Launch<Strided>& launch) {
 
 // ---- Entry points: sgd_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them ----------
 
-#define KERNELS(T, name)                                                                \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_flat_##name(               \
-      const __grid_constant__ Launch<Flat> launch) {                                    \
-    update<T>(launch);                                                                  \
-  }                                                                                     \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_transposed_##name(         \
-      const __grid_constant__ Launch<Transposed> launch) {                              \
-    update<T>(launch);                                                                  \
-  }                                                                                     \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_strided_##name(            \
-      const __grid_constant__ Launch<Strided> launch) {                                 \
-    update<T>(launch);                                                                  \
+#define KERNELS(T, name)                                                        \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_flat_##name(       \
+      const __grid_constant__ Launch<Flat> launch) {                            \
+    update<T>(launch);                                                          \
+  }                                                                             \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_transposed_##name( \
+      const __grid_constant__ Launch<Transposed> launch) {                      \
+    update<T>(launch);                                                          \
+  }                                                                             \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_strided_##name(    \
+      const __grid_constant__ Launch<Strided> launch) {                         \
+    update<T>(launch);                                                          \
   }
 KERNELS(float, float32)
 KERNELS(__half, float16)

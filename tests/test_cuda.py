@@ -177,7 +177,9 @@ def test_more_tensors_than_a_launch_holds():
 def test_several_arenas_count_one_step():
     """40 M elements of each dtype: more than one arena of float32."""
     shapes = [(1 << 20,)] * 40
-    parameters = [random(s, DTYPES[i % 3] if i > 34 else mx.float32, i) for i, s in enumerate(shapes)]
+    parameters = [
+        random(s, DTYPES[i % 3] if i > 34 else mx.float32, i) for i, s in enumerate(shapes)
+    ]
     gradients = [random(s, seed=100 + i) for i, s in enumerate(shapes)]
     layout = _ext.Layout(_ext.Tree(parameters, parameters, "test"))
     assert len(layout.arenas) == 4
@@ -346,9 +348,7 @@ def test_more_than_int32_elements():
     parameters = mx.ones((2, rows), mx.bfloat16)
     gradients = mx.full((2, rows), 0.5, mx.bfloat16)
     state = optim.fused_sgd_init(parameters, momentum=0.5)
-    new, state = optim.fused_sgd_step(
-        parameters, gradients, state, learning_rate=0.5, momentum=0.5
-    )
+    new, state = optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.5, momentum=0.5)
     assert (new == 0.75).all().item()
     (entry,) = state["arenas"].values()
     assert (entry["momentum"][0].flatten()[-4200:][:128] == 0.5).all().item()

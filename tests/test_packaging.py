@@ -4,8 +4,9 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-import mlx_fused_optim
 import pytest
+
+import mlx_fused_optim
 from mlx_fused_optim._requirements import MLX_VERSION
 
 NAME = "mlx-fused-optim"

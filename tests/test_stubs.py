@@ -9,8 +9,9 @@ import ast
 import re
 from pathlib import Path
 
-import mlx_fused_optim
 import pytest
+
+import mlx_fused_optim
 from mlx_fused_optim import _ext
 
 STUB = ast.parse((Path(mlx_fused_optim.__file__).parent / "_ext.pyi").read_text())
@@ -28,6 +29,9 @@ def functions_of(body):
 
 CLASSES = {node.name: functions_of(node.body) for node in STUB.body if type(node) is ast.ClassDef}
 FUNCTIONS = functions_of(STUB.body)
+CONSTANTS = {
+    node.target.id: node.annotation.id for node in STUB.body if isinstance(node, ast.AnnAssign)
+}
 # Those of every nanobind type, which are not ours to declare.
 GENERIC = set(dir(type("Plain", (), {}))) - {"__init__"}
 
@@ -90,7 +94,12 @@ def public(module):
 
 
 def test_the_same_names():
-    assert set(CLASSES) | set(FUNCTIONS) == public(_ext)
+    assert set(CLASSES) | set(FUNCTIONS) | set(CONSTANTS) == public(_ext)
+
+
+@pytest.mark.parametrize("name", sorted(CONSTANTS))
+def test_constant(name):
+    assert type(getattr(_ext, name)).__name__ == CONSTANTS[name]
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

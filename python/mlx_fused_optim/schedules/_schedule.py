@@ -94,13 +94,14 @@ class Schedule:
     def _first_value(self) -> float:
         """The value at step 0, in float64 where the device form has it."""
         if self._device is not None:
-            return float(self._device.first_value)
-        return float(self(0).item())
+            return self._device.first_value
+        value: Any = self(0).item()
+        return float(value)
 
     def _natural_length(self) -> int:
         """A number of steps in which its shape shows; a guess where it never ends."""
         if self._device is not None:
-            return int(self._device.natural_length)
+            return self._device.natural_length
         start, member = self._members[-1]
         length = member._natural_length() if isinstance(member, Schedule) else 1000
         return start + length
@@ -140,12 +141,13 @@ class Schedule:
                 yield f"{key}={shown}"
 
     def _why_not_in_kernel(self) -> str:
+        count = 0
         for _, member in self._members:
             if not isinstance(member, Schedule):
                 return "a member is a Python function"
-            if not member.in_kernel:
+            if member._device is None:
                 return member._why_not_in_kernel()
-        count = sum(member._device.segments for _, member in self._members)
+            count += member._device.segments
         return f"it has {count} segments, and the kernel takes {_ext.MAX_SEGMENTS}"
 
     def __eq__(self, other: object) -> bool:
@@ -174,7 +176,8 @@ def first_value_of(op: str, schedule: ScheduleLike) -> float:
     """The value at step 0, which a warm-up leads to."""
     if isinstance(schedule, Schedule):
         return schedule._first_value()
-    return float(value_of(schedule, mx.array(0, mx.uint64)).item())
+    value: Any = value_of(schedule, mx.array(0, mx.uint64)).item()
+    return float(value)
 
 
 def as_schedule(op: str, name: str, value: Any) -> ScheduleLike:
@@ -194,7 +197,7 @@ def joined(
     boundaries: Sequence[int],
 ) -> Schedule:
     """A schedule whose parts take over at the boundaries, and count from there."""
-    devices = [s._device for s in schedules if isinstance(s, Schedule) and s.in_kernel]
+    devices = [s._device for s in schedules if isinstance(s, Schedule) and s._device is not None]
     if len(devices) == len(schedules):
         device = _ext.join(devices, list(boundaries))
         if device is not None:

@@ -208,6 +208,7 @@ def warmup_stable_decay(
     peak, rise, stable, fall, init, end, rise_type, fall_type = arguments.values()
     # 1 - sqrt(1 - x) of the way up leaves sqrt(1 - x); sqrt(x) of the way down is a
     # weight that rises, so there the ends change places.
+    device: _ext.Schedule | None
     if fall_type == "1-sqrt":
         device = _ext.blend(end, peak, fall, stable, rising=True, power=0.5)
     else:

@@ -136,12 +136,12 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         [1.0, 1.0, 0.5, 0.25]
     """
     op = "step_decay"
-    arguments: dict[str, Any] = {
-        "init": as_float(op, "init", init),
-        "decay_rate": as_positive(op, "decay_rate", decay_rate),
-        "step_size": as_length(op, "step_size", step_size),
-    }
-    return Schedule(op, arguments, _ext.exponential_decay(*arguments.values(), 0, True, None))
+    init = as_float(op, "init", init)
+    decay_rate = as_positive(op, "decay_rate", decay_rate)
+    step_size = as_length(op, "step_size", step_size)
+    arguments = {"init": init, "decay_rate": decay_rate, "step_size": step_size}
+    device = _ext.exponential_decay(init, decay_rate, step_size, 0, True, None)
+    return Schedule(op, arguments, device)
 
 
 def linear_schedule(init: float, end: float, steps: int) -> Schedule:
@@ -219,7 +219,12 @@ def cosine_decay(
     end = as_float(op, "end", end)
     exponent = as_positive(op, "exponent", exponent)
     device = _ext.blend(init, end, decay_steps, cosine=True, power=exponent)
-    arguments: dict[str, Any] = {"init": init, "decay_steps": decay_steps, "end": end, "exponent": exponent}
+    arguments: dict[str, Any] = {
+        "init": init,
+        "decay_steps": decay_steps,
+        "end": end,
+        "exponent": exponent,
+    }
     return Schedule(op, arguments, device)
 
 
@@ -324,6 +329,7 @@ def inverse_sqrt(
         "warmup_steps": warmup_steps,
         "timescale": timescale,
     }
+    device: _ext.Schedule | None
     device = _ext.inverse_power(peak_value, timescale or warmup_steps or 10000, 0.5)
     if warmup_steps > 0:
         device = _ext.join([_ext.blend(0.0, peak_value, warmup_steps), device], [warmup_steps])
@@ -377,7 +383,11 @@ def multi_step(
     factors = scales if isinstance(scales, tuple) else (scales,) * len(boundaries)
     if any(factor < 0 for factor in factors):
         raise ValueError(f"[{op}] scales must not be negative: got {scales}, allowed 0 or more.")
-    arguments: dict[str, Any] = {"init_value": init_value, "boundaries": boundaries, "scales": scales}
+    arguments: dict[str, Any] = {
+        "init_value": init_value,
+        "boundaries": boundaries,
+        "scales": scales,
+    }
     values = [init_value]
     for factor in factors:
         values.append(as_float(op, "a value after scaling", values[-1] * factor))
