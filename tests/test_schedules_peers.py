@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_fused_optim import (
     Schedule,
     constant,
