@@ -50,7 +50,7 @@ clean:
 $(RUN)/pip:
 	tools/make_venv.sh $(PYTHON) $(VENV)
 
-$(VENV)/tools: pyproject.toml tools/requirements.py | $(RUN)/pip
+$(VENV)/tools: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
 	$(RUN)/python tools/requirements.py $(EXTRA) bench dev > $(VENV)/requirements.txt
 	$(PIP) install --quiet --requirement $(VENV)/requirements.txt
 	touch $@
