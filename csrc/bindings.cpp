@@ -48,7 +48,8 @@ nb::list layout_arenas(const Layout& layout) {
   nb::list arenas;
   for (auto& arena : layout.arenas) {
     arenas.append(
-        nb::make_tuple(arena.dtype, shape_tuple(arena_shape(arena)), arena.tensors, arena.offsets));
+        nb::make_tuple(
+            arena->dtype, shape_tuple(arena_shape(*arena)), arena->tensors, arena->offsets));
   }
   return arenas;
 }
@@ -79,7 +80,8 @@ nb::tuple step_of_tree(
     bool has_weight_decay,
     mx::StreamOrDevice stream) {
   using namespace fused_math;
-  const uint32_t flags = has_momentum * kMomentum | nesterov * kNesterov | has_weight_decay * kWeightDecay;
+  const uint32_t flags =
+      has_momentum * kMomentum | nesterov * kNesterov | has_weight_decay * kWeightDecay;
   auto result = sgd_step(
       layout,
       tree.parameters(),
@@ -159,12 +161,18 @@ NB_MODULE(_ext, m) {
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/layout.h.")
-      .def("__init__", [](Layout* self, const Tree& tree) { new (self) Layout(make_layout(tree.specs())); })
-      .def("__init__", [](Layout* self, nb::list rows) { new (self) Layout(layout_from_rows(rows)); })
+      .def(
+          "__init__",
+          [](Layout* self, const Tree& tree) { new (self) Layout(make_layout(tree.specs())); })
+      .def(
+          "__init__",
+          [](Layout* self, nb::list rows) { new (self) Layout(layout_from_rows(rows)); })
       .def_prop_ro("fingerprint", &fingerprint_of)
       .def_prop_ro("tensors", &layout_rows, "``[(path, shape, dtype), ...]``")
       .def_prop_ro(
-          "arenas", &layout_arenas, "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
+          "arenas",
+          &layout_arenas,
+          "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
 
   m.def(
       "arena_view",

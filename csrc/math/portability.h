@@ -9,6 +9,13 @@
 
 #if defined(__METAL_VERSION__)
 #include <metal_stdlib>
+using namespace metal;
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
+#else
+#pragma STDC FP_CONTRACT OFF
+#endif
 #define MATH_FN inline
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)
@@ -17,7 +24,8 @@
 #define MATH_CONSTANT const
 #else
 #include <cstdint>
-#define MATH_FN static inline
+// Inlined before the vectoriser looks: structs by value must have become registers.
+#define MATH_FN static inline __attribute__((always_inline))
 #define MATH_CONSTANT const
 #endif
 

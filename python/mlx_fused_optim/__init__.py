@@ -4,14 +4,14 @@
     optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
 """
 
-from ._requirements import check_mlx, load_extension
+from ._requirements import check_extension, check_mlx
 
 check_mlx()
-_ext = load_extension()
+check_extension()
 
-from .functional import fused_sgd_init, fused_sgd_step  # noqa: E402
-from .optimizers import SGD  # noqa: E402
-from .schedules import (  # noqa: E402
+from .functional import fused_sgd_init, fused_sgd_step
+from .optimizers import SGD
+from .schedules import (
     Schedule,
     constant,
     cosine_decay,
