@@ -6,10 +6,9 @@ import pickle
 
 import mlx.core as mx
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-
-import mlx_fused_optim as optim
 from mlx_fused_optim import (
     Schedule,
     constant,
@@ -42,9 +41,7 @@ NINE = join_schedules([constant(i) for i in range(9)], [10 * i for i in range(1,
 PRINTED = {
     "constant(0.5)": constant(0.5),
     "cosine_decay(0.1, 1000)": cosine_decay(0.1, 1000),
-    "cosine_decay(0.1, 1000, end=0.01, exponent=2.0)": cosine_decay(
-        0.1, 1000, 0.01, exponent=2
-    ),
+    "cosine_decay(0.1, 1000, end=0.01, exponent=2.0)": cosine_decay(0.1, 1000, 0.01, exponent=2),
     "cosine_restarts(0.1, 10, cycle_multiplier=2)": cosine_restarts(0.1, 10, cycle_multiplier=2),
     "exponential_decay(0.1, 0.9)": exponential_decay(0.1, 0.9),
     "exponential_decay(0.1, 0.9, transition_steps=5, staircase=True, end=0.01)": exponential_decay(
@@ -171,7 +168,7 @@ def test_a_join_is_that_of_mlx():
     ],
 )
 def test_errors_are_those_of_mlx(name, arguments):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"greater than 0|at least 1|expected"):
         getattr(mlx.optimizers, name)(*arguments)
     with pytest.raises(ValueError, match=rf"^\[{name}\] .*: got .*, allowed "):
         getattr(optim, name)(*arguments)
@@ -280,7 +277,9 @@ def test_bad_arguments_raise(make, arguments):
 
 @pytest.mark.parametrize("step", [-1, 1.5, 2**64, "one", None, mx.array(1.0), mx.array(True)])
 def test_bad_steps_raise(step):
-    with pytest.raises((ValueError, TypeError), match=r"^\[cosine_decay\] .*step must be|out of range"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^\[cosine_decay\] .*step must be|out of range"
+    ):
         cosine_decay(0.1, 10)(step)
 
 

@@ -6,6 +6,7 @@ itself is good to some 2^-50.
 """
 
 import math
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.optimizers
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from mlx_fused_optim import (
     constant,
     cosine_decay,
@@ -97,8 +97,8 @@ def around(*boundaries):
 def test_the_check_notices_float32():
     """A control: the same formula in float32 does not pass."""
     check(exponential_decay(0.1, 0.999999), lambda t: 0.1 * 0.999999**t, [10**6])
+    mlx_schedule = mlx.optimizers.exponential_decay(0.1, 0.999999)
     with pytest.raises(AssertionError):
-        mlx_schedule = mlx.optimizers.exponential_decay(0.1, 0.999999)
         check(mlx_schedule, lambda t: 0.1 * 0.999999**t, [10**6])
 
 
@@ -247,7 +247,7 @@ def test_one_cycle(steps, peak, start, final, div, final_div, anneal, more):
     points.append((steps, peak / (div * final_div)))
 
     def oracle(t):
-        for (begin, value), (end, after) in zip(points, points[1:], strict=False):
+        for (begin, value), (end, after) in pairwise(points):
             if t < end:
                 weight = line if anneal == "linear" else wave
                 return blend(value, after, weight(t - begin, end - begin))

@@ -14,7 +14,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_fused_optim import (
     Schedule,
     constant,
@@ -205,7 +204,9 @@ class Transformers:
         steps = num_training_steps - num_warmup_steps
         if num_cycles == 1.0:  # down and up again
             half = steps // 2
-            wave = join_schedules([cosine_decay(lr, half, end), cosine_decay(end, half, lr)], [half])
+            wave = join_schedules(
+                [cosine_decay(lr, half, end), cosine_decay(end, half, lr)], [half]
+            )
         elif num_cycles == 0.25:  # half the way down
             wave = cosine_decay(lr, 2 * steps, end)
         else:
@@ -298,8 +299,7 @@ DEPARTURES = {
         "onecycle-s16": 100,
         "onecycle-s18": 100000,
     },
-    "The peak of one cycle is on a whole step; torch's may lie between two, or before the "
-    "first.": {
+    "The peak of one cycle is on a whole step; torch's may lie between two, or before the first.": {
         "onecycle-s13": 1,
         "onecycle-s15": RAISES,
     },
@@ -375,7 +375,7 @@ def differing_steps(record, schedule) -> list[int]:
     theirs = dict(record["values"]) if faithful else {}
     for value, (step, exact) in zip(schedule(steps).tolist(), record["exact"], strict=True):
         for other in (float(exact), float(theirs.get(step, exact))):
-            if value == other or abs(other) > 3.4e38 and math.isinf(value):
+            if value == other or (abs(other) > 3.4e38 and math.isinf(value)):
                 continue
             if not abs(value - other) <= 2 * ulp(other):
                 differing.append(step)

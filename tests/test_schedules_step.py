@@ -3,7 +3,6 @@
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-
 from mlx_fused_optim import (
     SGD,
     constant,

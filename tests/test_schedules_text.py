@@ -8,7 +8,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-
 from mlx_fused_optim import (
     Schedule,
     constant,
@@ -160,7 +159,9 @@ def test_text_picture():
         assert len(as_text(odd, 50).splitlines()) == 18
 
 
-@pytest.mark.parametrize("picture", sorted(path.stem for path in (DOCS / "schedules").glob("*.svg")))
+@pytest.mark.parametrize(
+    "picture", sorted(path.stem for path in (DOCS / "schedules").glob("*.svg"))
+)
 def test_pictures_are_current(picture):
     draw = drawer()
     stored = (DOCS / f"schedules/{picture}.svg").read_text()

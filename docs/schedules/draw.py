@@ -94,12 +94,16 @@ def picture(texts: list[str], steps: int) -> str:
         value, step = high * part / 4, (steps - 1) * part / 4
         (_, y), (x, _) = at(0, value).split(","), at(step, 0).split(",")
         lines.append(f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        lines.append(
+            f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        )
         lines.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{step:g}</text>')
     for number, (text, (at_steps, values)) in enumerate(zip(texts, curves, strict=True)):
         points = " ".join(at(s, v) for s, v in zip(at_steps, values, strict=True))
         colour = COLOURS[number]
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        lines.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
         y = HEIGHT + 8 + LINE * number
         shown = text.replace("&", "&amp;").replace("<", "&lt;")
         lines.append(

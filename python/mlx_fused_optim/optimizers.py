@@ -78,9 +78,10 @@ class SGD(Optimizer):  # type: ignore[misc]
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
         super().__init__()
         self._constants: dict[str, Any] = {}
-        if not callable(learning_rate):
-            learning_rate = checked_scalar("SGD", "learning_rate", learning_rate)
-        self._maybe_schedule("learning_rate", learning_rate)
+        rate: Any = learning_rate
+        if not callable(rate):
+            rate = checked_scalar("SGD", "learning_rate", rate)
+        self._maybe_schedule("learning_rate", rate)
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
@@ -173,12 +174,9 @@ class SGD(Optimizer):  # type: ignore[misc]
         )
 
     def _hyperparameters(self) -> Any:
-        momentum, weight_decay = (
-            self._schedulers.get(name, self._constants.get(name))
-            for name in ("momentum", "weight_decay")
-        )
+        given = {**self._constants, **self._schedulers}
         return checked_hyperparameters(
-            "SGD", momentum, weight_decay, self.dampening, self.nesterov
+            "SGD", given["momentum"], given["weight_decay"], self.dampening, self.nesterov
         )
 
     def _hyperparameter(self, name: str) -> Any:
