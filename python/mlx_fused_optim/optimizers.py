@@ -17,7 +17,7 @@ from ._step import (
 )
 
 
-class SGD(Optimizer):  # type: ignore[misc]
+class SGD(Optimizer):
     r"""Stochastic gradient descent, the whole parameter tree in one kernel.
 
     Takes the place of ``mlx.optimizers.SGD``: the same arguments, the same methods and,
@@ -76,12 +76,11 @@ class SGD(Optimizer):  # type: ignore[misc]
         nesterov: bool = False,
     ):
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
-        rate: Any = learning_rate
-        if not callable(rate):
-            rate = checked_scalar("SGD", "learning_rate", rate)
-        self._maybe_schedule("learning_rate", rate)
+        if not callable(learning_rate):
+            learning_rate = checked_scalar("SGD", "learning_rate", learning_rate)
+        self._maybe_schedule("learning_rate", learning_rate)  # type: ignore[arg-type]
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
@@ -174,9 +173,9 @@ class SGD(Optimizer):  # type: ignore[misc]
         )
 
     def _hyperparameters(self) -> Any:
-        given = {**self._constants, **self._schedulers}
+        options: dict[str, Any] = {**self._constants, **self._schedulers}
         return checked_hyperparameters(
-            "SGD", given["momentum"], given["weight_decay"], self.dampening, self.nesterov
+            "SGD", options["momentum"], options["weight_decay"], self.dampening, self.nesterov
         )
 
     def _hyperparameter(self, name: str) -> Any:
