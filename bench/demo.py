@@ -19,9 +19,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
-import numpy as np
-
 import mlx_fused_optim
+import numpy as np
 
 try:
     import matplotlib

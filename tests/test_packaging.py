@@ -4,9 +4,8 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-import pytest
-
 import mlx_fused_optim
+import pytest
 from mlx_fused_optim._requirements import MLX_VERSION
 
 NAME = "mlx-fused-optim"

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_fused_optim
 import nanobind_backend
 import pytest
-
-import mlx_fused_optim
 from mlx_fused_optim._requirements import MLX_VERSION
 
 MLX = Path(mx.__file__).parent

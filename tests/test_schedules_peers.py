@@ -14,7 +14,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_fused_optim import (
     Schedule,
     constant,
@@ -221,7 +220,7 @@ class Transformers:
     ):
         end = min_lr if min_lr is not None else lr * min_lr_rate
         wave = cosine_decay(lr, num_training_steps - num_warmup_steps, end)
-        start = lr / num_warmup_steps if warmup_lr_rate is None else lr * warmup_lr_rate
+        start = lr * (warmup_lr_rate or 1 / max(num_warmup_steps, 1))
         return warmup(wave, num_warmup_steps - 1, start)
 
     def get_cosine_with_hard_restarts_schedule_with_warmup(
@@ -399,9 +398,10 @@ def test_the_table_is_whole():
 def test_a_record_of_a_peer(record):
     first, reason = EXPECTED.get(record["id"], (None, None))
     if first == RAISES:
-        with pytest.raises((ValueError, ZeroDivisionError)):
+        with pytest.raises(ValueError, match=r"^\["):
             ours(record)
         return
+    assert record["exact"] or record["errors"], "nothing to compare with"
     differing = differing_steps(record, ours(record))
     if first is None:
         assert differing == []

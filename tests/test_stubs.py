@@ -9,9 +9,8 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 import mlx_fused_optim
+import pytest
 from mlx_fused_optim import _ext
 
 STUB = ast.parse((Path(mlx_fused_optim.__file__).parent / "_ext.pyi").read_text())

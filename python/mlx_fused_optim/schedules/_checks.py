@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, SupportsFloat
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
@@ -73,7 +73,7 @@ def as_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> str:
 def as_boundaries(op: str, values: Sequence[Any]) -> tuple[int, ...]:
     """Increasing steps, none of them 0: every part must be seen."""
     boundaries = tuple(as_integer(op, "a boundary", value, at_least=1) for value in values)
-    for before, after in itertools.pairwise(boundaries):
+    for before, after in pairwise(boundaries):
         if after <= before:
             raise ValueError(
                 f"[{op}] boundaries must increase: got {after} after {before}, "

@@ -94,14 +94,14 @@ class Schedule:
     def _first_value(self) -> float:
         """The value at step 0, in float64 where the device form has it."""
         if self._device is not None:
-            return self._device.first_value
+            return float(self._device.first_value)
         value: Any = self(0).item()
         return float(value)
 
     def _natural_length(self) -> int:
         """A number of steps in which its shape shows; a guess where it never ends."""
         if self._device is not None:
-            return self._device.natural_length
+            return int(self._device.natural_length)
         start, member = self._members[-1]
         length = member._natural_length() if isinstance(member, Schedule) else 1000
         return start + length
@@ -197,9 +197,10 @@ def joined(
     boundaries: Sequence[int],
 ) -> Schedule:
     """A schedule whose parts take over at the boundaries, and count from there."""
-    devices = [s._device for s in schedules if isinstance(s, Schedule) and s._device is not None]
-    if len(devices) == len(schedules):
-        device = _ext.join(devices, list(boundaries))
+    devices = [s._device if isinstance(s, Schedule) else None for s in schedules]
+    in_kernel = [device for device in devices if device is not None]
+    if len(in_kernel) == len(schedules):
+        device = _ext.join(in_kernel, boundaries)
         if device is not None:
             return Schedule(name, arguments, device)
     members = list(zip([0, *boundaries], schedules, strict=True))

@@ -136,10 +136,12 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         [1.0, 1.0, 0.5, 0.25]
     """
     op = "step_decay"
-    init = as_float(op, "init", init)
-    decay_rate = as_positive(op, "decay_rate", decay_rate)
-    step_size = as_length(op, "step_size", step_size)
-    arguments = {"init": init, "decay_rate": decay_rate, "step_size": step_size}
+    arguments: dict[str, Any] = {
+        "init": as_float(op, "init", init),
+        "decay_rate": as_positive(op, "decay_rate", decay_rate),
+        "step_size": as_length(op, "step_size", step_size),
+    }
+    init, decay_rate, step_size = arguments.values()
     device = _ext.exponential_decay(init, decay_rate, step_size, 0, True, None)
     return Schedule(op, arguments, device)
 
@@ -329,11 +331,11 @@ def inverse_sqrt(
         "warmup_steps": warmup_steps,
         "timescale": timescale,
     }
-    device: _ext.Schedule | None
     device = _ext.inverse_power(peak_value, timescale or warmup_steps or 10000, 0.5)
-    if warmup_steps > 0:
-        device = _ext.join([_ext.blend(0.0, peak_value, warmup_steps), device], [warmup_steps])
-    return Schedule(op, arguments, device)
+    if warmup_steps == 0:
+        return Schedule(op, arguments, device)
+    rise = _ext.blend(0.0, peak_value, warmup_steps)
+    return Schedule(op, arguments, _ext.join([rise, device], [warmup_steps]))
 
 
 def multi_step(

@@ -62,7 +62,7 @@ def as_text(schedule: Schedule, steps: int, width: int = 72, height: int = 16) -
     at, values = sampled(schedule, steps, 4 * columns)
     shown = [value for value in values if math.isfinite(value)]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
-    if low > 0 and low < high / 2:
+    if low > 0 and (low < high / 2 or low == high):
         low = 0.0
     span = (high - low) or 1.0
     cells = [[0] * width for _ in range(height)]
