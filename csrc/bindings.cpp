@@ -108,8 +108,15 @@ NB_MODULE(_ext, m) {
           "steps"_a,
           nb::kw_only(),
           "stream"_a = nb::none(),
-          "The float32 learning rate at each of ``steps``, an array of integers.");
+          "The float32 value at each of ``steps``, an array of integers.")
+      .def_prop_ro("first_value", &first_value, "The value at step 0, as a float.")
+      .def_prop_ro("natural_length", &natural_length, "About how many steps show its shape.")
+      .def_ro("segments", &Schedule::count, "How many segments it has.");
+  m.attr("MAX_SEGMENTS") = int(fused_math::kMaxSegments);
+  m.attr("MAX_CYCLE_FACTOR") = int(fused_math::kMaxCycleFactor);
 
+  // The makers of schedules, see csrc/schedule.h: they trust their arguments.
+  m.def("constant", &constant, "value"_a);
   m.def(
       "exponential_decay",
       &exponential_decay,
@@ -119,6 +126,29 @@ NB_MODULE(_ext, m) {
       "transition_begin"_a,
       "staircase"_a,
       "end"_a.none());
+  m.def(
+      "blend",
+      &blend,
+      "one"_a,
+      "zero"_a,
+      "steps"_a,
+      "begin"_a = 0,
+      "cosine"_a = false,
+      "rising"_a = false,
+      "power"_a = 1.0);
+  m.def("inverse_power", &inverse_power, "peak"_a, "timescale"_a, "power"_a);
+  m.def("cosine_restarts", &cosine_restarts, "init"_a, "end"_a, "first_cycle"_a, "factor"_a);
+  m.def(
+      "triangular",
+      &triangular,
+      "base"_a,
+      "peak"_a,
+      "up"_a,
+      "down"_a,
+      "decay"_a,
+      "decay_per_cycle"_a);
+  m.def("join", &join, "schedules"_a, "boundaries"_a, "None if it needs too many segments.");
+  m.def("scaled", &scaled, "schedule"_a, "factor"_a);
 
   nb::class_<Tree>(m, "Tree", "Gradients and their parameters, flattened in one pass.")
       .def(

@@ -24,8 +24,8 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   const size_t n = plan.tensor_count();
   const auto& data = parameters[0].data_shared_ptr();
   // One use each: a gradient, a view or a pending operation on the same buffer
-  // would be one more.
-  if (!data || data.use_count() != static_cast<long>(n)) {
+  // would be one more. Memory that MLX only borrows (a mapped file) is not ours.
+  if (!data || data.use_count() != static_cast<long>(n) || !data->is_owned()) {
     return {};
   }
   const auto itemsize = static_cast<int64_t>(plan.arena->dtype.size());
@@ -45,22 +45,21 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   return begin;
 }
 
-} // namespace
+/// As if nothing had happened: with its inputs, an output can be evaluated again.
+void restore(std::vector<mx::array>& outputs, const std::vector<mx::array>& inputs) {
+  for (auto& output : outputs) {
+    output.set_data(mx::allocator::Data(mx::allocator::Buffer(nullptr), nullptr));
+    if (output.inputs().empty()) {
+      output.inputs() = inputs;
+    }
+  }
+}
 
-void set_outputs(
+void give_memory(
     const SgdPlan& plan,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  // Every output of a primitive has its own copy of the inputs, so none of them
-  // would ever look donatable. MLX drops these copies right after the evaluation
-  // (array::detach); the redundant ones go now. A tracer keeps its graph.
-  for (auto& output : outputs) {
-    if (!output.is_tracer() && &output.inputs() != &inputs) {
-      output.inputs().clear();
-    }
-  }
-
   SgdInputs in(plan, inputs);
   SgdOutputs out(plan, outputs);
   if (out.parameters) {
@@ -89,6 +88,30 @@ void set_outputs(
     if (scalar) {
       scalar->set_data(allocate(scalar->nbytes()));
     }
+  }
+}
+
+} // namespace
+
+void set_outputs(
+    const SgdPlan& plan,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    const std::function<mx::allocator::Data(size_t)>& allocate) {
+  // Every output of a primitive has its own copy of the inputs, so none of them
+  // would ever look donatable. MLX drops these copies right after the evaluation
+  // (array::detach); the redundant ones go now. A tracer keeps its graph.
+  for (auto& output : outputs) {
+    if (!output.is_tracer() && &output.inputs() != &inputs) {
+      output.inputs().clear();
+    }
+  }
+
+  try {
+    give_memory(plan, inputs, outputs, allocate);
+  } catch (...) { // no memory left
+    restore(outputs, inputs);
+    throw;
   }
   // The counts above were read without order; whoever let go of a buffer last
   // (an operation on another stream) has finished with it.

@@ -32,6 +32,21 @@ std::string python_type(nb::handle object) {
 
 std::string key_text(nb::handle key) { return nb::cast<std::string>(nb::str(key)); }
 
+/// The value of a key, or a null handle.
+nb::handle lookup(const nb::dict& dict, nb::handle key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!value && PyErr_Occurred()) {
+    throw nb::python_error();
+  }
+  return value;
+}
+
+// The type is looked up once: a tree has hundreds of leaves.
+bool is_array(nb::handle object) {
+  static PyObject* const array_type = nb::type<mx::array>().ptr();
+  return object.type().ptr() == array_type;
+}
+
 std::string described(const std::string& path) {
   return path.empty() ? "the tree itself" : "'" + path + "'";
 }
@@ -56,6 +71,9 @@ void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
 }
 
 nb::object rebuild(nb::handle tree, const std::vector<mx::array>& leaves, size_t& next) {
+  if (is_array(tree)) {
+    return nb::cast(leaves.at(next++));
+  }
   if (nb::isinstance<nb::dict>(tree)) {
     nb::dict result;
     for (auto [key, child] : nb::borrow<nb::dict>(tree)) {
@@ -74,7 +92,7 @@ nb::object rebuild(nb::handle tree, const std::vector<mx::array>& leaves, size_t
     }
     return nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items);
   }
-  return nb::cast(leaves.at(next++));
+  throw std::logic_error("[Tree] the tree of gradients was changed while a step was made of it.");
 }
 
 } // namespace
@@ -86,7 +104,9 @@ Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exa
 }
 
 void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) {
-  if (nb::isinstance<nb::dict>(gradients)) {
+  if (is_array(gradients)) {
+    leaf(gradients, parameters, path);
+  } else if (nb::isinstance<nb::dict>(gradients)) {
     if (!nb::isinstance<nb::dict>(parameters)) {
       refuse(
           op_,
@@ -99,20 +119,21 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
     auto parameter_dict = nb::borrow<nb::dict>(parameters);
     for (auto [key, gradient] : nb::borrow<nb::dict>(gradients)) {
       Descend down(path, key_text(key));
-      if (!parameter_dict.contains(key)) {
+      const auto parameter = lookup(parameter_dict, key);
+      if (!parameter) {
         refuse(
             op_,
             "a gradient without a parameter: got a gradient at '",
             path,
             "', allowed only paths that the parameters have.");
       }
-      walk(gradient, parameter_dict[key], path);
+      walk(gradient, parameter, path);
     }
     if (exact_) {
       auto gradient_dict = nb::borrow<nb::dict>(gradients);
       for (auto [key, parameter] : parameter_dict) {
         Descend down(path, key_text(key));
-        if (!gradient_dict.contains(key)) {
+        if (!lookup(gradient_dict, key)) {
           refuse(
               op_,
               "a parameter without a gradient: got none at '",
@@ -147,7 +168,7 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
 
 void Tree::leaf(nb::handle gradient, nb::handle parameter, const std::string& path) {
   auto array = [&](nb::handle object, const char* role) -> const mx::array& {
-    if (!nb::isinstance<mx::array>(object)) {
+    if (!is_array(object)) {
       refuse(
           op_,
           "the ",

@@ -41,6 +41,7 @@ struct SgdControl {
   uint32_t given; // bit i: scalar i is read from the array of given values
   uint32_t reserved;
 };
+static_assert(sizeof(SgdControl) <= 4096, "Metal takes at most 4 KiB by value");
 
 /// `given` is the array of given values, one for each SgdScalar up to the last
 /// that is given.

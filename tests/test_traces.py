@@ -1,0 +1,186 @@
+"""Eight-step runs of mlx.optimizers, optax and torch, recorded, against ours."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_fused_optim as optim
+import numpy as np
+import pytest
+from bits import of_mlx, to_mlx, widened
+from conformance import Options
+from references import step_float64
+
+DATA = Path(__file__).parent / "data" / "optimizers"
+INDEX = json.loads((DATA / "index.json").read_text())
+STEPS = INDEX["steps"]
+CUTS = INDEX["offsets"][1:-1]
+CONFIGURATIONS = {c["id"]: c for c in INDEX["configurations"]}
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / name) as file:
+        return dict(file)
+
+
+INPUTS, MLX, OPTAX, TORCH = map(load, ("data.npz", "mlx_sgd.npz", "optax_sgd.npz", "torch_sgd.npz"))
+
+
+class Trace:
+    """One recorded run: the options, and the state before and after each step."""
+
+    def __init__(self, name: str, kind: str, arrays: dict[str, np.ndarray]):
+        options = CONFIGURATIONS[name]["options"]
+        rates = options["lr"]
+        self.rates = rates if isinstance(rates, list) else [rates] * STEPS
+        self.sign = np.float32(-1 if options["maximize"] else 1)
+        self.options = Options(
+            options["momentum"], options["weight_decay"], options["dampening"], options["nesterov"]
+        )
+        self.parameters = arrays[f"{name}.{kind}.p"]
+        self.velocities = arrays.get(f"{name}.{kind}.m")
+
+    def gradient(self, step: int) -> np.ndarray:
+        return self.sign * INPUTS["g"][step].view(np.float32)
+
+
+def tree(flat: np.ndarray, dtype: str = "float32") -> dict[str, mx.array]:
+    """The three tensors of a flat record."""
+    bits = flat if flat.dtype != np.float32 else flat.view(np.uint32)
+    return {f"t{i}": to_mlx(part.copy(), dtype) for i, part in enumerate(np.split(bits, CUTS))}
+
+
+def flat(arrays: dict[str, mx.array]) -> np.ndarray:
+    return np.concatenate([of_mlx(a) for a in arrays.values()])
+
+
+def run(trace: Trace, options: Options, parameters, dtype="float32"):
+    """(parameters, velocities) after each step, as bits."""
+    optimizer = optim.SGD(lambda step: mx.array(trace.rates, mx.float32)[step], *options)
+    for step in range(STEPS):
+        parameters = optimizer.apply_gradients({"t": tree(trace.gradient(step))}, {"t": parameters})
+        parameters = parameters["t"]
+        velocities = optimizer.unpacked_state().get("t")
+        yield (
+            flat(parameters),
+            flat({k: v["v"] for k, v in velocities.items()}) if velocities else None,
+        )
+
+
+def traces(peer: str, *kinds: str):
+    cases = [(c["id"], k) for c in CONFIGURATIONS.values() for k in kinds if k in c[peer]]
+    assert cases
+    return pytest.mark.parametrize(("name", "kind"), cases, ids=[f"{a}-{b}" for a, b in cases])
+
+
+@traces("mlx", "f32")
+def test_mlx_bit_for_bit(name, kind):
+    trace = Trace(name, kind, MLX)
+    for step, (p, v) in enumerate(run(trace, trace.options, tree(INPUTS["w0"]))):
+        assert np.array_equal(p, trace.parameters[step])
+        if v is not None:
+            assert np.array_equal(v, trace.velocities[step])
+
+
+@traces("optax", "sgd.f32", "ema.f32")
+def test_optax_bit_for_bit(name, kind):
+    """optax.sgd has no dampening; optax.ema is momentum with dampening 1 - (1 - momentum)."""
+    trace = Trace(name, kind, OPTAX)
+    options = trace.options._replace(dampening=0.0)
+    if kind == "ema.f32":
+        options = options._replace(dampening=options.momentum)
+    for step, (p, v) in enumerate(run(trace, options, tree(INPUTS["w0"]))):
+        assert np.array_equal(p, trace.parameters[step])
+        if v is not None:
+            assert np.array_equal(v, trace.velocities[step])
+
+
+def one_step(trace: Trace, step: int, options: Options, dtype: str):
+    """Our step, and the float64 step with its bound, both from the recorded state."""
+    start = INPUTS["w0"] if step == 0 else trace.parameters[step - 1]
+    if step == 0 and dtype != "float32":
+        raise ValueError("the first parameters are recorded in float32 only")
+    gradient = trace.gradient(step)
+    optimizer = optim.SGD(trace.rates[step], *options)
+    velocity = np.zeros_like(start)
+    if options.momentum:
+        if step > 0:
+            velocity = trace.velocities[step - 1]
+        parts = tree(velocity, dtype)
+        optimizer.state = {
+            "step": mx.array(step, mx.uint64),
+            "learning_rate": mx.array(trace.rates[step]),
+            "t": {k: {"v": v} for k, v in parts.items()},
+        }
+    new = optimizer.apply_gradients({"t": tree(gradient)}, {"t": tree(start, dtype)})
+    exact = step_float64(
+        start, gradient.view(np.uint32), velocity, dtype, "float32",
+        np.float32(trace.rates[step]), options,
+    )  # fmt: skip
+    return flat(new["t"]), exact
+
+
+@traces("torch", "f32.single", "f32.fused")
+def test_torch_within_the_roundings_of_one_step(name, kind):
+    """torch contracts to fused multiply-adds: fewer roundings than the bound allows.
+
+    Each step starts from torch's own state. torch's first velocity is the gradient
+    itself, undampened; from the second step on the rules are ours.
+    """
+    trace = Trace(name, kind, TORCH)
+    for step in range(STEPS):
+        options = trace.options._replace(dampening=0.0) if step == 0 else trace.options
+        ours, ((_, bound), _) = one_step(trace, step, options, "float32")
+        torch = trace.parameters[step].view(np.float32).astype(np.float64)
+        error = np.abs(ours.view(np.float32) - torch)
+        # torch also keeps hyperparameters in float64: one more relative 2^-24 of each term.
+        assert (error <= 3 * bound).all()
+        # A control: the bound is no wider than a few units in the last place of the terms.
+        assert bound.max() < 1e-5
+
+
+@traces("torch", "f64.single")
+def test_eight_steps_stay_close_to_torch_in_float64(name, kind):
+    """The whole run. The error of a step is handed on: dw' <= dw + lr * dv', and so on."""
+    trace = Trace(name, kind, TORCH)
+    if trace.options.dampening and trace.options.momentum:
+        pytest.skip("torch does not dampen the first step")
+    mu, decay = trace.options.momentum, trace.options.weight_decay
+    u = 2.0**-24
+    w_error, v_error = np.zeros(41), np.zeros(41)
+    start = INPUTS["w0"].view(np.float32).astype(np.float64)
+    velocity = np.zeros(41)
+    for step, (p, _) in enumerate(run(trace, trace.options, tree(INPUTS["w0"]))):
+        g = trace.gradient(step) + decay * start
+        # Every term: its own rounding, its sum's, and that of its float32 hyperparameter.
+        g_error = decay * w_error + 3 * u * (abs(decay * start) + abs(g))
+        velocity = mu * velocity + g
+        v_error = mu * v_error + g_error + 3 * u * (abs(mu * velocity) + abs(velocity) + abs(g))
+        update, error = velocity, v_error
+        if trace.options.nesterov:
+            update = g + mu * velocity
+            error = g_error + mu * v_error + 3 * u * (abs(mu * velocity) + abs(update))
+        if not mu:
+            update, error = g, g_error
+        rate = trace.rates[step]
+        exact = trace.parameters[step].view(np.float64)
+        w_error = w_error + rate * error + 3 * u * (abs(rate * update) + abs(exact))
+        assert (abs(p.view(np.float32).astype(np.float64) - exact) <= w_error).all()
+        assert w_error.max() < 1e-4  # the control: a bound, not a blank cheque
+        start = exact
+
+
+@traces("mlx", "f16", "bf16")
+def test_half_types_are_no_less_exact_than_mlx(name, kind):
+    """MLX rounds after every operation, we once: one step from MLX's own state."""
+    dtype = {"f16": "float16", "bf16": "bfloat16"}[kind]
+    trace = Trace(name, kind, MLX)
+    our_error = their_error = 0.0
+    for step in range(1, STEPS):
+        # MLX's gradients were rounded to the narrow type.
+        ours, ((exact, bound), _) = one_step(trace, step, trace.options, dtype)
+        error = np.abs(widened(ours, dtype) - exact)
+        assert (error <= bound).all()
+        our_error += error.sum()
+        their_error += np.abs(widened(trace.parameters[step], dtype) - exact).sum()
+    assert our_error <= their_error
