@@ -22,6 +22,7 @@ import peers
 import shapes
 import timing
 import training
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -77,21 +78,30 @@ def record(kind: str, work: shapes.Work, options: peers.Options, times: dict) ->
 
 
 def table(result: dict) -> Table:
-    shown = Table(title=f"{result['title']}  ({result['elements']:,} elements)")
-    shown.add_column("", no_wrap=True)
-    for title in ("ms", "quartiles", "GB/s", "ours is faster", "new memory"):
-        shown.add_column(title, justify="right", no_wrap=True)
+    """The candidates, fastest first; ratios to the fastest of ours."""
     times = result["candidates"]
+    in_training = result["kind"] == "training"
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
+    shown.title = f"{result['title']} ({result['elements']:,} elements)"
+    shown.add_column("", no_wrap=True)
+    third = "optimizer ms" if in_training else "GB/s"
+    for title in ("ms", "quartiles", third, "/ ours", "new MiB"):
+        shown.add_column(title, justify="right", no_wrap=True)
     best = min((t["median_ms"] for n, t in times.items() if n.startswith("ours")), default=None)
     for name, time in sorted(times.items(), key=lambda item: item[1]["median_ms"]):
         median = time["median_ms"]
+        if in_training:
+            value = training.share(name, times)
+            third = "" if value is None else f"{value:.3f}"
+        else:
+            third = f"{result['least_bytes'] / median / 1e6:.1f}"
         shown.add_row(
             name,
             f"{median:.3f}",
-            f"{time['low_ms']:.3f} - {time['high_ms']:.3f}",
-            f"{result['least_bytes'] / median / 1e6:.1f}" if result["kind"] == "step" else "",
-            f"{median / best:.2f} x" if best and not name.startswith("ours") else "",
-            f"{time['new_bytes'] / 2**20:.2f} MiB" if "new_bytes" in time else "",
+            f"{time['low_ms']:.3f}-{time['high_ms']:.3f}",
+            third,
+            f"{median / best:.2f}x" if best else "",
+            f"{time['new_bytes'] / 2**20:.2f}" if "new_bytes" in time else "",
             style="bold" if name.startswith("ours") else None,
         )
     return shown

@@ -69,8 +69,9 @@ def load(name: str) -> Work:
     if name in SYNTHETIC:
         count, shape = SYNTHETIC[name]
         tensors = "one tensor" if count == 1 else f"{count} tensors"
+        lengths = " x ".join(f"{length:,}" for length in shape)
         rows = tuple((f"layers.{i}.weight", shape) for i in range(count))
-        return Work(name, f"{tensors} of {'x'.join(map(str, shape))}", rows)
+        return Work(name, f"{tensors} of {lengths}", rows)
     if name in MODELS:
         model = json.loads((DATA / f"{name}.json").read_text())
         return Work(name, model["model"], tuple(_expanded(model["blocks"])))

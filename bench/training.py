@@ -23,6 +23,13 @@ CANDIDATES: dict[str, tuple[Any, bool]] = {
 }
 
 
+def share(name: str, times: dict) -> float | None:
+    """What the optimizer adds to the gradients (ms), eager to eager, compiled to compiled."""
+    module, compiled = CANDIDATES[name]
+    alone = "gradients alone compiled" if compiled else "gradients alone"
+    return None if module is None else times[name]["median_ms"] - times[alone]["median_ms"]
+
+
 class Training:
     """Training of some parameters, all in one ``mx.eval`` a step."""
 
@@ -67,7 +74,7 @@ def lora_work(quick: bool, device: str) -> tuple[Work, int]:
         for i in range(layers)
         for row in ((f"layers.{i}.lora_a", (512, 8)), (f"layers.{i}.lora_b", (8, 512)))
     )
-    title = f"LoRA training step: {2 * layers} tensors of width 512, rank 8, {rows} rows"
+    title = f"LoRA training step, {2 * layers} tensors of width 512 and rank 8, {rows} rows"
     return Work(LORA_TRAINING, title, parameters), rows
 
 
