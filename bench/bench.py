@@ -82,9 +82,9 @@ def table(result: dict) -> Table:
     times = result["candidates"]
     in_training = result["kind"] == "training"
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
-    shown.title = f"{result['title']} ({result['elements']:,} elements)"
+    shown.title = result["title"]
     shown.add_column("", no_wrap=True)
-    third = "optimizer ms" if in_training else "GB/s"
+    third = "share ms" if in_training else "GB/s"
     for title in ("ms", "quartiles", third, "/ ours", "new MiB"):
         shown.add_column(title, justify="right", no_wrap=True)
     best = min((t["median_ms"] for n, t in times.items() if n.startswith("ours")), default=None)
@@ -183,8 +183,7 @@ def results_of(
 ) -> Iterator[dict]:
     if name == shapes.LORA_TRAINING:
         work, rows = training.lora_work(chosen.quick, chosen.device)
-        layers = len(work.parameters) // 2
-        loss = training.lora_loss(layers, rows, getattr(mx, chosen.dtype))
+        loss = training.lora_loss(work, rows, getattr(mx, chosen.dtype))
         yield measure_training(work, loss, chosen.peers, options, seconds)
         return
     work = shapes.load(name)
