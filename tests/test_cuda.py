@@ -8,10 +8,9 @@ import itertools
 
 import mlx.core as mx
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-
-import mlx_fused_optim as optim
 from mlx_fused_optim import _ext
 
 if not mx.is_available(mx.gpu) or mx.metal.is_available():

@@ -14,7 +14,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_fused_optim import (
     Schedule,
     constant,
@@ -375,7 +374,7 @@ def differing_steps(record, schedule) -> list[int]:
     theirs = dict(record["values"]) if faithful else {}
     for value, (step, exact) in zip(schedule(steps).tolist(), record["exact"], strict=True):
         for other in (float(exact), float(theirs.get(step, exact))):
-            if value == other or abs(other) > 3.4e38 and math.isinf(value):
+            if value == other or (abs(other) > 3.4e38 and math.isinf(value)):
                 continue
             if not abs(value - other) <= 2 * ulp(other):
                 differing.append(step)

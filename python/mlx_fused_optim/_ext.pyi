@@ -14,7 +14,17 @@ class Schedule:
         *,
         stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
     ) -> mx.array: ...
+    @property
+    def first_value(self) -> float: ...
+    @property
+    def natural_length(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
 
+MAX_SEGMENTS: int
+MAX_CYCLE_FACTOR: int
+
+def constant(value: float) -> Schedule: ...
 def exponential_decay(
     init: float,
     decay_rate: float,
@@ -23,6 +33,22 @@ def exponential_decay(
     staircase: bool,
     end: float | None,
 ) -> Schedule: ...
+def blend(
+    one: float,
+    zero: float,
+    steps: int,
+    begin: int = 0,
+    cosine: bool = False,
+    rising: bool = False,
+    power: float = 1.0,
+) -> Schedule: ...
+def inverse_power(peak: float, timescale: int, power: float) -> Schedule: ...
+def cosine_restarts(init: float, end: float, first_cycle: int, factor: int) -> Schedule: ...
+def triangular(
+    base: float, peak: float, up: int, down: int, decay: float, decay_per_cycle: bool
+) -> Schedule: ...
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule | None: ...
+def scaled(schedule: Schedule, factor: float) -> Schedule: ...
 
 class Tree:
     """Gradients and their parameters, flattened in one pass."""

@@ -169,7 +169,8 @@ def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
     """Momentum that lies where mlx.optimizers.SGD keeps it, by path."""
     velocities = {}
     own = {"arenas", *_scalars(state)}
-    for name, leaf in tree_flatten({k: v for k, v in state.items() if k not in own}):
+    leaves: Any = tree_flatten({k: v for k, v in state.items() if k not in own})
+    for name, leaf in leaves:
         path, _, key = name.rpartition(".")
         if key != "v" or not isinstance(leaf, mx.array):
             raise ValueError(

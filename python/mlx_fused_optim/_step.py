@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import _ext, _packing
 from .schedules import Schedule
 
-Scheduled = Union[Schedule, Callable[[mx.array], Any]]
-LearningRate = Union[float, mx.array, Scheduled]
-Hyperparameter = Union[float, Scheduled]
+Scheduled = Schedule | Callable[[mx.array], Any]
+LearningRate = float | mx.array | Scheduled
+Hyperparameter = float | Scheduled
 
 
 class Hyperparameters(NamedTuple):

@@ -17,7 +17,7 @@ from ._step import (
 )
 
 
-class SGD(Optimizer):  # type: ignore[misc]
+class SGD(Optimizer):
     r"""Stochastic gradient descent, the whole parameter tree in one kernel.
 
     Takes the place of ``mlx.optimizers.SGD``: the same arguments, the same methods and,
@@ -76,11 +76,11 @@ class SGD(Optimizer):  # type: ignore[misc]
         nesterov: bool = False,
     ):
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
         if not callable(learning_rate):
             learning_rate = checked_scalar("SGD", "learning_rate", learning_rate)
-        self._maybe_schedule("learning_rate", learning_rate)
+        self._maybe_schedule("learning_rate", learning_rate)  # type: ignore[arg-type]
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
@@ -173,12 +173,9 @@ class SGD(Optimizer):  # type: ignore[misc]
         )
 
     def _hyperparameters(self) -> Any:
-        momentum, weight_decay = (
-            self._schedulers.get(name, self._constants.get(name))
-            for name in ("momentum", "weight_decay")
-        )
+        options: dict[str, Any] = {**self._constants, **self._schedulers}
         return checked_hyperparameters(
-            "SGD", momentum, weight_decay, self.dampening, self.nesterov
+            "SGD", options["momentum"], options["weight_decay"], self.dampening, self.nesterov
         )
 
     def _hyperparameter(self, name: str) -> Any:
