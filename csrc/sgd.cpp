@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "composed.h"
 #include "errors.h"
 
 #include "mlx/transforms.h"
@@ -191,6 +192,7 @@ SgdStep sgd_step(
     mx::StreamOrDevice s) {
   check(layout, parameters, gradients, momentum, step, options);
   auto stream = mx::to_stream(s);
+  const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, stream);
 
   SgdStep result;
@@ -219,8 +221,12 @@ SgdStep sgd_step(
     inputs.push_back(step);
     inputs.insert(inputs.end(), given.begin(), given.end());
 
-    auto outputs = mx::array::make_arrays(
-        plan.output_shapes(), plan.output_dtypes(), std::make_shared<FusedSGD>(stream, plan), inputs);
+    auto outputs = composed ? sgd_step_composed(plan, inputs, stream)
+                            : mx::array::make_arrays(
+                                  plan.output_shapes(),
+                                  plan.output_dtypes(),
+                                  std::make_shared<FusedSGD>(stream, plan),
+                                  inputs);
     SgdOutputs out(plan, outputs);
     for (size_t i = 0; i < tensors.size(); ++i) {
       result.parameters[tensors[i]] =

@@ -49,7 +49,7 @@ extern "C" __attribute__((visibility("default"))) const char* metal_on_cpu_log()
     const char* comma = "";
     for (auto& [name, t] : r->traffic) {
       json << comma << '"' << name << "\":{\"read\":" << t.read << ",\"read_again\":" << t.read_again
-           << ",\"written\":" << t.written << '}';
+           << ",\"written\":" << t.written << ",\"accesses\":" << t.accesses << '}';
       comma = ",";
     }
     json << "}}";

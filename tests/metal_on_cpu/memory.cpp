@@ -135,6 +135,7 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
     }
   }
   (write ? region.traffic.written : region.traffic.read) += size;
+  ++region.traffic.accesses;
 }
 
 void Memory::report(const Region& r, const char* address, size_t size, const std::string& what) {
