@@ -25,15 +25,9 @@ class Tree {
   /// The tensors, named; made on demand, as it costs more than the walk.
   std::vector<TensorSpec> specs() const;
 
-  const std::vector<mx::array>& gradients() const {
-    return gradients_;
-  }
-  const std::vector<mx::array>& parameters() const {
-    return parameters_;
-  }
-  std::string fingerprint() const {
-    return fingerprint_.hex();
-  }
+  const std::vector<mx::array>& gradients() const { return gradients_; }
+  const std::vector<mx::array>& parameters() const { return parameters_; }
+  std::string fingerprint() const { return fingerprint_.hex(); }
 
  private:
   void walk(nb::handle gradients, nb::handle parameters, std::string& path);

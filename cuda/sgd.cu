@@ -1,0 +1,366 @@
+// The CUDA kernels: indexing around csrc/math. Compiled to a fatbin without host
+// code, see cmake/cuda.cmake; csrc/cuda loads it with the driver's interface.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/launch.h"
+
+namespace mlx_fused_optim::cuda {
+namespace {
+
+using fused_math::SgdElement;
+using fused_math::SgdHyper;
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename T>
+constexpr uint32_t kTile = tile_elements(sizeof(T));
+
+/// The tensor that this block works on: the last that begins at or before it.
+template <typename T>
+__device__ const T& find_tensor(const Launch<T>& launch) {
+  uint32_t low = 0;
+  uint32_t high = launch.common.count - 1;
+  while (low < high) {
+    const uint32_t middle = (low + high + 1) / 2;
+    if (launch.tensors[middle].first_block <= blockIdx.x) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return launch.tensors[low];
+}
+
+/// The numbers of the step. One thread computes them, while the loads that the
+/// others have issued are under way; all threads of the block must call.
+__device__ SgdHyper step_numbers(const Common& common) {
+  __shared__ SgdHyper shared;
+  if (threadIdx.x == 0) {
+    const uint64_t step = *common.step;
+    shared = fused_math::sgd_hyper(common.control, step, common.given);
+    if (common.step_out && blockIdx.x == 0) {
+      *common.step_out = step + 1;
+      common.used_out[fused_math::kLearningRate] = shared.learning_rate;
+      common.used_out[fused_math::kMomentumFactor] = shared.momentum;
+      common.used_out[fused_math::kWeightDecayFactor] = shared.weight_decay;
+    }
+  }
+  __syncthreads();
+  return shared;
+}
+
+/// Calls function(x) with x of the gradient's type.
+template <typename Function>
+__device__ void with_type(Type type, Function function) {
+  if (type == Type::float32) {
+    function(float());
+  } else if (type == Type::float16) {
+    function(__half());
+  } else {
+    function(__nv_bfloat16());
+  }
+}
+
+// ---- Contiguous tensors ---------------------------------------------------------
+
+/// N elements that lie together, in registers.
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
+  T x[N];
+};
+
+/// Memory that a step reads once: first to leave the caches.
+template <typename T, int N>
+__device__ void load_whole(Vector<T, N>& vector, const T* from) {
+  static_assert(sizeof(vector) == 8 || sizeof(vector) % 16 == 0);
+  if constexpr (sizeof(vector) == 8) {
+    reinterpret_cast<uint2&>(vector) = __ldcs(reinterpret_cast<const uint2*>(from));
+  } else {
+#pragma unroll
+    for (int k = 0; k < sizeof(vector) / 16; ++k) {
+      reinterpret_cast<uint4*>(&vector)[k] = __ldcs(reinterpret_cast<const uint4*>(from) + k);
+    }
+  }
+}
+
+/// The first `n` elements are read, the others are zero.
+template <typename T, int N>
+__device__ void load(Vector<T, N>& vector, const T* from, int n, bool aligned) {
+  if (aligned && n >= N) {
+    load_whole(vector, from);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      vector.x[k] = k < n ? from[k] : from_float<T>(0.0f);
+    }
+  }
+}
+
+template <typename T, int N>
+__device__ void store(T* to, const Vector<T, N>& vector, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(vector);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      to[k] = vector.x[k];
+    }
+  }
+}
+
+template <typename T, typename G>
+__device__ void update_tile(const Common& common, const Flat& tensor) {
+  constexpr int N = 16 / sizeof(T);
+  const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile<T>;
+  // Elements from here to the end of the tensor, and of the gap behind it; both
+  // no more than int holds, as no tile is longer.
+  const uint64_t rest = tensor.size - begin;
+  const int size = rest < kTile<T> ? rest : kTile<T>;
+  constexpr int kStep = kGranule / sizeof(T);
+  const int padded = (size + kStep - 1) / kStep * kStep;
+
+  const uint64_t at = tensor.offset + begin;
+  const T* parameter = static_cast<const T*>(tensor.parameter) + begin;
+  const G* gradient = static_cast<const G*>(tensor.gradient) + begin;
+  const T* velocity = static_cast<const T*>(common.velocity) + at;
+  T* parameter_out = static_cast<T*>(common.parameters_out) + at;
+  T* velocity_out = static_cast<T*>(common.velocity_out) + at;
+  const uint32_t flags = common.control.flags;
+  const bool has_momentum = flags & fused_math::kMomentum;
+
+  // All loads before the first use.
+  Vector<T, N> p[kVectors], v[kVectors];
+  Vector<G, N> g[kVectors];
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = (j * kThreads + threadIdx.x) * N;
+    if (i < padded) {
+      load(p[j], parameter + i, size - i, tensor.parameter_aligned);
+      load(g[j], gradient + i, size - i, tensor.gradient_aligned);
+      if (has_momentum) {
+        load(v[j], velocity + i, size - i, common.aligned);
+      }
+    }
+  }
+  const SgdHyper hyper = step_numbers(common);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = (j * kThreads + threadIdx.x) * N;
+    if (i < padded) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        SgdElement e = {to_float(p[j].x[k]), has_momentum ? to_float(v[j].x[k]) : 0.0f};
+        e = fused_math::sgd_element(e, to_float(g[j].x[k]), hyper, flags);
+        // In the gap the update of zeros could be NaN: the rate may be infinite.
+        const bool inside = i + k < size;
+        p[j].x[k] = from_float<T>(inside ? e.parameter : 0.0f);
+        v[j].x[k] = from_float<T>(inside ? e.velocity : 0.0f);
+      }
+      store(parameter_out + i, p[j], common.aligned);
+      if (has_momentum) {
+        store(velocity_out + i, v[j], common.aligned);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ void update(const Launch<Flat>& launch) {
+  if (launch.common.count == 0) { // an arena without tensors: only the step counts
+    step_numbers(launch.common);
+    return;
+  }
+  const Flat& tensor = find_tensor(launch);
+  with_type(tensor.gradient_type, [&](auto g) {
+    update_tile<T, decltype(g)>(launch.common, tensor);
+  });
+}
+
+// ---- Tensors whose gradient is transposed -----------------------------------------
+
+/// One element at its place; zeroes the gap behind the last.
+template <typename T>
+struct ElementWriter {
+  T* parameters;
+  T* velocities;
+  SgdHyper hyper;
+  uint32_t flags;
+
+  __device__ void update(uint64_t at, T parameter, T velocity, float gradient) const {
+    SgdElement e = {to_float(parameter), to_float(velocity)};
+    e = fused_math::sgd_element(e, gradient, hyper, flags);
+    parameters[at] = from_float<T>(e.parameter);
+    if (flags & fused_math::kMomentum) {
+      velocities[at] = from_float<T>(e.velocity);
+    }
+  }
+  __device__ void clear_gap(const Tensor& tensor) const {
+    constexpr uint64_t kStep = kGranule / sizeof(T);
+    const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
+    if (threadIdx.x < gap) {
+      const uint64_t at = tensor.offset + tensor.size + threadIdx.x;
+      parameters[at] = from_float<T>(0.0f);
+      if (flags & fused_math::kMomentum) {
+        velocities[at] = from_float<T>(0.0f);
+      }
+    }
+  }
+};
+
+template <typename T>
+__device__ ElementWriter<T> element_writer(const Common& common) {
+  return {
+      static_cast<T*>(common.parameters_out),
+      static_cast<T*>(common.velocity_out),
+      step_numbers(common),
+      common.control.flags};
+}
+
+// A tile of the gradient, read along its rows and used along the parameter's. One
+// more column spreads a column of the tile over all banks of shared memory.
+using Square = float[kSquare][kSquare + 1];
+
+template <typename T, typename G>
+__device__ void update_square(const Common& common, const Transposed& tensor, Square& turned) {
+  constexpr int kSteps = kSquare * kSquare / kThreads;
+  const uint32_t across = threadIdx.x % kSquare;
+  const uint32_t down = threadIdx.x / kSquare; // then on by kThreads / kSquare
+
+  const uint32_t tile = blockIdx.x - tensor.first_block;
+  const uint64_t tiles_across = (tensor.columns + kSquare - 1) / kSquare;
+  const uint64_t row = tile / tiles_across * kSquare;
+  const uint64_t column = tile % tiles_across * kSquare;
+  const T* parameter = static_cast<const T*>(tensor.parameter);
+  const G* gradient = static_cast<const G*>(tensor.gradient);
+  const T* velocity = static_cast<const T*>(common.velocity) + tensor.offset;
+  const bool has_momentum = common.control.flags & fused_math::kMomentum;
+
+  G g[kSteps];
+  T p[kSteps], v[kSteps];
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const uint32_t j = down + k * (kThreads / kSquare);
+    if (row + across < tensor.rows && column + j < tensor.columns) {
+      g[k] = __ldcs(gradient + int64_t(row + across) + int64_t(column + j) * tensor.stride);
+    }
+    if (row + j < tensor.rows && column + across < tensor.columns) {
+      const uint64_t i = (row + j) * tensor.columns + column + across;
+      p[k] = parameter[i];
+      v[k] = has_momentum ? velocity[i] : from_float<T>(0.0f);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    turned[down + k * (kThreads / kSquare)][across] = to_float(g[k]);
+  }
+  const auto writer = element_writer<T>(common); // a barrier lies in it
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const uint32_t j = down + k * (kThreads / kSquare);
+    if (row + j < tensor.rows && column + across < tensor.columns) {
+      const uint64_t i = (row + j) * tensor.columns + column + across;
+      writer.update(tensor.offset + i, p[k], v[k], turned[across][j]);
+    }
+  }
+  if (tile == 0) {
+    writer.clear_gap(tensor);
+  }
+}
+
+template <typename T>
+__device__ void update(const Launch<Transposed>& launch) {
+  __shared__ Square turned;
+  const Transposed& tensor = find_tensor(launch);
+  with_type(tensor.gradient_type, [&](auto g) {
+    update_square<T, decltype(g)>(launch.common, tensor, turned);
+  });
+}
+
+// ---- Tensors that lie in any way --------------------------------------------------
+
+template <typename T>
+__device__ void update(const Launch<Strided>& launch) {
+  const Common& common = launch.common;
+  const Strided& tensor = find_tensor(launch);
+  const T* parameter = static_cast<const T*>(tensor.parameter);
+  const T* velocity = static_cast<const T*>(common.velocity);
+  const auto writer = element_writer<T>(common);
+  const uint32_t tile = blockIdx.x - tensor.first_block;
+  const uint64_t begin = uint64_t(tile) * kTile<T>;
+  const uint64_t end = min(begin + kTile<T>, tensor.size);
+  for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    int64_t parameter_at = 0;
+    int64_t gradient_at = 0;
+    uint64_t rest = i;
+    for (int d = tensor.dimensions - 1; d >= 0; --d) {
+      const int64_t index = rest % tensor.shape[d];
+      rest /= tensor.shape[d];
+      parameter_at += index * tensor.parameter_strides[d];
+      gradient_at += index * tensor.gradient_strides[d];
+    }
+    float gradient;
+    with_type(tensor.gradient_type, [&](auto g) {
+      gradient = to_float(static_cast<const decltype(g)*>(tensor.gradient)[gradient_at]);
+    });
+    T old = from_float<T>(0.0f);
+    if (velocity) {
+      const uint64_t e = tensor.offset + i;
+      old = velocity
+          [int64_t(e / common.velocity_columns) * common.velocity_row_stride +
+           int64_t(e % common.velocity_columns) * common.velocity_column_stride];
+    }
+    writer.update(tensor.offset + i, parameter[parameter_at], old, gradient);
+  }
+  if (tile == 0) {
+    writer.clear_gap(tensor);
+  }
+}
+
+} // namespace
+
+// ---- Entry points: sgd_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them ----------
+
+#define KERNELS(T, name)                                                                \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_flat_##name(               \
+      const __grid_constant__ Launch<Flat> launch) {                                    \
+    update<T>(launch);                                                                  \
+  }                                                                                     \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_transposed_##name(         \
+      const __grid_constant__ Launch<Transposed> launch) {                              \
+    update<T>(launch);                                                                  \
+  }                                                                                     \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_strided_##name(            \
+      const __grid_constant__ Launch<Strided> launch) {                                 \
+    update<T>(launch);                                                                  \
+  }
+KERNELS(float, float32)
+KERNELS(__half, float16)
+KERNELS(__nv_bfloat16, bfloat16)
+#undef KERNELS
+
+extern "C" __global__ void evaluate_schedule(const __grid_constant__ ScheduleLaunch launch) {
+  const uint64_t stride = uint64_t(gridDim.x) * blockDim.x;
+  for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < launch.size; i += stride) {
+    launch.rates[i] = fused_math::schedule_value(launch.schedule, launch.steps[i]);
+  }
+}
+
+} // namespace mlx_fused_optim::cuda
