@@ -7,6 +7,8 @@
 
 #include "errors.h"
 
+#include "composed.h"
+
 namespace mlx_fused_optim {
 
 using namespace fused_math;
@@ -187,7 +189,7 @@ mx::array evaluate_schedule(
     const Schedule& schedule,
     const mx::array& steps,
     mx::StreamOrDevice s) {
-  auto stream = mx::to_stream(s);
+  auto stream = mx::to_stream(composed_is_asked_for() ? mx::StreamOrDevice(mx::Device::cpu) : s);
   return mx::array(
       steps.shape(),
       mx::float32,

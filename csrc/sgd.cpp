@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "composed.h"
 #include "errors.h"
 
 #include "mlx/transforms.h"
@@ -202,6 +203,7 @@ SgdStep sgd_step(
     mx::StreamOrDevice s) {
   check(layout, parameters, gradients, momentum, step, options);
   auto stream = mx::to_stream(s);
+  const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, stream);
 
   SgdStep result;
@@ -227,11 +229,12 @@ SgdStep sgd_step(
     inputs.push_back(step);
     inputs.insert(inputs.end(), given.begin(), given.end());
 
-    auto outputs = mx::array::make_arrays(
-        plan.output_shapes(),
-        plan.output_dtypes(),
-        std::make_shared<FusedSGD>(stream, plan),
-        inputs);
+    auto outputs = composed ? sgd_step_composed(plan, inputs, stream)
+                            : mx::array::make_arrays(
+                                  plan.output_shapes(),
+                                  plan.output_dtypes(),
+                                  std::make_shared<FusedSGD>(stream, plan),
+                                  inputs);
     SgdOutputs out(plan, outputs);
     if (out.parameters) {
       auto views = arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);

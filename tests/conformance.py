@@ -290,8 +290,33 @@ def _cpu_backends() -> list[Backend]:
     return rows
 
 
+def _metal_backends() -> list[Backend]:
+    """Metal's host code and kernels, run by the CPU: see docs/metal.md, ``make metal-check``."""
+    rows: list[Backend] = []
+    package = os.environ.get("METAL_ON_CPU_PACKAGE")
+    if package:
+        for order, threads in (("forward", "1024"), ("reverse", "96"), ("shuffled", "32")):
+            environment = {
+                "PYTHONPATH": package,
+                "METAL_ON_CPU_ORDER": order,
+                "METAL_ON_CPU_MAX_THREADS": threads,
+            }
+            rows.append(Subprocess(f"metal-{order}-{threads}", environment))
+    package = os.environ.get("METAL_ON_CPU_ASAN_PACKAGE")
+    if package:
+        environment = {
+            "PYTHONPATH": package,
+            "LD_PRELOAD": os.environ["METAL_ON_CPU_ASAN_LIBRARY"],
+            # Python frees little at exit; locals must stay on the stack that the
+            # harness knows.
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        }
+        rows.append(Subprocess("metal-asan", environment))
+    return rows
+
+
 # A backend joins here. The first one is what the others' bits are compared with.
-BACKENDS: list[Backend] = _cpu_backends()
+BACKENDS: list[Backend] = _cpu_backends() + _metal_backends()
 
 
 if __name__ == "__main__":

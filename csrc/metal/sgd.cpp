@@ -114,7 +114,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
     const auto gradient = in.gradients[i].dtype();
     auto*& kernel = kernels[gradient.val()];
     if (!kernel) {
-      const auto types = metal::name_of(plan_.arena.dtype) + "_" + metal::name_of(gradient);
+      const auto types = metal::name_of(plan_.arena->dtype) + "_" + metal::name_of(gradient);
       kernel = metal::kernel(device, "sgd_step_" + types, plan_.control.flags);
       threads = std::min(threads, threads_for(kernel));
     }
@@ -147,7 +147,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
   const bool gaps =
       n > 0 && (is_fresh(out.parameters, in.parameters) || is_fresh(out.momentum, in.momentum));
   const auto dispatches =
-      metal::make_dispatches(plan_.arena, parameters, gradients, aligned, gaps, threads);
+      metal::make_dispatches(*plan_.arena, parameters, gradients, aligned, gaps, threads);
 
   // They write disjoint parts of one arena: side by side, not one after another.
   auto together = encoder.start_concurrent();

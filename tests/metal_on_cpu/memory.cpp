@@ -108,7 +108,8 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
   if (at + size > region.size) {
     return report(region, address, size, "reaches over its end");
   }
-  if (at % size) {
+  // (Fields of a value, the compiler may load together.)
+  if (!region.by_value && at % size) {
     return report(region, address, size, "is not aligned to its width");
   }
   auto* users = &users_[region.begin][at];
@@ -131,6 +132,7 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
     }
   }
   (write ? region.traffic.written : region.traffic.read) += size;
+  ++region.traffic.accesses;
 }
 
 void Memory::report(const Region& r, const char* address, size_t size, const std::string& what) {

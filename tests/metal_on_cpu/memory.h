@@ -10,11 +10,12 @@
 
 namespace metal_on_cpu {
 
-/// How the kernels used one buffer during a dispatch, in bytes.
+/// How the kernels used one buffer during a dispatch.
 struct Traffic {
-  size_t read = 0;
+  size_t read = 0; // bytes
   size_t read_again = 0; // of `read`, by the same or another thread since the barrier
-  size_t written = 0;
+  size_t written = 0; // bytes
+  size_t accesses = 0; // loads and stores
 };
 
 /// The buffers of a dispatch, and who touched each byte since the last barrier.
