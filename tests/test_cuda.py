@@ -140,7 +140,7 @@ def strided_cases(dtype, gradient_dtype):
     yield random((7, 129), dtype), gradient(140, 20)[5:134, 3:10].T  # with a longer stride
     yield random((6, 5, 7), dtype), gradient(7, 5, 6).transpose(2, 1, 0)
     yield random((6, 5, 7), dtype), gradient(5, 6, 7).transpose(1, 0, 2)
-    yield random((4, 33, 2), dtype), gradient(8, 33, 4)[::2].transpose(2, 1, 0)
+    yield random((4, 33, 2), dtype), gradient(8, 33, 4)[::4].transpose(2, 1, 0)
     yield random((300, 40), dtype), mx.broadcast_to(gradient(40), (300, 40))
     yield random((300, 40), dtype), mx.broadcast_to(gradient(300, 1), (300, 40))
     yield random((65, 66), dtype), mx.broadcast_to(gradient(1, 1), (65, 66))
