@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 import pytest
+
 from bits import narrowed, of_mlx, to_mlx, widened
 from conformance import (
     BACKENDS,
