@@ -18,10 +18,10 @@ FORMATTED := $(shell find $(NATIVE) tests -type f \
 
 .PHONY: demo test bench lint format wheel clean
 
-demo: $(VENV)/installed $(VENV)/bench
+demo: $(VENV)/installed
 	$(RUN)/python bench/demo.py $(ARGS)
 
-bench: $(VENV)/installed $(VENV)/bench
+bench: $(VENV)/installed
 	$(RUN)/python bench/bench.py $(ARGS)
 
 # The tests, and the examples in the docstrings of the installed package.
@@ -50,14 +50,8 @@ clean:
 $(RUN)/pip:
 	tools/make_venv.sh $(PYTHON) $(VENV)
 
-$(VENV)/tools: pyproject.toml tools/requirements.py | $(RUN)/pip
-	$(RUN)/python tools/requirements.py $(EXTRA) dev > $(VENV)/requirements.txt
-	$(PIP) install --quiet --requirement $(VENV)/requirements.txt
-	touch $@
-
-# What the demo and the benchmark draw with; the tests do without.
-$(VENV)/bench: $(VENV)/tools
-	$(RUN)/python tools/requirements.py bench > $(VENV)/requirements.txt
+$(VENV)/tools: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
+	$(RUN)/python tools/requirements.py $(EXTRA) bench dev > $(VENV)/requirements.txt
 	$(PIP) install --quiet --requirement $(VENV)/requirements.txt
 	touch $@
 

@@ -20,9 +20,7 @@ Real real_from_double(double x) {
   return {hi, static_cast<float>(x - hi)};
 }
 
-double to_double(Real x) {
-  return static_cast<double>(x.hi) + x.lo;
-}
+double to_double(Real x) { return static_cast<double>(x.hi) + x.lo; }
 
 Schedule one_segment(ScheduleKind kind, double one, double zero) {
   Schedule schedule{};
@@ -36,9 +34,7 @@ Schedule one_segment(ScheduleKind kind, double one, double zero) {
 
 } // namespace
 
-Schedule constant(double value) {
-  return one_segment(kConstant, value, 0);
-}
+Schedule constant(double value) { return one_segment(kConstant, value, 0); }
 
 Schedule exponential_decay(
     double init,
@@ -136,7 +132,8 @@ Schedule scaled(const Schedule& schedule, double factor) {
   auto times_factor = [factor](Real x) {
     const double value = factor * to_double(x);
     if (std::abs(value) > std::numeric_limits<float>::max()) {
-      refuse("scaled", "a value is too large for float32: got ", value, ", allowed a smaller factor.");
+      refuse(
+          "scaled", "a value is too large for float32: got ", value, ", allowed a smaller factor.");
     }
     return real_from_double(value);
   };
@@ -153,7 +150,7 @@ double first_value(const Schedule& schedule) {
   const auto scaled = segment_value(segment, 0);
   const double value = std::ldexp(to_double(scaled.value), scaled.exponent);
   const double bound = to_double(segment.zero);
-  return segment.flags & kFloor ? std::max(value, bound)
+  return segment.flags & kFloor  ? std::max(value, bound)
       : segment.flags & kCeiling ? std::min(value, bound)
                                  : value;
 }

@@ -87,18 +87,23 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
   T x[N];
 };
 
-/// Memory that a step reads once: first to leave the caches.
+// Plain loads and stores: marking them as streaming, all or some, was slower on an
+// H200 (docs/cuda.md), and new parameters are soon read again.
 template <typename T, int N>
 __device__ void load_whole(Vector<T, N>& vector, const T* from) {
-  static_assert(sizeof(vector) == 8 || sizeof(vector) % 16 == 0);
-  if constexpr (sizeof(vector) == 8) {
-    reinterpret_cast<uint2&>(vector) = __ldcs(reinterpret_cast<const uint2*>(from));
+  if constexpr (sizeof(vector) <= 16) {
+    vector = *reinterpret_cast<const Vector<T, N>*>(from);
   } else {
 #pragma unroll
     for (int k = 0; k < sizeof(vector) / 16; ++k) {
-      reinterpret_cast<uint4*>(&vector)[k] = __ldcs(reinterpret_cast<const uint4*>(from) + k);
+      reinterpret_cast<uint4*>(&vector)[k] = reinterpret_cast<const uint4*>(from)[k];
     }
   }
+}
+
+template <typename T, int N>
+__device__ void store_whole(T* to, const Vector<T, N>& vector) {
+  *reinterpret_cast<Vector<T, N>*>(to) = vector;
 }
 
 /// The first `n` elements are read, the others are zero.
@@ -117,7 +122,7 @@ __device__ void load(Vector<T, N>& vector, const T* from, int n, bool aligned) {
 template <typename T, int N>
 __device__ void store(T* to, const Vector<T, N>& vector, bool aligned) {
   if (aligned) {
-    *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(vector);
+    store_whole(to, vector);
   } else {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -189,99 +194,96 @@ __device__ void update(const Launch<Flat>& launch) {
     return;
   }
   const Flat& tensor = find_tensor(launch);
-  with_type(tensor.gradient_type, [&](auto g) {
-    update_tile<T, decltype(g)>(launch.common, tensor);
-  });
+  with_type(
+      tensor.gradient_type, [&](auto g) { update_tile<T, decltype(g)>(launch.common, tensor); });
 }
 
 // ---- Tensors whose gradient is transposed -----------------------------------------
 
-/// One element at its place; zeroes the gap behind the last.
+/// Zeroes the gap behind the last element of a tensor; one block must do it.
 template <typename T>
-struct ElementWriter {
-  T* parameters;
-  T* velocities;
-  SgdHyper hyper;
-  uint32_t flags;
-
-  __device__ void update(uint64_t at, T parameter, T velocity, float gradient) const {
-    SgdElement e = {to_float(parameter), to_float(velocity)};
-    e = fused_math::sgd_element(e, gradient, hyper, flags);
-    parameters[at] = from_float<T>(e.parameter);
-    if (flags & fused_math::kMomentum) {
-      velocities[at] = from_float<T>(e.velocity);
+__device__ void clear_gap(const Common& common, const Tensor& tensor) {
+  constexpr uint64_t kStep = kGranule / sizeof(T);
+  const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
+  if (threadIdx.x < gap) {
+    const uint64_t at = tensor.offset + tensor.size + threadIdx.x;
+    static_cast<T*>(common.parameters_out)[at] = from_float<T>(0.0f);
+    if (common.velocity_out) {
+      static_cast<T*>(common.velocity_out)[at] = from_float<T>(0.0f);
     }
   }
-  __device__ void clear_gap(const Tensor& tensor) const {
-    constexpr uint64_t kStep = kGranule / sizeof(T);
-    const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
-    if (threadIdx.x < gap) {
-      const uint64_t at = tensor.offset + tensor.size + threadIdx.x;
-      parameters[at] = from_float<T>(0.0f);
-      if (flags & fused_math::kMomentum) {
-        velocities[at] = from_float<T>(0.0f);
-      }
-    }
-  }
-};
-
-template <typename T>
-__device__ ElementWriter<T> element_writer(const Common& common) {
-  return {
-      static_cast<T*>(common.parameters_out),
-      static_cast<T*>(common.velocity_out),
-      step_numbers(common),
-      common.control.flags};
 }
 
 // A tile of the gradient, read along its rows and used along the parameter's. One
-// more column spreads a column of the tile over all banks of shared memory.
+// more column spreads a column of the tile over the banks of shared memory.
 using Square = float[kSquare][kSquare + 1];
 
-template <typename T, typename G>
+/// W elements at a time; rows, columns and stride are multiples of W.
+template <typename T, typename G, int W>
 __device__ void update_square(const Common& common, const Transposed& tensor, Square& turned) {
-  constexpr int kSteps = kSquare * kSquare / kThreads;
-  const uint32_t across = threadIdx.x % kSquare;
-  const uint32_t down = threadIdx.x / kSquare; // then on by kThreads / kSquare
+  constexpr int kPerLine = kSquare / W; // threads on a line of the tile
+  constexpr int kLines = kSquareThreads / kPerLine; // lines at a time
+  constexpr int kSteps = kSquare / kLines;
+  const uint32_t along = threadIdx.x % kPerLine * W;
+  const uint32_t line = threadIdx.x / kPerLine;
 
   const uint32_t tile = blockIdx.x - tensor.first_block;
-  const uint64_t tiles_across = (tensor.columns + kSquare - 1) / kSquare;
-  const uint64_t row = tile / tiles_across * kSquare;
-  const uint64_t column = tile % tiles_across * kSquare;
+  const uint64_t tiles_in_row = (tensor.columns + kSquare - 1) / kSquare;
+  const uint64_t row = tile / tiles_in_row * kSquare;
+  const uint64_t column = tile % tiles_in_row * kSquare;
   const T* parameter = static_cast<const T*>(tensor.parameter);
   const G* gradient = static_cast<const G*>(tensor.gradient);
   const T* velocity = static_cast<const T*>(common.velocity) + tensor.offset;
-  const bool has_momentum = common.control.flags & fused_math::kMomentum;
+  T* parameter_out = static_cast<T*>(common.parameters_out) + tensor.offset;
+  T* velocity_out = static_cast<T*>(common.velocity_out) + tensor.offset;
+  const uint32_t flags = common.control.flags;
+  const bool has_momentum = flags & fused_math::kMomentum;
 
-  G g[kSteps];
-  T p[kSteps], v[kSteps];
+  // All loads before the first use.
+  Vector<G, W> g[kSteps];
+  Vector<T, W> p[kSteps], v[kSteps];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    const uint32_t j = down + k * (kThreads / kSquare);
-    if (row + across < tensor.rows && column + j < tensor.columns) {
-      g[k] = __ldcs(gradient + int64_t(row + across) + int64_t(column + j) * tensor.stride);
+    const uint32_t j = line + k * kLines;
+    if (row + along < tensor.rows && column + j < tensor.columns) {
+      load_whole(g[k], gradient + int64_t(row + along) + int64_t(column + j) * tensor.stride);
     }
-    if (row + j < tensor.rows && column + across < tensor.columns) {
-      const uint64_t i = (row + j) * tensor.columns + column + across;
-      p[k] = parameter[i];
-      v[k] = has_momentum ? velocity[i] : from_float<T>(0.0f);
+    if (row + j < tensor.rows && column + along < tensor.columns) {
+      const uint64_t i = (row + j) * tensor.columns + column + along;
+      load_whole(p[k], parameter + i);
+      if (has_momentum) {
+        load_whole(v[k], velocity + i);
+      }
     }
   }
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    turned[down + k * (kThreads / kSquare)][across] = to_float(g[k]);
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      turned[line + k * kLines][along + w] = to_float(g[k].x[w]);
+    }
   }
-  const auto writer = element_writer<T>(common); // a barrier lies in it
+  const SgdHyper hyper = step_numbers(common); // a barrier lies in it
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    const uint32_t j = down + k * (kThreads / kSquare);
-    if (row + j < tensor.rows && column + across < tensor.columns) {
-      const uint64_t i = (row + j) * tensor.columns + column + across;
-      writer.update(tensor.offset + i, p[k], v[k], turned[across][j]);
+    const uint32_t j = line + k * kLines;
+    if (row + j < tensor.rows && column + along < tensor.columns) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        SgdElement e = {to_float(p[k].x[w]), has_momentum ? to_float(v[k].x[w]) : 0.0f};
+        e = fused_math::sgd_element(e, turned[along + w][j], hyper, flags);
+        p[k].x[w] = from_float<T>(e.parameter);
+        v[k].x[w] = from_float<T>(e.velocity);
+      }
+      const uint64_t i = (row + j) * tensor.columns + column + along;
+      store_whole(parameter_out + i, p[k]);
+      if (has_momentum) {
+        store_whole(velocity_out + i, v[k]);
+      }
     }
   }
   if (tile == 0) {
-    writer.clear_gap(tensor);
+    clear_gap<T>(common, tensor);
   }
 }
 
@@ -290,7 +292,11 @@ __device__ void update(const Launch<Transposed>& launch) {
   __shared__ Square turned;
   const Transposed& tensor = find_tensor(launch);
   with_type(tensor.gradient_type, [&](auto g) {
-    update_square<T, decltype(g)>(launch.common, tensor, turned);
+    if (tensor.aligned && launch.common.aligned) {
+      update_square<T, decltype(g), kSquareVector>(launch.common, tensor, turned);
+    } else {
+      update_square<T, decltype(g), 1>(launch.common, tensor, turned);
+    }
   });
 }
 
@@ -302,7 +308,7 @@ __device__ void update(const Launch<Strided>& launch) {
   const Strided& tensor = find_tensor(launch);
   const T* parameter = static_cast<const T*>(tensor.parameter);
   const T* velocity = static_cast<const T*>(common.velocity);
-  const auto writer = element_writer<T>(common);
+  const SgdHyper hyper = step_numbers(common);
   const uint32_t tile = blockIdx.x - tensor.first_block;
   const uint64_t begin = uint64_t(tile) * kTile<T>;
   const uint64_t end = min(begin + kTile<T>, tensor.size);
@@ -320,17 +326,22 @@ __device__ void update(const Launch<Strided>& launch) {
     with_type(tensor.gradient_type, [&](auto g) {
       gradient = to_float(static_cast<const decltype(g)*>(tensor.gradient)[gradient_at]);
     });
-    T old = from_float<T>(0.0f);
+    const uint64_t at = tensor.offset + i;
+    SgdElement e = {to_float(parameter[parameter_at]), 0.0f};
     if (velocity) {
-      const uint64_t e = tensor.offset + i;
-      old = velocity
-          [int64_t(e / common.velocity_columns) * common.velocity_row_stride +
-           int64_t(e % common.velocity_columns) * common.velocity_column_stride];
+      e.velocity = to_float(
+          velocity
+              [int64_t(at / common.velocity_columns) * common.velocity_row_stride +
+               int64_t(at % common.velocity_columns) * common.velocity_column_stride]);
     }
-    writer.update(tensor.offset + i, parameter[parameter_at], old, gradient);
+    e = fused_math::sgd_element(e, gradient, hyper, common.control.flags);
+    static_cast<T*>(common.parameters_out)[at] = from_float<T>(e.parameter);
+    if (velocity) {
+      static_cast<T*>(common.velocity_out)[at] = from_float<T>(e.velocity);
+    }
   }
   if (tile == 0) {
-    writer.clear_gap(tensor);
+    clear_gap<T>(common, tensor);
   }
 }
 
@@ -338,18 +349,18 @@ __device__ void update(const Launch<Strided>& launch) {
 
 // ---- Entry points: sgd_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them ----------
 
-#define KERNELS(T, name)                                                                \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_flat_##name(               \
-      const __grid_constant__ Launch<Flat> launch) {                                    \
-    update<T>(launch);                                                                  \
-  }                                                                                     \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_transposed_##name(         \
-      const __grid_constant__ Launch<Transposed> launch) {                              \
-    update<T>(launch);                                                                  \
-  }                                                                                     \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_strided_##name(            \
-      const __grid_constant__ Launch<Strided> launch) {                                 \
-    update<T>(launch);                                                                  \
+#define KERNELS(T, name)                                                              \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_flat_##name(             \
+      const __grid_constant__ Launch<Flat> launch) {                                  \
+    update<T>(launch);                                                                \
+  }                                                                                   \
+  extern "C" __global__ __launch_bounds__(kSquareThreads) void sgd_transposed_##name( \
+      const __grid_constant__ Launch<Transposed> launch) {                            \
+    update<T>(launch);                                                                \
+  }                                                                                   \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_strided_##name(          \
+      const __grid_constant__ Launch<Strided> launch) {                               \
+    update<T>(launch);                                                                \
   }
 KERNELS(float, float32)
 KERNELS(__half, float16)

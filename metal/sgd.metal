@@ -1,8 +1,8 @@
 // The step on the GPU: indexing around csrc/math. The host gives each dispatch a
 // table of tensors (metal/table.h); threadgroup b works on the tensor whose
 // blocks contain b.
-#include "table.h"
 #include "math/sgd.h"
+#include "table.h"
 
 using namespace fused_math;
 using namespace fused_metal;
@@ -108,6 +108,7 @@ inline void store_quad(device T* to, float4 values, uint32_t count, bool wide) {
 
 // The buffers of parameters and gradients, in whatever way they are spread: one
 // arena and a buffer a gradient, or a buffer for each of both. (number, slot)
+// clang-format off
 #define SOURCES(X)                                                             \
   X(0, 7) X(1, 8) X(2, 9) X(3, 10) X(4, 11) X(5, 12) X(6, 13) X(7, 14)         \
   X(8, 15) X(9, 16) X(10, 17) X(11, 18) X(12, 19) X(13, 20) X(14, 21) X(15, 22) \
@@ -115,6 +116,7 @@ inline void store_quad(device T* to, float4 values, uint32_t count, bool wide) {
 #define SOURCE_ARGUMENT(i, slot) device const char* source##i [[buffer(slot)]],
 #define TAKE_PARAMETER(i, slot) case i: parameters = source##i; break;
 #define TAKE_GRADIENT(i, slot) case i: gradients = source##i; break;
+// clang-format on
 
 /// The update of the tensors in `table`: parameters and momentum of type T,
 /// gradients of type G. An output may be its own input: a thread reads its
@@ -128,7 +130,9 @@ template <typename T, typename G>
     device T* parameters_out [[buffer(kParameterOutBuffer)]],
     device const T* velocities [[buffer(kVelocityBuffer), function_constant(has_momentum)]],
     device T* velocities_out [[buffer(kVelocityOutBuffer), function_constant(has_momentum)]],
+    // clang-format off
     SOURCES(SOURCE_ARGUMENT)
+    // clang-format on
     uint32_t block [[threadgroup_position_in_grid]],
     uint32_t lane [[thread_position_in_threadgroup]],
     uint32_t lanes [[threads_per_threadgroup]]) {
@@ -234,7 +238,7 @@ template <typename T>
 
 #define INSTANTIATE(name, ...) \
   template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
-#define INSTANTIATE_STEP(name, T)                         \
+#define INSTANTIATE_STEP(name, T)                              \
   INSTANTIATE("sgd_step_" name "_float32", sgd_step<T, float>) \
   INSTANTIATE("sgd_step_" name "_float16", sgd_step<T, half>)  \
   INSTANTIATE("sgd_step_" name "_bfloat16", sgd_step<T, bfloat>)

@@ -140,7 +140,7 @@ def strided_cases(dtype, gradient_dtype):
     yield random((7, 129), dtype), gradient(140, 20)[5:134, 3:10].T  # with a longer stride
     yield random((6, 5, 7), dtype), gradient(7, 5, 6).transpose(2, 1, 0)
     yield random((6, 5, 7), dtype), gradient(5, 6, 7).transpose(1, 0, 2)
-    yield random((4, 33, 2), dtype), gradient(8, 33, 4)[::2].transpose(2, 1, 0)
+    yield random((4, 33, 2), dtype), gradient(8, 33, 4)[::4].transpose(2, 1, 0)
     yield random((300, 40), dtype), mx.broadcast_to(gradient(40), (300, 40))
     yield random((300, 40), dtype), mx.broadcast_to(gradient(300, 1), (300, 40))
     yield random((65, 66), dtype), mx.broadcast_to(gradient(1, 1), (65, 66))
@@ -176,7 +176,9 @@ def test_more_tensors_than_a_launch_holds():
 def test_several_arenas_count_one_step():
     """40 M elements of each dtype: more than one arena of float32."""
     shapes = [(1 << 20,)] * 40
-    parameters = [random(s, DTYPES[i % 3] if i > 34 else mx.float32, i) for i, s in enumerate(shapes)]
+    parameters = [
+        random(s, DTYPES[i % 3] if i > 34 else mx.float32, i) for i, s in enumerate(shapes)
+    ]
     gradients = [random(s, seed=100 + i) for i, s in enumerate(shapes)]
     layout = _ext.Layout(_ext.Tree(parameters, parameters, "test"))
     assert len(layout.arenas) == 4
@@ -345,9 +347,7 @@ def test_more_than_int32_elements():
     parameters = mx.ones((2, rows), mx.bfloat16)
     gradients = mx.full((2, rows), 0.5, mx.bfloat16)
     state = optim.fused_sgd_init(parameters, momentum=0.5)
-    new, state = optim.fused_sgd_step(
-        parameters, gradients, state, learning_rate=0.5, momentum=0.5
-    )
+    new, state = optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.5, momentum=0.5)
     assert (new == 0.75).all().item()
     (entry,) = state["arenas"].values()
     assert (entry["momentum"][0].flatten()[-4200:][:128] == 0.5).all().item()

@@ -183,10 +183,14 @@ def test_every_kernel_is_asked_for_by_its_name():
 def test_options_are_specialised_and_named():
     """A pipeline's name has the value of every function constant."""
     pipelines = set()
-    for momentum, nesterov, decay in [(0, 0, 0), (0.9, 0, 0), (0.9, 1, 0), (0, 0, 0.1), (0.9, 1, 0.1)]:
-        training = Training(
-            [(5,)], momentum=momentum, nesterov=bool(nesterov), weight_decay=decay
-        )
+    for momentum, nesterov, decay in [
+        (0, 0, 0),
+        (0.9, 0, 0),
+        (0.9, 1, 0),
+        (0, 0, 0.1),
+        (0.9, 1, 0.1),
+    ]:
+        training = Training([(5,)], momentum=momentum, nesterov=bool(nesterov), weight_decay=decay)
         log = dispatches(training.step)
         bits = f"{int(momentum > 0)}{nesterov}{int(decay > 0)}"
         assert log[0]["pipeline"] == f"sgd_step_float32_float32_{bits}"
@@ -295,7 +299,9 @@ def test_a_gpu_with_tiny_threadgroups_is_refused(monkeypatch):
         Training([(5,)]).step()
 
 
-@pytest.mark.parametrize("rate", [0.1, optim.exponential_decay(0.1, 0.9)], ids=["constant", "schedule"])
+@pytest.mark.parametrize(
+    "rate", [0.1, optim.exponential_decay(0.1, 0.9)], ids=["constant", "schedule"]
+)
 def test_the_way_on_uses_no_kernel_and_has_the_same_bits(monkeypatch, rate):
     mx.random.seed(1)
     fused = Training([(5,), (3, 4)], nesterov=True, weight_decay=0.01, rate=rate)

@@ -36,7 +36,8 @@ class Site:
 
     def link_mlx(self):
         # mlx, and on Linux the libraries that its backend brings beside it.
-        self.link(*(p for p in MLX.parent.glob("mlx*") if not p.name.startswith(PACKAGE.name)))
+        beside = [*MLX.parent.glob("mlx*"), *MLX.parent.glob("nvidia*")]
+        self.link(*(path for path in beside if not path.name.startswith(PACKAGE.name)))
 
     def copy_package(self):
         shutil.copytree(PACKAGE, self.path / PACKAGE.name)
@@ -139,13 +140,16 @@ def test_the_extension_does_not_share_mlx_types(site):
 
 
 def test_import_is_cheap():
-    # CPU time of one thread, which neither a busy machine nor a cold disk changes much.
+    # CPU time of one thread, without what others take of the machine. A neighbour still
+    # slows the caches, and only ever adds: so the best of three medians.
     code = (
         "import time, mlx.core; start = time.thread_time(); import mlx_fused_optim; "
         "print(1e3 * (time.thread_time() - start))"
     )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-        for _ in range(9)
-    ]
-    assert statistics.median(times) <= IMPORT_BUDGET_MS, times
+
+    def milliseconds():
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return float(result.stdout)
+
+    rounds = [sorted(milliseconds() for _ in range(5)) for _ in range(3)]
+    assert min(statistics.median(times) for times in rounds) <= IMPORT_BUDGET_MS, rounds

@@ -204,7 +204,9 @@ class Transformers:
         steps = num_training_steps - num_warmup_steps
         if num_cycles == 1.0:  # down and up again
             half = steps // 2
-            wave = join_schedules([cosine_decay(lr, half, end), cosine_decay(end, half, lr)], [half])
+            wave = join_schedules(
+                [cosine_decay(lr, half, end), cosine_decay(end, half, lr)], [half]
+            )
         elif num_cycles == 0.25:  # half the way down
             wave = cosine_decay(lr, 2 * steps, end)
         else:
@@ -218,7 +220,7 @@ class Transformers:
     ):
         end = min_lr if min_lr is not None else lr * min_lr_rate
         wave = cosine_decay(lr, num_training_steps - num_warmup_steps, end)
-        start = lr / num_warmup_steps if warmup_lr_rate is None else lr * warmup_lr_rate
+        start = lr * (warmup_lr_rate or 1 / max(num_warmup_steps, 1))
         return warmup(wave, num_warmup_steps - 1, start)
 
     def get_cosine_with_hard_restarts_schedule_with_warmup(
@@ -297,8 +299,7 @@ DEPARTURES = {
         "onecycle-s16": 100,
         "onecycle-s18": 100000,
     },
-    "The peak of one cycle is on a whole step; torch's may lie between two, or before the "
-    "first.": {
+    "The peak of one cycle is on a whole step; torch's may lie between two, or before the first.": {
         "onecycle-s13": 1,
         "onecycle-s15": RAISES,
     },
@@ -397,9 +398,10 @@ def test_the_table_is_whole():
 def test_a_record_of_a_peer(record):
     first, reason = EXPECTED.get(record["id"], (None, None))
     if first == RAISES:
-        with pytest.raises((ValueError, ZeroDivisionError)):
+        with pytest.raises(ValueError, match=r"^\["):
             ours(record)
         return
+    assert record["exact"] or record["errors"], "nothing to compare with"
     differing = differing_steps(record, ours(record))
     if first is None:
         assert differing == []

@@ -28,6 +28,9 @@ def functions_of(body):
 
 CLASSES = {node.name: functions_of(node.body) for node in STUB.body if type(node) is ast.ClassDef}
 FUNCTIONS = functions_of(STUB.body)
+CONSTANTS = {
+    node.target.id: node.annotation.id for node in STUB.body if isinstance(node, ast.AnnAssign)
+}
 # Those of every nanobind type, which are not ours to declare.
 GENERIC = set(dir(type("Plain", (), {}))) - {"__init__"}
 
@@ -90,7 +93,12 @@ def public(module):
 
 
 def test_the_same_names():
-    assert set(CLASSES) | set(FUNCTIONS) == public(_ext)
+    assert set(CLASSES) | set(FUNCTIONS) | set(CONSTANTS) == public(_ext)
+
+
+@pytest.mark.parametrize("name", sorted(CONSTANTS))
+def test_constant(name):
+    assert type(getattr(_ext, name)).__name__ == CONSTANTS[name]
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

@@ -139,6 +139,9 @@ void Batches::add(
     turned.rows = c.shape[0];
     turned.columns = c.shape[1];
     turned.stride = c.gradient_strides[1];
+    turned.aligned = (c.shape[0] | c.shape[1] | turned.stride) % kSquareVector == 0 &&
+        is_aligned(parameter.data, kSquareVector * size_of(type_)) &&
+        is_aligned(gradient.data, kSquareVector * size_of(gradient.type));
     return;
   }
 

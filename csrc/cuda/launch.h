@@ -22,15 +22,21 @@ constexpr uint32_t kThreads = MLX_FUSED_OPTIM_THREADS;
 
 /// Elements of a tile: each thread has this many vectors of 16 bytes.
 #ifndef MLX_FUSED_OPTIM_VECTORS
-#define MLX_FUSED_OPTIM_VECTORS 4
+#define MLX_FUSED_OPTIM_VECTORS 2
 #endif
 constexpr uint32_t kVectors = MLX_FUSED_OPTIM_VECTORS;
 constexpr uint32_t tile_elements(size_t itemsize) {
   return static_cast<uint32_t>(kThreads * kVectors * 16 / itemsize);
 }
 
-/// Side of the square tiles of a transposed tensor, in elements.
+/// Side of the square tiles of a transposed tensor, in elements, and how many of
+/// them a thread reads at a time where everything is a multiple of that.
 constexpr uint32_t kSquare = 64;
+constexpr int kSquareVector = 4;
+#ifndef MLX_FUSED_OPTIM_SQUARE_THREADS
+#define MLX_FUSED_OPTIM_SQUARE_THREADS 512
+#endif
+constexpr uint32_t kSquareThreads = MLX_FUSED_OPTIM_SQUARE_THREADS;
 
 /// Tensors start at multiples of this in their arena (bytes), and what lies
 /// between their end and the next start is kept at zero.
@@ -78,6 +84,7 @@ struct Transposed : Tensor {
   uint64_t rows;
   uint64_t columns;
   int64_t stride;
+  uint32_t aligned; // in kSquareVector elements, all of it
 };
 
 /// Parameter and gradient lie in any way.

@@ -105,7 +105,7 @@ class Launcher {
     encoder_.add_kernel_node_raw(
         step_kernel(kind, type_, encoder_.device().cuda_device()),
         dim3(batch.blocks),
-        dim3(kThreads),
+        dim3(kind == Kind::transposed ? kSquareThreads : kThreads),
         dim3(),
         0,
         arguments);

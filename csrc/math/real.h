@@ -13,9 +13,7 @@ struct Real {
 };
 
 /// Out of constant memory, which has no references to plain values in Metal.
-MATH_FN Real load(MATH_CONSTANT Real& x) {
-  return {x.hi, x.lo};
-}
+MATH_FN Real load(MATH_CONSTANT Real& x) { return {x.hi, x.lo}; }
 
 /// a + b exactly, when |a| >= |b| or a is 0.
 MATH_FN Real fast_two_sum(float a, float b) {
@@ -45,9 +43,7 @@ MATH_FN Real add(Real a, Real b) {
   return fast_two_sum(high.hi, high.lo + low.lo);
 }
 
-MATH_FN Real negate(Real a) {
-  return {-a.hi, -a.lo};
-}
+MATH_FN Real negate(Real a) { return {-a.hi, -a.lo}; }
 
 MATH_FN Real multiply(Real a, Real b) {
   Real p = two_product(a.hi, b.hi);
@@ -69,9 +65,7 @@ MATH_FN Real real_from_integer(uint64_t n) {
 }
 
 /// 2^n, for n from -126 to 127.
-MATH_FN float power_of_two(int n) {
-  return bits_to_float(uint32_t(n + 127) << 23);
-}
+MATH_FN float power_of_two(int n) { return bits_to_float(uint32_t(n + 127) << 23); }
 
 /// value * 2^exponent, so that tiny factors keep their bits until the end.
 struct Scaled {

@@ -78,9 +78,7 @@ MATH_FN Weight cosine_weight(uint64_t done, uint64_t total) {
   return {late ? large : small, late ? small : large, 0};
 }
 
-MATH_FN Weight other_way(Weight w) {
-  return {w.rest, w.part, 0};
-}
+MATH_FN Weight other_way(Weight w) { return {w.rest, w.part, 0}; }
 
 /// 2^log2, for log2 <= 0.
 MATH_FN Weight exponential_weight(Real log2) {
@@ -104,9 +102,7 @@ MATH_FN Weight to_power(Weight w, Real power) {
 }
 
 /// Transitions since `begin`; compared before subtracting, for unsigned would wrap.
-MATH_FN uint64_t elapsed_since(uint64_t begin, uint64_t t) {
-  return t > begin ? t - begin : 0;
-}
+MATH_FN uint64_t elapsed_since(uint64_t begin, uint64_t t) { return t > begin ? t - begin : 0; }
 
 MATH_FN Weight blend_weight(MATH_CONSTANT Segment& s, uint64_t t) {
   uint64_t elapsed = elapsed_since(s.begin, t);
@@ -143,8 +139,8 @@ MATH_FN Weight triangle_weight(MATH_CONSTANT Segment& s, uint64_t t) {
   uint64_t period = s.steps + s.second;
   uint64_t cycle = t / period;
   uint64_t within = t - cycle * period;
-  Weight w = within <= s.steps ? linear_weight(within, s.steps)
-                               : linear_weight(period - within, s.second);
+  Weight w =
+      within <= s.steps ? linear_weight(within, s.steps) : linear_weight(period - within, s.second);
   if (s.flags & kDamped) {
     uint64_t transitions = s.flags & kStaircase ? cycle : t;
     Weight height = exponential_weight(multiply(load(s.rate), real_from_integer(transitions)));

@@ -9,9 +9,7 @@ using namespace fused_metal;
 
 namespace {
 
-size_t ceil_div(size_t a, size_t b) {
-  return (a + b - 1) / b;
-}
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /// The shape and strides without dimensions of length 1, neighbours merged where
 /// one continues the other.

@@ -38,8 +38,10 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
   return explained([&] { return device.get_kernel(name, library(device)); });
 }
 
-MTL::ComputePipelineState*
-kernel(mx::metal::Device& device, const std::string& name, uint32_t flags) {
+MTL::ComputePipelineState* kernel(
+    mx::metal::Device& device,
+    const std::string& name,
+    uint32_t flags) {
   using namespace fused_math;
   const bool values[] = {
       (flags & kMomentum) != 0, (flags & kNesterov) != 0, (flags & kWeightDecay) != 0};

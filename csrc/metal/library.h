@@ -15,8 +15,10 @@ namespace mx = mlx::core;
 /// which takes a moment; throws std::runtime_error with the compiler's message
 /// and the way round it when that fails.
 MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& name);
-MTL::ComputePipelineState*
-kernel(mx::metal::Device& device, const std::string& name, uint32_t flags);
+MTL::ComputePipelineState* kernel(
+    mx::metal::Device& device,
+    const std::string& name,
+    uint32_t flags);
 
 /// "float32", "float16" or "bfloat16", as in the kernels' names.
 std::string name_of(mx::Dtype dtype);

@@ -144,8 +144,8 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
   };
   const bool aligned = n > 0 && is_aligned(*out.parameters) &&
       (!momentum || (is_aligned(*momentum) && is_aligned(*out.momentum)));
-  const bool gaps = n > 0 &&
-      (is_fresh(out.parameters, in.parameters) || is_fresh(out.momentum, in.momentum));
+  const bool gaps =
+      n > 0 && (is_fresh(out.parameters, in.parameters) || is_fresh(out.momentum, in.momentum));
   const auto dispatches =
       metal::make_dispatches(*plan_.arena, parameters, gradients, aligned, gaps, threads);
 

@@ -5,6 +5,9 @@ from typing import Any, overload
 
 import mlx.core as mx
 
+MAX_SEGMENTS: int
+MAX_CYCLE_FACTOR: int
+
 class Schedule:
     """A schedule in the form that the kernels evaluate."""
 
@@ -20,9 +23,6 @@ class Schedule:
     def natural_length(self) -> int: ...
     @property
     def segments(self) -> int: ...
-
-MAX_SEGMENTS: int
-MAX_CYCLE_FACTOR: int
 
 def constant(value: float) -> Schedule: ...
 def exponential_decay(

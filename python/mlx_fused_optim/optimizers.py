@@ -174,9 +174,8 @@ class SGD(Optimizer):
 
     def _hyperparameters(self) -> Any:
         options: dict[str, Any] = {**self._constants, **self._schedulers}
-        return checked_hyperparameters(
-            "SGD", options["momentum"], options["weight_decay"], self.dampening, self.nesterov
-        )
+        momentum, weight_decay = options["momentum"], options["weight_decay"]
+        return checked_hyperparameters("SGD", momentum, weight_decay, self.dampening, self.nesterov)
 
     def _hyperparameter(self, name: str) -> Any:
         schedule = self._schedulers.get(name)

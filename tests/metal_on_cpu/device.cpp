@@ -48,8 +48,9 @@ extern "C" __attribute__((visibility("default"))) const char* metal_on_cpu_log()
          << ",\"barrier\":" << (r->barrier ? "true" : "false") << ",\"traffic\":{";
     const char* comma = "";
     for (auto& [name, t] : r->traffic) {
-      json << comma << '"' << name << "\":{\"read\":" << t.read << ",\"read_again\":" << t.read_again
-           << ",\"written\":" << t.written << ",\"accesses\":" << t.accesses << '}';
+      json << comma << '"' << name << "\":{\"read\":" << t.read
+           << ",\"read_again\":" << t.read_again << ",\"written\":" << t.written
+           << ",\"accesses\":" << t.accesses << '}';
       comma = ",";
     }
     json << "}}";
@@ -94,7 +95,8 @@ MTL::Library* Device::get_library(
     const std::function<std::string(void)>& builder) {
   // Before the cache, so that a test may set it at any time.
   if (auto message = setting("METAL_ON_CPU_COMPILER_ERROR", ""); !message.empty()) {
-    throw std::runtime_error("[metal::Device] Unable to build metal library from source\n" + message);
+    throw std::runtime_error(
+        "[metal::Device] Unable to build metal library from source\n" + message);
   }
   if (options.math_mode != MathMode::Safe) {
     fail("the kernels must be compiled in safe math mode");

@@ -42,9 +42,7 @@ class OwnMemory {
         },
         this);
   }
-  bool has(const void* address) const {
-    return contains(ranges_, address);
-  }
+  bool has(const void* address) const { return contains(ranges_, address); }
 
  private:
   using Range = std::pair<const void*, const void*>;
@@ -59,9 +57,7 @@ class OwnMemory {
 
 } // namespace
 
-void watch(Memory* memory) {
-  watched = memory;
-}
+void watch(Memory* memory) { watched = memory; }
 
 void Memory::begin_dispatch(bool after_barrier) {
   regions_.clear();
@@ -159,16 +155,16 @@ std::map<std::string, Traffic> Memory::traffic() const {
 
 } // namespace metal_on_cpu
 
-#define TRACE(bytes)                                                 \
+#define TRACE(bytes)                                                  \
   extern "C" void __sanitizer_cov_load##bytes(const void* address) {  \
-    if (metal_on_cpu::watched) {                                     \
-      metal_on_cpu::watched->access(address, bytes, false);          \
-    }                                                                \
-  }                                                                  \
+    if (metal_on_cpu::watched) {                                      \
+      metal_on_cpu::watched->access(address, bytes, false);           \
+    }                                                                 \
+  }                                                                   \
   extern "C" void __sanitizer_cov_store##bytes(const void* address) { \
-    if (metal_on_cpu::watched) {                                     \
-      metal_on_cpu::watched->access(address, bytes, true);           \
-    }                                                                \
+    if (metal_on_cpu::watched) {                                      \
+      metal_on_cpu::watched->access(address, bytes, true);            \
+    }                                                                 \
   }
 TRACE(1)
 TRACE(2)

@@ -33,9 +33,7 @@ class Memory {
   void access(const void* address, size_t size, bool write);
 
   /// What went wrong first, or nothing.
-  const std::string& error() const {
-    return error_;
-  }
+  const std::string& error() const { return error_; }
   std::map<std::string, Traffic> traffic() const;
 
  private:

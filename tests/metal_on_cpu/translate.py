@@ -127,9 +127,7 @@ def translated(text: str) -> Translation:
         constants[match[1]] = int(match[2])
         return f"static bool {match[1]};"
 
-    text = re.sub(
-        r"constant bool (\w+) \[\[function_constant\((\d+)\)\]\];", take_constant, text
-    )
+    text = re.sub(r"constant bool (\w+) \[\[function_constant\((\d+)\)\]\];", take_constant, text)
     # Off at the place where Metal reads it, in clang's words.
     text = text.replace("#pragma METAL fp contract(off)", "#pragma clang fp contract(off)")
     text = text.replace("#pragma METAL fp math_mode(safe)", "")
@@ -143,7 +141,9 @@ def translated(text: str) -> Translation:
 def as_program(source: str, t: Translation) -> str:
     """The kernels, and a table of them (grid.h)."""
     lines = [t.text, '# 1 "kernels_on_cpu.cpp"']
-    lines += [f"#undef {word}" for word in ("device", "constant", "threadgroup", "thread", "float4")]
+    lines += [
+        f"#undef {word}" for word in ("device", "constant", "threadgroup", "thread", "float4")
+    ]
     lines += [f'#include "{HERE}/{header}"' for header in ("bfloat.h", "grid.h")]
     lines.append("namespace metal_on_cpu {")
     for kernel, arguments in t.arguments.items():
@@ -168,7 +168,9 @@ def as_program(source: str, t: Translation) -> str:
 # ---- check -----------------------------------------------------------------------
 
 
-def nodes(tree: dict[str, Any], inside_function: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
+def nodes(
+    tree: dict[str, Any], inside_function: bool = False
+) -> Iterator[tuple[dict[str, Any], bool]]:
     """Every node of the source in clang's tree, and whether it is inside a function."""
     if tree.get("isImplicit"):
         return

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_fused_optim.schedules",
         description="Draw a schedule in the terminal, or into a PNG file.",
-        epilog='Example: python -m mlx_fused_optim.schedules "warmup(cosine_decay(1e-1, 1000), 100)"',
+        epilog="Example: %(prog)s 'warmup(cosine_decay(1e-1, 1000), 100)'",
     )
     parser.add_argument("schedule", help="a call such as cosine_decay(0.1, 1000), or a number")
     parser.add_argument(

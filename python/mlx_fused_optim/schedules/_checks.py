@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, SupportsFloat
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
@@ -49,9 +50,7 @@ def as_integer(
     except TypeError:
         error = ValueError if isinstance(value, float) else TypeError
         shown = value if isinstance(value, float) else type(value).__name__
-        raise error(
-            f"[{op}] {name} must be a whole number: got {shown}, allowed an int."
-        ) from None
+        raise error(f"[{op}] {name} must be a whole number: got {shown}, allowed an int.") from None
     if not at_least <= number <= at_most:
         raise ValueError(
             f"[{op}] {name} is out of range: got {number}, allowed {at_least} to {at_most}."
@@ -74,7 +73,7 @@ def as_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> str:
 def as_boundaries(op: str, values: Sequence[Any]) -> tuple[int, ...]:
     """Increasing steps, none of them 0: every part must be seen."""
     boundaries = tuple(as_integer(op, "a boundary", value, at_least=1) for value in values)
-    for before, after in zip(boundaries, boundaries[1:], strict=False):
+    for before, after in pairwise(boundaries):
         if after <= before:
             raise ValueError(
                 f"[{op}] boundaries must increase: got {after} after {before}, "

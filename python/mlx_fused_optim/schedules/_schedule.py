@@ -95,7 +95,8 @@ class Schedule:
         """The value at step 0, in float64 where the device form has it."""
         if self._device is not None:
             return float(self._device.first_value)
-        return float(self(0).item())
+        value: Any = self(0).item()
+        return float(value)
 
     def _natural_length(self) -> int:
         """A number of steps in which its shape shows; a guess where it never ends."""
@@ -140,12 +141,13 @@ class Schedule:
                 yield f"{key}={shown}"
 
     def _why_not_in_kernel(self) -> str:
+        count = 0
         for _, member in self._members:
             if not isinstance(member, Schedule):
                 return "a member is a Python function"
-            if not member.in_kernel:
+            if member._device is None:
                 return member._why_not_in_kernel()
-        count = sum(member._device.segments for _, member in self._members)
+            count += member._device.segments
         return f"it has {count} segments, and the kernel takes {_ext.MAX_SEGMENTS}"
 
     def __eq__(self, other: object) -> bool:
@@ -174,7 +176,8 @@ def first_value_of(op: str, schedule: ScheduleLike) -> float:
     """The value at step 0, which a warm-up leads to."""
     if isinstance(schedule, Schedule):
         return schedule._first_value()
-    return float(value_of(schedule, mx.array(0, mx.uint64)).item())
+    value: Any = value_of(schedule, mx.array(0, mx.uint64)).item()
+    return float(value)
 
 
 def as_schedule(op: str, name: str, value: Any) -> ScheduleLike:
@@ -194,9 +197,10 @@ def joined(
     boundaries: Sequence[int],
 ) -> Schedule:
     """A schedule whose parts take over at the boundaries, and count from there."""
-    devices = [s._device for s in schedules if isinstance(s, Schedule) and s.in_kernel]
-    if len(devices) == len(schedules):
-        device = _ext.join(devices, list(boundaries))
+    devices = [s._device if isinstance(s, Schedule) else None for s in schedules]
+    in_kernel = [device for device in devices if device is not None]
+    if len(in_kernel) == len(schedules):
+        device = _ext.join(in_kernel, boundaries)
         if device is not None:
             return Schedule(name, arguments, device)
     members = list(zip([0, *boundaries], schedules, strict=True))

@@ -212,11 +212,11 @@ def warmup_stable_decay(
         device = _ext.blend(end, peak, fall, stable, rising=True, power=0.5)
     else:
         device = _ext.blend(peak, end, fall, stable, cosine=fall_type == "cosine")
-    if rise > 0:
-        power = 0.5 if rise_type == "1-sqrt" else 1.0
-        up = _ext.blend(init, peak, rise, cosine=rise_type == "cosine", power=power)
-        device = _ext.join([up, device], [rise])
-    return Schedule(op, arguments, device)
+    if rise == 0:
+        return Schedule(op, arguments, device)
+    power = 0.5 if rise_type == "1-sqrt" else 1.0
+    up = _ext.blend(init, peak, rise, cosine=rise_type == "cosine", power=power)
+    return Schedule(op, arguments, _ext.join([up, device], [rise]))
 
 
 class _Scaled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from .. import _ext
@@ -95,7 +96,7 @@ def one_cycle(
     if points[1][0] == 0:
         del points[0]
     segments = []
-    for (begin, value), (end, next_value) in zip(points, points[1:], strict=False):
+    for (begin, value), (end, next_value) in pairwise(points):
         if end <= begin:
             raise ValueError(
                 f"[{op}] a phase has no step: got one from step {begin} to step {end} "

@@ -141,7 +141,9 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         "decay_rate": as_positive(op, "decay_rate", decay_rate),
         "step_size": as_length(op, "step_size", step_size),
     }
-    return Schedule(op, arguments, _ext.exponential_decay(*arguments.values(), 0, True, None))
+    init, decay_rate, step_size = arguments.values()
+    device = _ext.exponential_decay(init, decay_rate, step_size, 0, True, None)
+    return Schedule(op, arguments, device)
 
 
 def linear_schedule(init: float, end: float, steps: int) -> Schedule:
@@ -219,7 +221,12 @@ def cosine_decay(
     end = as_float(op, "end", end)
     exponent = as_positive(op, "exponent", exponent)
     device = _ext.blend(init, end, decay_steps, cosine=True, power=exponent)
-    arguments: dict[str, Any] = {"init": init, "decay_steps": decay_steps, "end": end, "exponent": exponent}
+    arguments: dict[str, Any] = {
+        "init": init,
+        "decay_steps": decay_steps,
+        "end": end,
+        "exponent": exponent,
+    }
     return Schedule(op, arguments, device)
 
 
@@ -325,9 +332,10 @@ def inverse_sqrt(
         "timescale": timescale,
     }
     device = _ext.inverse_power(peak_value, timescale or warmup_steps or 10000, 0.5)
-    if warmup_steps > 0:
-        device = _ext.join([_ext.blend(0.0, peak_value, warmup_steps), device], [warmup_steps])
-    return Schedule(op, arguments, device)
+    if warmup_steps == 0:
+        return Schedule(op, arguments, device)
+    rise = _ext.blend(0.0, peak_value, warmup_steps)
+    return Schedule(op, arguments, _ext.join([rise, device], [warmup_steps]))
 
 
 def multi_step(
@@ -377,7 +385,11 @@ def multi_step(
     factors = scales if isinstance(scales, tuple) else (scales,) * len(boundaries)
     if any(factor < 0 for factor in factors):
         raise ValueError(f"[{op}] scales must not be negative: got {scales}, allowed 0 or more.")
-    arguments: dict[str, Any] = {"init_value": init_value, "boundaries": boundaries, "scales": scales}
+    arguments: dict[str, Any] = {
+        "init_value": init_value,
+        "boundaries": boundaries,
+        "scales": scales,
+    }
     values = [init_value]
     for factor in factors:
         values.append(as_float(op, "a value after scaling", values[-1] * factor))

@@ -18,11 +18,13 @@ _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
-def sampled(schedule: Schedule, steps: int, most: int = _MOST_POINTS) -> tuple[list[int], list[float]]:
+def sampled(
+    schedule: Schedule, steps: int, most: int = _MOST_POINTS
+) -> tuple[list[int], list[float]]:
     """Up to ``most`` steps, evenly from 0 to ``steps`` - 1, and the values there."""
     count = min(steps, most)
     at = [i * (steps - 1) // max(count - 1, 1) for i in range(count)]
-    values: list[float] = schedule(mx.array(at, mx.uint64)).tolist()
+    values: Any = schedule(mx.array(at, mx.uint64)).tolist()
     return at, values
 
 
@@ -60,7 +62,7 @@ def as_text(schedule: Schedule, steps: int, width: int = 72, height: int = 16) -
     at, values = sampled(schedule, steps, 4 * columns)
     shown = [value for value in values if math.isfinite(value)]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
-    if low > 0 and low < high / 2:
+    if low > 0 and (low < high / 2 or low == high):
         low = 0.0
     span = (high - low) or 1.0
     cells = [[0] * width for _ in range(height)]

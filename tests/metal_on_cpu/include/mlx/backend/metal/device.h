@@ -41,13 +41,9 @@ class CommandEncoder {
    private:
     CommandEncoder& encoder;
   };
-  ConcurrentContext start_concurrent() {
-    return ConcurrentContext(*this);
-  }
+  ConcurrentContext start_concurrent() { return ConcurrentContext(*this); }
 
-  void set_compute_pipeline_state(MTL::ComputePipelineState* pipeline) {
-    pipeline_ = pipeline;
-  }
+  void set_compute_pipeline_state(MTL::ComputePipelineState* pipeline) { pipeline_ = pipeline; }
   void set_input_array(const array& a, int slot, int64_t offset = 0);
   void set_output_array(array& a, int slot, int64_t offset = 0);
   template <typename T>
