@@ -14,6 +14,9 @@ import training
 RESULTS = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
+# A load average above this, for each core, is somebody else's work.
+BUSY = 0.5
+
 INTRODUCTION = """\
 # Benchmarks
 
@@ -55,6 +58,13 @@ def _run(name: str, run: dict) -> str:
         f"{machine['load']}. From `bench/results/{name}.json`.",
         "",
     ]
+    if machine["load"] > BUSY * machine["cores"]:
+        lines += [
+            "**The machine was busy with other work.** Times are too long, and longest for "
+            "those whose threads wait for each other (torch, optax): such a run shows that "
+            "the benchmark works, not who is faster.",
+            "",
+        ]
     for result in run["results"]:
         lines += _training(result) if result["kind"] == "training" else _step(result)
     return "\n".join(lines)
@@ -62,14 +72,13 @@ def _run(name: str, run: dict) -> str:
 
 def _step(result: dict) -> list[str]:
     times = result["candidates"]
-    size = f"{result['tensors']} tensors, {result['elements']:,} elements"
-    lines = [f"### {result['title']} ({size})", ""]
+    lines = [f"### {result['title']} ({result['elements']:,} elements)", ""]
     lines += ["| | ms | quartiles | GB/s | new memory |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, time in _ranked(times):
         rate = f"{result['least_bytes'] / time['median_ms'] / 1e6:.1f}"
         memory = _memory(time["new_bytes"]) if "new_bytes" in time else ""
         lines.append(f"| {name} | {_times(time)} | {rate} | {memory} |")
-    lines += ["", *_ratios(times), ""]
+    lines += ["", *(f"- {line}" for line in _ratios(times)), ""]
     lines += [f"Left out: {error}\n" for error in result["wrong"].values()]
     return lines
 

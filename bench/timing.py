@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_fused_optim
 
 PAUSE = 0.005  # s; the threads of some libraries spin for a while after their last work
 WARM_STEPS = 2  # of each turn, not counted: caches and threads belong to the turn before
@@ -72,7 +73,8 @@ def header(device: str) -> dict:
     if device == "gpu":
         machine["gpu"] = str(mx.device_info().get("device_name", "unknown"))
     versions = {"python": platform.python_version()}
-    for package in ("mlx", "mlx-fused-optim", "torch", "jax", "optax"):
+    versions["mlx-fused-optim"] = mlx_fused_optim.__version__
+    for package in ("mlx", "torch", "jax", "optax"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

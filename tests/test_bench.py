@@ -180,6 +180,13 @@ def test_bad_arguments(arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(("load", "told"), [(0.9, False), (1.1, True)])
+def test_report_tells_a_busy_machine(load, told):
+    machine = {"processor": "any", "cores": 2, "load": load, "system": "Linux"}
+    run = {"date": "", "machine": machine, "versions": {}, "dtype": "float32", "results": []}
+    assert ("busy with other work" in report.report({"run": run})) == told
+
+
 def test_report_is_current():
     runs = report.load()
     assert runs, "bench/results has no run"
