@@ -164,7 +164,7 @@ def test_exponential_decay(arguments, keywords, words):
     [
         ((None, 0.9), {}, "init"),
         ((0.1, [0.9]), {}, "decay_rate"),
-        ((0.1, 0.9), {"transition_steps": 1.5}, "transition_steps"),
+        ((0.1, 0.9), {"transition_steps": [1]}, "transition_steps"),
         ((0.1, 0.9), {"transition_begin": "1"}, "transition_begin"),
         ((0.1, 0.9), {"end": 1j}, "end"),
     ],
@@ -187,7 +187,8 @@ def test_a_step_out_of_range(step):
 
 def test_a_step_that_is_no_integer():
     schedule = exponential_decay(0.1, 0.9)
-    assert_refused(lambda: schedule(1.5), "exponential_decay", "step", "float", error=TypeError)
+    assert_refused(lambda: schedule(1.5), "exponential_decay", "step", "1.5")
+    assert_refused(lambda: schedule("1"), "exponential_decay", "step", "str", error=TypeError)
     assert_refused(lambda: schedule(mx.array(1.0)), "exponential_decay", "step", "float32")
 
 

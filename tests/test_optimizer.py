@@ -592,7 +592,7 @@ def test_trees_in_the_layout_of_mlx(make):
     optimizer = optim.SGD(0.5, momentum=0.5)
     tree = optimizer.apply_gradients(make(), make())
     if isinstance(tree, dict) and tree.keys() & {"step", "learning_rate", "arenas"}:
-        with pytest.raises(ValueError, match=r"\[SGD\] .*got 'step'.*allowed"):
+        with pytest.raises(ValueError, match=r"\[SGD\] .*of 'step', allowed"):
             optimizer.unpacked_state()
         return
     state = optimizer.unpacked_state()
