@@ -10,12 +10,11 @@ import re
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-
-import mlx_fused_optim as optim
 from bits import of_mlx
+from mlx.utils import tree_flatten
 from mlx_fused_optim import exponential_decay
 
 FORM = re.compile(

@@ -65,7 +65,9 @@ PLANTED = {
         "the rpath is not",
     ),
     "no signature": (
-        swapped(command(0x1D, (16).to_bytes(4, "little")), command(0x2A, (16).to_bytes(4, "little"))),
+        swapped(
+            command(0x1D, (16).to_bytes(4, "little")), command(0x2A, (16).to_bytes(4, "little"))
+        ),
         "not signed",
     ),
     "another library": (
@@ -77,7 +79,9 @@ PLANTED = {
         "not a bundle for arm64",
     ),
     "a symbol that MLX lacks": (
-        swapped(b"__ZN3mlx4core5metal6deviceENS0_6DeviceE", b"__ZN3mlx4core5metal6devicfENS0_6DeviceE"),
+        swapped(
+            b"__ZN3mlx4core5metal6deviceENS0_6DeviceE", b"__ZN3mlx4core5metal6devicfENS0_6DeviceE"
+        ),
         "not exported by",
     ),
     "a symbol that macOS lacks": (

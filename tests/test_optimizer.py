@@ -9,12 +9,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-
-import mlx_fused_optim as optim
 from bits import of_mlx, same
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_fused_optim import reference
 
 OPTIONS = {
