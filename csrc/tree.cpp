@@ -30,9 +30,7 @@ class Recursion {
       nb::raise_python_error();
     }
   }
-  ~Recursion() {
-    Py_LeaveRecursiveCall();
-  }
+  ~Recursion() { Py_LeaveRecursiveCall(); }
 };
 
 bool is_sequence(nb::handle tree) {

@@ -28,7 +28,6 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
-
 from bits import DTYPES, narrowed, of_mlx, to_mlx
 
 STEPS = 3

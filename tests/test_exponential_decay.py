@@ -6,12 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-import mlx_fused_optim as optim
 from mlx_fused_optim import exponential_decay
 
 DATA = Path(__file__).parent / "data"

@@ -47,17 +47,16 @@ def swapped(old: bytes, new: bytes):
     return change
 
 
-def command(number: int, fields: bytes = b"") -> bytes:
-    return number.to_bytes(4, "little") + fields
+def words(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(4, "little") for number in numbers)
 
 
-# In a Mach-O file: LC_BUILD_VERSION has platform 1 (macOS) and the version as x.y.z in
-# 16, 8 and 8 bits; LC_CODE_SIGNATURE is 0x1d, 16 bytes long as LC_SOURCE_VERSION (0x2a)
-# is.
-BUILD = command(0x32, (32).to_bytes(4, "little") + (1).to_bytes(4, "little"))
+# In a Mach-O file: LC_BUILD_VERSION (0x32) has 32 bytes, platform 1 (macOS) and the
+# version as x.y.z in 16, 8 and 8 bits; LC_CODE_SIGNATURE (0x1d) has 16 bytes, as
+# LC_SOURCE_VERSION (0x2a) has.
 PLANTED = {
     "newer macOS": (
-        swapped(BUILD + (14 << 16).to_bytes(4, "little"), BUILD + (26 << 16).to_bytes(4, "little")),
+        swapped(words(0x32, 32, 1, 14 << 16), words(0x32, 32, 1, 26 << 16)),
         "the oldest macOS is not 14.0",
     ),
     "another rpath": (
@@ -65,7 +64,7 @@ PLANTED = {
         "the rpath is not",
     ),
     "no signature": (
-        swapped(command(0x1D, (16).to_bytes(4, "little")), command(0x2A, (16).to_bytes(4, "little"))),
+        swapped(words(0x1D, 16), words(0x2A, 16)),
         "not signed",
     ),
     "another library": (
@@ -73,11 +72,13 @@ PLANTED = {
         "libraries that it must not need",
     ),
     "an Intel binary": (
-        lambda b: b[:4] + (0x01000007).to_bytes(4, "little") + b[8:],
+        lambda binary: binary[:4] + words(0x01000007) + binary[8:],
         "not a bundle for arm64",
     ),
     "a symbol that MLX lacks": (
-        swapped(b"__ZN3mlx4core5metal6deviceENS0_6DeviceE", b"__ZN3mlx4core5metal6devicfENS0_6DeviceE"),
+        swapped(
+            b"__ZN3mlx4core5metal6deviceENS0_6DeviceE", b"__ZN3mlx4core5metal6devicfENS0_6DeviceE"
+        ),
         "not exported by",
     ),
     "a symbol that macOS lacks": (

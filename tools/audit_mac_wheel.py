@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--sdk", type=Path, required=True)
     arguments = parser.parse_args()
     found = list(findings(arguments.wheel, arguments.sdk, arguments.mlx))
-    print("\n".join(found) or f"{arguments.wheel.name}: ok, with {len(arguments.mlx)} builds of MLX")
+    print(
+        "\n".join(found) or f"{arguments.wheel.name}: ok, with {len(arguments.mlx)} builds of MLX"
+    )
     sys.exit(bool(found))
 
 

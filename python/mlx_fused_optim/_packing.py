@@ -263,7 +263,7 @@ def _scalars(state: State) -> State:
 def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:
     """A state with momentum of tensors that are in no arena."""
     loose = _placed(velocities)
-    for key in (own.keys() | {"arenas"}) & loose.keys():
+    for key in sorted((own.keys() | {"arenas"}) & loose.keys()):
         raise ValueError(
             f"[{op}] a module has the name of an entry of the state: got momentum of "
             f"'{key}', allowed other names for modules that are frozen or unpacked."
