@@ -4,6 +4,9 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+// In every file that casts strings: without it nanobind takes std::string for a
+// class of ours, and the linker may keep that version.
+#include <nanobind/stl/string.h>
 
 #include "layout.h"
 
