@@ -144,8 +144,14 @@ def test_gradients_of_one_buffer_fill_the_table():
     training.step()
     training.gradients = list(mx.random.normal((100, 8)))
     mx.eval(training.gradients)
+    theirs = mlx.optimizers.SGD(0.1, momentum=0.9)
+    theirs.state = {"w": training.optimizer.unpacked_state()["w"], **theirs.state}
+    tree = {"w": [mx.array(p) for p in training.parameters]}
+    tree = theirs.apply_gradients({"w": training.gradients}, tree)
+    mx.eval(tree)
     log = dispatches(training.step)
     assert [d["kernel"] for d in log].count("sgd_step_float32_float32") == math.ceil(100 / 48)
+    assert all(same(a, b) for a, b in zip(training.parameters, tree["w"], strict=True))
 
 
 def test_gradients_of_three_dtypes():
