@@ -45,6 +45,8 @@ wheel: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist
 
+include schedules.mk
+
 # ---- Stamps ------------------------------------------------------------------
 
 $(RUN)/pip:

@@ -222,12 +222,25 @@ def draw(trainings: list[Training], path: Path) -> None:
     plt.close(figure)
 
 
+def schedule_of(text: str) -> mlx_fused_optim.Schedule:
+    try:
+        return mlx_fused_optim.parse_schedule(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=0.05, help="at the first step")
     parser.add_argument("--decay-rate", type=float, default=0.995, help="factor a step")
+    parser.add_argument(
+        "--schedule",
+        type=schedule_of,
+        metavar="TEXT",
+        help='instead of both, any schedule: "warmup(cosine_decay(0.1, 660), 100)"',
+    )
     parser.add_argument("--output", type=Path, default=Path("out/demo.png"), metavar="PNG")
     options = parser.parse_args(arguments)
     if options.epochs < 1:
@@ -241,7 +254,10 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_data(options.seed)
     trainings = []
     for module in (mlx.optimizers, mlx_fused_optim):
-        schedule = module.exponential_decay(options.learning_rate, options.decay_rate)
+        # MLX calls a schedule of ours like any other callable.
+        schedule = options.schedule or module.exponential_decay(
+            options.learning_rate, options.decay_rate
+        )
         optimizer = module.SGD(schedule, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         trainings.append(Training(module.__name__, optimizer, options.seed))
     columns = (

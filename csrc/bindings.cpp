@@ -153,8 +153,8 @@ NB_MODULE(_ext, m) {
   nb::class_<Tree>(m, "Tree", "Gradients and their parameters, flattened in one pass.")
       .def(
           nb::init<nb::object, nb::object, std::string, bool>(),
-          "gradients"_a,
-          "parameters"_a,
+          "gradients"_a.none(), // refused by the walk, which names the place
+          "parameters"_a.none(),
           "op"_a,
           "exact"_a = false)
       .def("__len__", [](const Tree& tree) { return tree.parameters().size(); })

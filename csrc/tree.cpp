@@ -22,6 +22,17 @@ class Descend {
   size_t length_;
 };
 
+/// Python's own limit to recursion, for trees that contain themselves.
+class Recursion {
+ public:
+  Recursion() {
+    if (Py_EnterRecursiveCall(" in a tree")) {
+      nb::raise_python_error();
+    }
+  }
+  ~Recursion() { Py_LeaveRecursiveCall(); }
+};
+
 bool is_sequence(nb::handle tree) {
   return nb::isinstance<nb::list>(tree) || nb::isinstance<nb::tuple>(tree);
 }
@@ -104,6 +115,7 @@ Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exa
 }
 
 void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) {
+  Recursion guard; // the other walks follow the same structure
   if (is_array(gradients)) {
     leaf(gradients, parameters, path);
   } else if (nb::isinstance<nb::dict>(gradients)) {

@@ -49,10 +49,9 @@ __device__ const T& find_tensor(const Launch<T>& launch) {
   return launch.tensors[low];
 }
 
-/// The numbers of the step. One thread computes them, while the loads that the
-/// others have issued are under way; all threads of the block must call.
-__device__ SgdHyper step_numbers(const Common& common) {
-  __shared__ SgdHyper shared;
+/// One thread computes the numbers of the step, while the others go on to their
+/// loads: no number may be used before the barrier that follows these.
+__device__ void compute_numbers(const Common& common, SgdHyper& shared) {
   if (threadIdx.x == 0) {
     const uint64_t step = *common.step;
     shared = fused_math::sgd_hyper(common.control, step, common.given);
@@ -63,8 +62,6 @@ __device__ SgdHyper step_numbers(const Common& common) {
       common.used_out[fused_math::kWeightDecayFactor] = shared.weight_decay;
     }
   }
-  __syncthreads();
-  return shared;
 }
 
 /// Calls function(x) with x of the gradient's type.
@@ -81,29 +78,55 @@ __device__ void with_type(Type type, Function function) {
 
 // ---- Contiguous tensors ---------------------------------------------------------
 
-/// N elements that lie together, in registers.
-template <typename T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
-  T x[N];
+/// The integers that a thread moves in one access.
+template <int bytes>
+struct Word;
+template <>
+struct Word<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using Type = unsigned int;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
 };
 
-// Plain loads and stores: marking them as streaming, all or some, was slower on an
-// H200 (docs/cuda.md), and new parameters are soon read again.
+/// N elements that lie together, in registers.
+template <typename T, int N>
+struct Vector {
+  static constexpr int kBytes = N * sizeof(T);
+  using Words = typename Word<(kBytes < 16 ? kBytes : 16)>::Type;
+  static constexpr int kWords = kBytes / sizeof(Words);
+  alignas(Words) T x[N];
+};
+
+// The cache operators are those of any load and store: marking them as streaming,
+// all or some, was no faster on an H200 (docs/cuda.md), and new parameters are soon
+// read again. But spelt out they stay one access, where the compiler would split the
+// copy of a vector of half types.
 template <typename T, int N>
 __device__ void load_whole(Vector<T, N>& vector, const T* from) {
-  if constexpr (sizeof(vector) <= 16) {
-    vector = *reinterpret_cast<const Vector<T, N>*>(from);
-  } else {
+  using Words = typename Vector<T, N>::Words;
 #pragma unroll
-    for (int k = 0; k < sizeof(vector) / 16; ++k) {
-      reinterpret_cast<uint4*>(&vector)[k] = reinterpret_cast<const uint4*>(from)[k];
-    }
+  for (int k = 0; k < Vector<T, N>::kWords; ++k) {
+    reinterpret_cast<Words*>(vector.x)[k] = __ldca(reinterpret_cast<const Words*>(from) + k);
   }
 }
 
 template <typename T, int N>
 __device__ void store_whole(T* to, const Vector<T, N>& vector) {
-  *reinterpret_cast<Vector<T, N>*>(to) = vector;
+  using Words = typename Vector<T, N>::Words;
+#pragma unroll
+  for (int k = 0; k < Vector<T, N>::kWords; ++k) {
+    __stwb(reinterpret_cast<Words*>(to) + k, reinterpret_cast<const Words*>(vector.x)[k]);
+  }
 }
 
 /// The first `n` elements are read, the others are zero.
@@ -132,7 +155,7 @@ __device__ void store(T* to, const Vector<T, N>& vector, bool aligned) {
 }
 
 template <typename T, typename G>
-__device__ void update_tile(const Common& common, const Flat& tensor) {
+__device__ void update_tile(const Common& common, const Flat& tensor, const SgdHyper& shared) {
   constexpr int N = 16 / sizeof(T);
   const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile<T>;
   // Elements from here to the end of the tensor, and of the gap behind it; both
@@ -165,7 +188,8 @@ __device__ void update_tile(const Common& common, const Flat& tensor) {
       }
     }
   }
-  const SgdHyper hyper = step_numbers(common);
+  __syncthreads();
+  const SgdHyper hyper = shared;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     const int i = (j * kThreads + threadIdx.x) * N;
@@ -189,13 +213,15 @@ __device__ void update_tile(const Common& common, const Flat& tensor) {
 
 template <typename T>
 __device__ void update(const Launch<Flat>& launch) {
+  __shared__ SgdHyper hyper;
+  compute_numbers(launch.common, hyper);
   if (launch.common.count == 0) { // an arena without tensors: only the step counts
-    step_numbers(launch.common);
     return;
   }
   const Flat& tensor = find_tensor(launch);
-  with_type(
-      tensor.gradient_type, [&](auto g) { update_tile<T, decltype(g)>(launch.common, tensor); });
+  with_type(tensor.gradient_type, [&](auto g) {
+    update_tile<T, decltype(g)>(launch.common, tensor, hyper);
+  });
 }
 
 // ---- Tensors whose gradient is transposed -----------------------------------------
@@ -220,7 +246,11 @@ using Square = float[kSquare][kSquare + 1];
 
 /// W elements at a time; rows, columns and stride are multiples of W.
 template <typename T, typename G, int W>
-__device__ void update_square(const Common& common, const Transposed& tensor, Square& turned) {
+__device__ void update_square(
+    const Common& common,
+    const Transposed& tensor,
+    Square& turned,
+    const SgdHyper& shared) {
   constexpr int kPerLine = kSquare / W; // threads on a line of the tile
   constexpr int kLines = kSquareThreads / kPerLine; // lines at a time
   constexpr int kSteps = kSquare / kLines;
@@ -263,7 +293,8 @@ __device__ void update_square(const Common& common, const Transposed& tensor, Sq
       turned[line + k * kLines][along + w] = to_float(g[k].x[w]);
     }
   }
-  const SgdHyper hyper = step_numbers(common); // a barrier lies in it
+  __syncthreads();
+  const SgdHyper hyper = shared;
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
@@ -290,12 +321,14 @@ __device__ void update_square(const Common& common, const Transposed& tensor, Sq
 template <typename T>
 __device__ void update(const Launch<Transposed>& launch) {
   __shared__ Square turned;
+  __shared__ SgdHyper hyper;
+  compute_numbers(launch.common, hyper);
   const Transposed& tensor = find_tensor(launch);
   with_type(tensor.gradient_type, [&](auto g) {
     if (tensor.aligned && launch.common.aligned) {
-      update_square<T, decltype(g), kSquareVector>(launch.common, tensor, turned);
+      update_square<T, decltype(g), kSquareVector>(launch.common, tensor, turned, hyper);
     } else {
-      update_square<T, decltype(g), 1>(launch.common, tensor, turned);
+      update_square<T, decltype(g), 1>(launch.common, tensor, turned, hyper);
     }
   });
 }
@@ -308,7 +341,10 @@ __device__ void update(const Launch<Strided>& launch) {
   const Strided& tensor = find_tensor(launch);
   const T* parameter = static_cast<const T*>(tensor.parameter);
   const T* velocity = static_cast<const T*>(common.velocity);
-  const SgdHyper hyper = step_numbers(common);
+  __shared__ SgdHyper shared;
+  compute_numbers(common, shared);
+  __syncthreads();
+  const SgdHyper hyper = shared;
   const uint32_t tile = blockIdx.x - tensor.first_block;
   const uint64_t begin = uint64_t(tile) * kTile<T>;
   const uint64_t end = min(begin + kTile<T>, tensor.size);

@@ -35,6 +35,21 @@ def test_demo_says_how_the_runs_differ(tmp_path):
     assert "learning rates differ by" in result.stdout
 
 
+def test_demo_takes_any_schedule(tmp_path):
+    picture = tmp_path / "demo.png"
+    schedule = "warmup(cosine_decay(0.1, 22), 5)"
+    result = run("--epochs", 1, "--schedule", schedule, "--output", picture)
+    assert result.returncode == 0, result.stderr
+    assert "All 22 losses are equal" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_refuses_what_is_no_schedule():
+    result = run("--schedule", "cosine_decay(0.1")
+    assert result.returncode == 2
+    assert "[parse_schedule]" in result.stderr
+
+
 def test_demo_refuses_no_epochs():
     result = run("--epochs", 0)
     assert result.returncode == 2

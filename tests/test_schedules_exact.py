@@ -360,6 +360,21 @@ def test_ends_are_exact_and_never_passed(init, end, steps, power, wavy):
     assert low <= inside.min().item() <= inside.max().item() <= high
 
 
+@pytest.mark.parametrize(
+    ("make", "init", "end", "steps", "at"),
+    [
+        (cosine_decay, "0x1.9f10b1p-2", "0x1.9f10b038e8f5fp-2", 27050, 3),
+        (linear_schedule, "0x1.47f497p-15", "0x1.47f4980953f7ep-15", 607136888306255, 1),
+    ],
+)
+def test_no_rounding_passes_an_end(make, init, end, steps, at):
+    """An end half-way between two numbers of float32: found to round past it unclamped."""
+    init, end = float.fromhex(init), float.fromhex(end)
+    arguments = (init, steps, end) if make is cosine_decay else (init, end, steps)
+    low, high = sorted(np.float32([init, end]).tolist())
+    assert low <= make(*arguments)(at).item() <= high
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 999, 1000, 12345])
 @pytest.mark.parametrize(
     "make",

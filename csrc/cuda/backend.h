@@ -12,14 +12,20 @@ namespace mlx_fused_optim::cuda {
 /// Allocates device memory on behalf of set_outputs.
 using Allocate = std::function<mx::allocator::Data(size_t bytes)>;
 
+/// A step to evaluate, and what the backend needs the extension for.
+struct Step {
+  const SgdPlan& plan;
+  const SgdInputs& inputs;
+  /// To be called once everything else that can fail on these inputs has been done.
+  std::function<SgdOutputs(const Allocate&)> set_outputs;
+  /// Hands over the input arrays, after which `inputs` refers to nothing; none
+  /// where a transformation still needs the graph.
+  std::function<std::vector<mx::array>()> take_inputs;
+  mx::Stream stream;
+};
+
 struct Backend {
-  /// One step. `set_outputs` is called once everything else that can fail on
-  /// these inputs has been done.
-  void (*step)(
-      const SgdPlan& plan,
-      const SgdInputs& inputs,
-      const std::function<SgdOutputs(const Allocate&)>& set_outputs,
-      mx::Stream stream);
+  void (*step)(const Step& step);
 
   void (*evaluate_schedule)(
       const Schedule& schedule,

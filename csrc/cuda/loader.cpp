@@ -55,14 +55,21 @@ const Backend& backend() {
 } // namespace cuda
 
 void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  cuda::backend().step(
-      plan_,
-      SgdInputs(plan_, inputs),
-      [&](const cuda::Allocate& allocate) {
-        set_outputs(plan_, inputs, outputs, allocate);
-        return SgdOutputs(plan_, outputs);
-      },
-      stream());
+  auto set = [&](const cuda::Allocate& allocate) {
+    set_outputs(plan_, inputs, outputs, allocate);
+    return SgdOutputs(plan_, outputs);
+  };
+  auto take = [&] {
+    std::vector<mx::array> taken;
+    for (auto& output : outputs) {
+      if (&output.inputs() == &inputs && !output.is_tracer()) {
+        taken.swap(output.inputs());
+        break;
+      }
+    }
+    return taken;
+  };
+  cuda::backend().step({plan_, SgdInputs(plan_, inputs), set, take, stream()});
 }
 
 void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {

@@ -52,6 +52,25 @@ void set_outputs(mx::cu::CommandEncoder& encoder, const SgdOutputs& out) {
   }
 }
 
+Batches sort_tensors(const SgdPlan& plan, const SgdInputs& in, Type type) {
+  Batches batches(type, !in.momentum || in.momentum->flags().row_contiguous);
+  for (size_t i = 0; i < plan.tensor_count(); ++i) {
+    auto& shape = plan.arena->shapes[i];
+    batches.add(
+        shape.size(),
+        shape.data(),
+        plan.arena->offsets[i],
+        source(in.parameters[i]),
+        source(in.gradients[i]));
+  }
+  if (batches.launches() == 0 && plan.writes_step) { // no tensors: only the step counts
+    auto& empty = *batches.flat.emplace_back(new Batch<Flat>);
+    empty.arguments.common.count = 0;
+    empty.blocks = 1;
+  }
+  return batches;
+}
+
 template <typename T>
 T* pointer(mx::array* a) {
   return a ? mx::gpu_ptr<T>(*a) : nullptr;
@@ -118,36 +137,47 @@ class Launcher {
   Common common_;
 };
 
-void step(
+// The encoder's number of kernels that wait to be launched. Private; an explicit
+// instantiation may name it, and MLX's version is pinned.
+template <auto Member>
+struct PendingKernels {
+  friend int pending_kernels(mx::cu::CommandEncoder& encoder) { return encoder.*Member; }
+};
+template struct PendingKernels<&mx::cu::CommandEncoder::node_count_>;
+int pending_kernels(mx::cu::CommandEncoder& encoder);
+
+/// MLX lets go of the buffers of finished work on a thread of its own, and mx.eval
+/// does not wait for that. A step that follows at once would find its arenas held
+/// and move to fresh ones. Waits, but only where nothing else is to be done.
+void let_go_of_finished_work(
+    mx::cu::CommandEncoder& encoder,
     const SgdPlan& plan,
-    const SgdInputs& in,
-    const std::function<SgdOutputs(const Allocate&)>& allocate_outputs,
-    mx::Stream stream) {
-  auto& encoder = mx::cu::get_command_encoder(stream);
+    const SgdInputs& in) {
+  auto uses = [](const mx::array& a) {
+    return static_cast<size_t>(a.data_shared_ptr().use_count());
+  };
+  const bool held = (plan.tensor_count() > 0 && uses(in.parameters[0]) > plan.tensor_count()) ||
+      (in.momentum && uses(*in.momentum) > 1);
+  if (held && pending_kernels(encoder) == 0 &&
+      cuStreamQuery(static_cast<cudaStream_t>(encoder.stream())) == CUDA_SUCCESS) {
+    encoder.synchronize();
+  }
+}
+
+/// Fewer bytes than these take less time on the device than a launch of their own.
+constexpr size_t kWorthALaunch = size_t(4) << 20;
+
+void step(const Step& step) {
+  auto& plan = step.plan;
+  auto& in = step.inputs;
+  auto& encoder = mx::cu::get_command_encoder(step.stream);
   encoder.device().make_current();
   const Type type = type_of(plan.arena->dtype);
-  Batches batches(type, !in.momentum || in.momentum->flags().row_contiguous);
-  for (size_t i = 0; i < plan.tensor_count(); ++i) {
-    auto& shape = plan.arena->shapes[i];
-    batches.add(
-        shape.size(),
-        shape.data(),
-        plan.arena->offsets[i],
-        source(in.parameters[i]),
-        source(in.gradients[i]));
-  }
+  const auto batches = sort_tensors(plan, in, type);
   step_kernel(Kind::flat, type, encoder.device().cuda_device()); // loaded, or an error now
 
-  const auto out = allocate_outputs([&](size_t bytes) { return allocate(bytes, stream); });
-  if (batches.launches() == 0) {
-    if (!out.step) {
-      return; // nothing but empty tensors, and another arena counts the step
-    }
-    auto& empty = *batches.flat.emplace_back(new Batch<Flat>);
-    empty.arguments.common.count = 0;
-    empty.blocks = 1;
-  }
-
+  let_go_of_finished_work(encoder, plan, in);
+  const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
   set_inputs(encoder, plan, in);
   set_outputs(encoder, out);
   Launcher launcher(encoder, type, common_arguments(plan, in, out));
@@ -162,6 +192,14 @@ void step(
     launch_all();
   } else {
     launch_all();
+  }
+
+  // The inputs live until the device is done, and end on the thread that waits for
+  // it: hundreds of arrays, which MLX would count up and down one by one here.
+  auto taken = std::make_shared<std::vector<mx::array>>(step.take_inputs());
+  encoder.add_completed_handler([taken] { taken->clear(); });
+  if (plan.arena->size * plan.arena->dtype.size() >= kWorthALaunch) {
+    encoder.commit(); // the device starts while the host goes on to the views
   }
 }
 

@@ -1,7 +1,10 @@
 """Fused optimizer steps for MLX: one kernel for the whole parameter tree.
 
-import mlx_fused_optim as optim          # was: import mlx.optimizers as optim
-optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
+One import line is the whole migration::
+
+    import mlx_fused_optim as optim  # was: import mlx.optimizers as optim
+
+    optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
 """
 
 from ._requirements import check_extension, check_mlx

@@ -54,7 +54,7 @@ class Tree:
     """Gradients and their parameters, flattened in one pass."""
 
     def __init__(
-        self, gradients: object, parameters: object, op: str, exact: bool = False
+        self, gradients: object | None, parameters: object | None, op: str, exact: bool = False
     ) -> None: ...
     def __len__(self) -> int: ...
     @property

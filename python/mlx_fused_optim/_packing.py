@@ -44,10 +44,24 @@ def layout_of(tree: _ext.Tree) -> _ext.Layout:
     return layout
 
 
-def momentum_arenas(state: State, tree: _ext.Tree) -> list[mx.array] | None:
-    """The arenas of exactly these tensors, if the state has them."""
-    entry = state.get("arenas", {}).get(layout_key(tree))
-    return None if entry is None else entry["momentum"]
+def momentum_arenas(state: State, tree: _ext.Tree, op: str) -> list[mx.array] | None:
+    """The arenas of exactly these tensors, if the state has them.
+
+    Their number, shapes and dtypes are checked by the step itself.
+    """
+    key = layout_key(tree)
+    entry = state.get("arenas", {}).get(key)
+    if entry is None:
+        return None
+    momentum = entry.get("momentum") if isinstance(entry, dict) else None
+    if not isinstance(momentum, (list, tuple)) or not all(
+        isinstance(arena, mx.array) for arena in momentum
+    ):
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}']['momentum'] is missing or of the wrong type: "
+            f"got {_described(momentum)}, allowed a list of arrays."
+        )
+    return list(momentum)
 
 
 def with_momentum(state: State, arenas: list[mx.array], tree: _ext.Tree) -> State:
@@ -62,7 +76,7 @@ def packed(state: State, tree: _ext.Tree, op: str) -> State:
     Momentum is taken by path from wherever the state has it, else it is zero. Arenas
     that share no tensor with the new ones stay as they are.
     """
-    if momentum_arenas(state, tree) is not None:
+    if momentum_arenas(state, tree, op) is not None:
         return state
     layout = layout_of(tree)
     wanted = {path: (shape, dtype) for path, shape, dtype in layout.tensors}
@@ -109,27 +123,41 @@ def unpacked(state: State, op: str) -> State:
 
 
 def check_state(state: State, parameters: Any, op: str) -> None:
-    """Raise ValueError unless a state that was loaded fits these parameters."""
+    """Raise ValueError unless a state that was loaded fits these parameters.
+
+    It may know tensors that the model no longer has, such as a layer that an adapter has
+    wrapped since, but not only such.
+    """
     check_scalars(state, op)
     velocities = _loose_velocities(state, op)
     for key, entry in state.get("arenas", {}).items():
         velocities.update(_arena_velocities(key, entry, op))
-    for path, velocity in velocities.items():
-        parameter = _lookup(parameters, path)
-        if not isinstance(parameter, mx.array):
-            raise ValueError(
-                f"[{op}] the state is of another model: got momentum for '{path}', "
-                "allowed only paths that the parameters have."
-            )
-        if velocity.shape != parameter.shape:
+    leaves = dict(tree_flatten(parameters))
+    known = [path for path in velocities if isinstance(leaves.get(path), mx.array)]
+    if velocities and not known:
+        raise ValueError(
+            f"[{op}] the state is of another model: got momentum for "
+            f"'{next(iter(velocities))}', allowed paths that the parameters have."
+        )
+    for path in known:
+        if velocities[path].shape != leaves[path].shape:
             raise ValueError(
                 f"[{op}] the state is of another model: got momentum of shape "
-                f"{velocity.shape} for '{path}', the parameter has {parameter.shape}."
+                f"{velocities[path].shape} for '{path}', the parameter has {leaves[path].shape}."
             )
 
 
 def check_scalars(state: State, op: str) -> None:
     """Raise ValueError unless step and learning rate are what a step needs."""
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"[{op}] the state is of the wrong type: got {_described(state)}, allowed a dict."
+        )
+    if not isinstance(state.get("arenas", {}), dict):
+        raise ValueError(
+            f"[{op}] state['arenas'] is of the wrong type: got {_described(state['arenas'])}, "
+            "allowed a dict."
+        )
     step = state.get("step")
     if not isinstance(step, mx.array) or step.dtype != mx.uint64 or step.ndim != 0:
         raise ValueError(
@@ -153,18 +181,6 @@ def _described(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
-def _lookup(tree: Any, path: str) -> Any:
-    """The node at a path of ``tree_flatten``, or None."""
-    for key in path.split(".") if path else ():
-        if isinstance(tree, dict):
-            tree = tree.get(key)
-        elif isinstance(tree, (list, tuple)) and key.isdigit() and int(key) < len(tree):
-            tree = tree[int(key)]
-        else:
-            return None
-    return tree
-
-
 def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
     """Momentum that lies where mlx.optimizers.SGD keeps it, by path."""
     velocities = {}
@@ -176,6 +192,11 @@ def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
             raise ValueError(
                 f"[{op}] the state has a leaf that is not SGD's: got {_described(leaf)} at "
                 f"'{name}', allowed only momentum arrays 'v'."
+            )
+        if leaf.dtype not in _DTYPES.values():
+            raise ValueError(
+                f"[{op}] the state has momentum of the wrong type: got {_described(leaf)} at "
+                f"'{name}', allowed {', '.join(_DTYPES)}."
             )
         velocities[path] = leaf
     return velocities
@@ -242,7 +263,7 @@ def _scalars(state: State) -> State:
 def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:
     """A state with momentum of tensors that are in no arena."""
     loose = _placed(velocities)
-    for key in own.keys() & loose.keys():
+    for key in sorted((own.keys() | {"arenas"}) & loose.keys()):
         raise ValueError(
             f"[{op}] a module has the name of an entry of the state: got momentum of "
             f"'{key}', allowed other names for modules that are frozen or unpacked."
@@ -252,11 +273,11 @@ def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:
 
 def _placed(velocities: dict[str, mx.array]) -> State:
     """By path, as mlx.optimizers.SGD nests it."""
-    if not velocities:
-        return {}
-    if "" in velocities:  # the tree is one array
-        return {"v": velocities[""]}
-    tree: State = tree_unflatten([(f"{path}.v", v) for path, v in velocities.items()])
+    # The path of a tree that is one array is empty.
+    flat = [(f"{path}.v" if path else "v", v) for path, v in velocities.items()]
+    tree = tree_unflatten(flat) if flat else {}
+    if isinstance(tree, list):  # of a tree that is a list: a dict has the same paths
+        tree = {str(i): node for i, node in enumerate(tree) if node}
     return tree
 
 
@@ -273,7 +294,7 @@ def _decode(key: str, table: Any, op: str) -> _ext.Layout:
     try:
         rows = json.loads(bytes(table.tolist()))
         layout = _ext.Layout([(path, tuple(shape), _DTYPES[name]) for path, shape, name in rows])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"[{op}] state['arenas']['{key}']['table'] cannot be read: got "
             f"{_described(table)} ({error}), allowed the table that was saved with the state. "

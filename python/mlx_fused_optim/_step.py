@@ -34,6 +34,16 @@ class Hyperparameters(NamedTuple):
         return self.weight_decay != 0
 
 
+def _as_float(value: Any) -> float | None:
+    """A number as a float; None for what is not one, text and truth values included."""
+    if isinstance(value, (bool, str, bytes)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def checked_hyperparameters(
     op: str,
     momentum: Hyperparameter,
@@ -60,12 +70,12 @@ def checked_hyperparameters(
 
 
 def _checked_factor(op: str, name: str, value: Any, at_most: float = math.inf) -> float:
-    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+    number = _as_float(value)
+    if number is None:
         allowed = "a float" if name == "dampening" else "a float, a schedule or a callable"
         raise TypeError(
             f"[{op}] {name} must be a number: got {type(value).__name__}, allowed {allowed}."
         )
-    number = float(value)
     if not 0 <= number <= at_most or math.isinf(number):
         allowed = "0 or more, finite" if at_most == math.inf else f"0 to {at_most:g}"
         raise ValueError(f"[{op}] {name} is out of range: got {number}, allowed {allowed}.")
@@ -75,13 +85,12 @@ def _checked_factor(op: str, name: str, value: Any, at_most: float = math.inf) -
 def checked_scalar(op: str, name: str, value: Any) -> mx.array:
     """A hyperparameter that is not a schedule, as a scalar array."""
     if not isinstance(value, mx.array):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
+        number = _as_float(value)
+        if number is None:
             raise TypeError(
                 f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
-            ) from None
+            )
         if not number >= 0 or math.isinf(number):
             raise ValueError(
                 f"[{op}] {name} is out of range: got {number}, allowed 0 or more, finite."
@@ -131,7 +140,7 @@ def take_step(
     arenas: list[mx.array] = []
     if hyper.has_momentum and len(tree) > 0:
         state = _packing.packed(state, tree, op)
-        arenas = _packing.momentum_arenas(state, tree) or []
+        arenas = _packing.momentum_arenas(state, tree, op) or []
     parameters, arenas, step, used = _ext.sgd_step(
         tree,
         layout,

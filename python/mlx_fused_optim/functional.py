@@ -124,7 +124,8 @@ def fused_sgd_step(
     tree = _ext.Tree(gradients, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
     _packing.check_scalars(state, op)
-    if hyper.has_momentum and len(tree) > 0 and _packing.momentum_arenas(state, tree) is None:
+    missing = _packing.momentum_arenas(state, tree, op) is None
+    if hyper.has_momentum and len(tree) > 0 and missing:
         raise ValueError(
             f"[{op}] the state has no momentum for these parameters: got the state of other "
             "parameters, or of steps without momentum; allowed one from "

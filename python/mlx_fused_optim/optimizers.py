@@ -81,6 +81,9 @@ class SGD(Optimizer):
         if not callable(learning_rate):
             learning_rate = checked_scalar("SGD", "learning_rate", learning_rate)
         self._maybe_schedule("learning_rate", learning_rate)  # type: ignore[arg-type]
+        # A callable may have returned a plain number.
+        rate = checked_scalar("SGD", "learning_rate", self.state["learning_rate"])
+        self.state["learning_rate"] = rate
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
