@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant("row_of_tile", KERNEL, "+ lane / kTileLanes;", "+ lane % kTileLanes;"),
     Mutant("rows_of_a_pass", KERNEL, "(lanes / kTileLanes) +", "(lanes / kTileColumns) +"),
     Mutant("last_pass_left_out", KERNEL, "pass < kPasses;", "pass < kPasses - 1;"),
-    Mutant("tail_overruns", KERNEL, "left < kQuad ? uint32_t(left) : uint32_t(kQuad)", "uint32_t(kQuad)"),
-    Mutant("tile_overruns", KERNEL, "left < kQuad ? left : uint32_t(kQuad)", "uint32_t(kQuad)"),
+    Mutant("tail_overruns", KERNEL, "left < kQuad ? uint32_t(left) : uint32_t(kQuad)", "left < 1 ? uint32_t(left) : uint32_t(kQuad)"),
+    Mutant("tile_overruns", KERNEL, "left < kQuad ? left : uint32_t(kQuad)", "left < 1 ? left : uint32_t(kQuad)"),
     Mutant("wide_without_alignment", KERNEL, "full && (tensor.wide & kWideGradient)", "full"),
     Mutant("never_wide", KERNEL, "full && (tensor.wide & kWideArena)", "false"),
     # ---- The kernels: memory
@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant("too_many_sources", "metal/table.h", "kSources = 24", "kSources = 25"),
     # ---- The host: dispatches
     Mutant("one_after_another", HOST, "  auto together = encoder.start_concurrent();\n  for", "  for"),
-    Mutant("packs_beside_the_step", HOST, "  {\n    auto together = encoder.start_concurrent();", "  auto together_early = encoder.start_concurrent();\n  {"),
+    Mutant("packs_beside_the_step", HOST, "  const Readable readable(", "  auto early = encoder.start_concurrent();\n  const Readable readable("),
     Mutant("one_block_too_few", PACKING, "return (a + b - 1) / b;", "return a / b;"),
     Mutant("tiles_wide_when_unaligned", PACKING, "view.row_stride % kQuad == 0 &&", ""),
     Mutant("unaligned_gradient_wide", PACKING, "gradient.offset() % (kQuad * gradient.itemsize()) == 0", "true"),
