@@ -25,7 +25,7 @@ bench: $(VENV)/installed
 	$(RUN)/python bench/bench.py $(ARGS)
 
 # The tests, and the examples in the docstrings of the installed package.
-test: $(VENV)/installed
+test: $(VENV)/installed metal-check-if-possible
 	$(RUN)/python -m pytest tests/ --doctest-modules --pyargs mlx_fused_optim $(ARGS)
 
 lint: $(VENV)/tools
@@ -46,6 +46,8 @@ clean:
 	rm -rf $(VENV) build dist
 
 include schedules.mk
+
+include metal.mk
 
 # ---- Stamps ------------------------------------------------------------------
 

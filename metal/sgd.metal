@@ -216,7 +216,7 @@ template <typename T, typename G>
 
 /// A copy in row-major order of an array of any strides; T has its element's size.
 template <typename T>
-[[kernel]] void pack(
+[[kernel]] void pack_elements(
     device const T* from [[buffer(0)]],
     device T* to [[buffer(1)]],
     constant int32_t* shape [[buffer(2)]],
@@ -246,5 +246,5 @@ template <typename T>
 INSTANTIATE_STEP("float32", float)
 INSTANTIATE_STEP("float16", half)
 INSTANTIATE_STEP("bfloat16", bfloat)
-INSTANTIATE("pack_2", pack<uint16_t>)
-INSTANTIATE("pack_4", pack<uint32_t>)
+INSTANTIATE("pack_2", pack_elements<uint16_t>)
+INSTANTIATE("pack_4", pack_elements<uint32_t>)

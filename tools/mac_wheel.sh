@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-output=$(realpath -m "${1:-dist}")
+output=$(realpath -m "${1:-dist/mac}")
 work=$PWD/build/mac
 
 requirement() { # the pinned version of a package

@@ -89,6 +89,67 @@ const mx::array& Packer::packed(const mx::array& a) {
   return copy;
 }
 
+/// The kernels of a step, compiled, and threadgroups that suit all of them.
+struct StepKernels {
+  StepKernels(mx::metal::Device& device, const SgdPlan& plan, const SgdInputs& in);
+
+  std::map<mx::Dtype::Val, MTL::ComputePipelineState*> step; // by the gradient's dtype
+  MTL::ComputePipelineState* counters = nullptr; // if the plan writes the step
+  size_t threads = kThreads;
+};
+
+StepKernels::StepKernels(mx::metal::Device& device, const SgdPlan& plan, const SgdInputs& in) {
+  for (size_t i = 0; i < plan.tensor_count(); ++i) {
+    const auto gradient = in.gradients[i].dtype();
+    auto*& kernel = step[gradient.val()];
+    if (!kernel) {
+      const auto types = metal::name_of(plan.arena->dtype) + "_" + metal::name_of(gradient);
+      kernel = metal::kernel(device, "sgd_step_" + types, plan.control.flags);
+      threads = std::min(threads, threads_for(kernel));
+    }
+  }
+  if (plan.writes_step) {
+    counters = metal::kernel(device, "sgd_counters");
+  }
+}
+
+/// The inputs as the step kernel can read them.
+struct Readable {
+  Readable(Packer& packer, CommandEncoder& encoder, const SgdPlan& plan, const SgdInputs& in) {
+    auto together = encoder.start_concurrent(); // the copies, if there are any
+    for (size_t i = 0; i < plan.tensor_count(); ++i) {
+      parameters.push_back(&packer.flat(in.parameters[i]));
+      gradients.push_back(&packer.flat_or_matrix(in.gradients[i]));
+    }
+    momentum = in.momentum ? &packer.flat(*in.momentum) : nullptr;
+  }
+
+  std::vector<const mx::array*> parameters, gradients;
+  const mx::array* momentum;
+};
+
+std::vector<metal::Dispatch> dispatches_of(
+    const SgdPlan& plan,
+    const SgdInputs& in,
+    const SgdOutputs& out,
+    const Readable& readable,
+    size_t threads) {
+  if (plan.tensor_count() == 0) {
+    return {};
+  }
+  auto is_aligned = [](const mx::array* a) {
+    return !a || a->offset() % (kQuad * a->itemsize()) == 0;
+  };
+  auto is_fresh = [](const mx::array* output, const mx::array* input) {
+    return output && output->data_shared_ptr() != input->data_shared_ptr();
+  };
+  const bool aligned =
+      is_aligned(out.parameters) && is_aligned(out.momentum) && is_aligned(readable.momentum);
+  const bool gaps = is_fresh(out.parameters, in.parameters) || is_fresh(out.momentum, in.momentum);
+  return metal::make_dispatches(
+      *plan.arena, readable.parameters, readable.gradients, aligned, gaps, threads);
+}
+
 void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdInputs& in) {
   encoder.set_bytes(control, kControlBuffer);
   encoder.set_input_array(in.step, kStepBuffer);
@@ -99,76 +160,49 @@ void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdI
   }
 }
 
+void bind_arenas(
+    CommandEncoder& encoder,
+    const metal::Dispatch& dispatch,
+    const mx::array* momentum,
+    const SgdOutputs& out) {
+  encoder.set_bytes(dispatch.table, kTableBuffer);
+  encoder.set_output_array(*out.parameters, kParameterOutBuffer);
+  if (momentum) {
+    encoder.set_input_array(*momentum, kVelocityBuffer);
+    encoder.set_output_array(*out.momentum, kVelocityOutBuffer);
+  }
+  for (size_t i = 0; i < kSources; ++i) {
+    // A slot must have a buffer even if no tensor uses it.
+    auto& source = *dispatch.sources[i < dispatch.sources.size() ? i : 0];
+    encoder.set_input_array(source, kFirstSourceBuffer + i, -source.offset());
+  }
+}
+
 } // namespace
 
 void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto& device = mx::metal::device(stream().device);
   SgdInputs in(plan_, inputs);
   SgdOutputs out(plan_, outputs);
-  const size_t n = plan_.tensor_count();
-
   // Kernels first: if they do not compile, nothing has changed.
-  std::map<mx::Dtype::Val, MTL::ComputePipelineState*> kernels; // by the gradient's dtype
-  size_t threads = kThreads;
-  for (size_t i = 0; i < n; ++i) {
-    const auto gradient = in.gradients[i].dtype();
-    auto*& kernel = kernels[gradient.val()];
-    if (!kernel) {
-      const auto types = metal::name_of(plan_.arena->dtype) + "_" + metal::name_of(gradient);
-      kernel = metal::kernel(device, "sgd_step_" + types, plan_.control.flags);
-      threads = std::min(threads, threads_for(kernel));
-    }
-  }
-  auto* counters = plan_.writes_step ? metal::kernel(device, "sgd_counters") : nullptr;
-
+  const StepKernels kernels(device, plan_, in);
   set_outputs(plan_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
+
   auto& encoder = mx::metal::get_command_encoder(stream());
-
-  Packer packer(device, encoder, 2 * n + 1);
-  std::vector<const mx::array*> parameters, gradients;
-  const mx::array* momentum = nullptr;
-  {
-    auto together = encoder.start_concurrent();
-    for (size_t i = 0; i < n; ++i) {
-      parameters.push_back(&packer.flat(in.parameters[i]));
-      gradients.push_back(&packer.flat_or_matrix(in.gradients[i]));
-    }
-    if (in.momentum) {
-      momentum = &packer.flat(*in.momentum);
-    }
-  }
-
-  auto is_aligned = [](const mx::array& a) { return a.offset() % (kQuad * a.itemsize()) == 0; };
-  auto is_fresh = [](const mx::array* output, const mx::array* input) {
-    return output && output->data_shared_ptr() != input->data_shared_ptr();
-  };
-  const bool aligned = n > 0 && is_aligned(*out.parameters) &&
-      (!momentum || (is_aligned(*momentum) && is_aligned(*out.momentum)));
-  const bool gaps =
-      n > 0 && (is_fresh(out.parameters, in.parameters) || is_fresh(out.momentum, in.momentum));
-  const auto dispatches =
-      metal::make_dispatches(*plan_.arena, parameters, gradients, aligned, gaps, threads);
+  Packer packer(device, encoder, 2 * plan_.tensor_count() + 1);
+  const Readable readable(packer, encoder, plan_, in);
 
   // They write disjoint parts of one arena: side by side, not one after another.
   auto together = encoder.start_concurrent();
-  for (auto& dispatch : dispatches) {
-    encoder.set_compute_pipeline_state(kernels.at(dispatch.gradient_dtype.val()));
+  for (auto& dispatch : dispatches_of(plan_, in, out, readable, kernels.threads)) {
+    encoder.set_compute_pipeline_state(kernels.step.at(dispatch.gradient_dtype.val()));
     bind_numbers(encoder, plan_.control, in);
-    encoder.set_bytes(dispatch.table, kTableBuffer);
-    encoder.set_output_array(*out.parameters, kParameterOutBuffer);
-    if (momentum) {
-      encoder.set_input_array(*momentum, kVelocityBuffer);
-      encoder.set_output_array(*out.momentum, kVelocityOutBuffer);
-    }
-    for (size_t i = 0; i < kSources; ++i) {
-      // A slot must have a buffer even if no tensor uses it.
-      auto& source = *dispatch.sources[i < dispatch.sources.size() ? i : 0];
-      encoder.set_input_array(source, kFirstSourceBuffer + i, -source.offset());
-    }
-    encoder.dispatch_threadgroups(MTL::Size(dispatch.blocks, 1, 1), MTL::Size(threads, 1, 1));
+    bind_arenas(encoder, dispatch, readable.momentum, out);
+    encoder.dispatch_threadgroups(
+        MTL::Size(dispatch.blocks, 1, 1), MTL::Size(kernels.threads, 1, 1));
   }
-  if (counters) {
-    encoder.set_compute_pipeline_state(counters);
+  if (kernels.counters) {
+    encoder.set_compute_pipeline_state(kernels.counters);
     bind_numbers(encoder, plan_.control, in);
     encoder.set_output_array(*out.step, kStepOutBuffer);
     encoder.set_output_array(*out.used, kUsedOutBuffer);

@@ -157,6 +157,7 @@ void CommandEncoder::bind(const array& a, int slot, int64_t offset, Binding::Kin
   b.size = a.buffer_size();
   b.offset = a.offset() + offset;
   b.element = a.itemsize();
+  b.memory = a.data_shared_ptr();
   if (b.offset < 0 || b.offset > int64_t(b.size)) {
     fail("the offset of slot " + std::to_string(slot) + " is outside of the buffer");
   }
@@ -323,6 +324,9 @@ void CommandEncoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
       if (a.kind == Kind::buffer && (!a.present || *a.present)) {
         auto& b = (*bindings)[a.slot];
         const bool by_value = b.kind == Binding::value;
+        if (!by_value && b.memory.expired()) {
+          fail(kernel->name + ": the memory of " + a.name + " was freed before it ran");
+        }
         char* begin = by_value ? b.bytes.data() : b.begin;
         buffers[a.slot] = begin + b.offset;
         memory.add(begin, b.size, a.name, by_value);

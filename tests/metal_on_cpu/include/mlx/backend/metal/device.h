@@ -67,6 +67,7 @@ class CommandEncoder {
     int64_t offset = 0;
     size_t element = 0;
     std::vector<char> bytes; // of a value
+    std::weak_ptr<array::Data> memory; // must live until the dispatch runs
   };
 
   void bind(const array& a, int slot, int64_t offset, Binding::Kind kind);
