@@ -40,6 +40,12 @@ def widened(bits: np.ndarray, dtype: str) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def one_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The same numbers with one pattern for NaN: its sign and payload are nobody's promise."""
+    nan = narrowed(np.float32(np.nan), dtype).astype(bits.dtype)
+    return np.where(np.isnan(widened(bits, dtype)), nan, bits)
+
+
 def to_mlx(bits: np.ndarray, dtype: str) -> mx.array:
     return mx.array(bits).view(DTYPES[dtype]).reshape(bits.shape)
 

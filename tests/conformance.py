@@ -22,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
-from bits import DTYPES, narrowed, of_mlx, to_mlx
+from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
 
 STEPS = 3
 
@@ -154,8 +154,49 @@ class Case:
         return parameters, gradients
 
 
+class EdgeCase(Case):
+    """Every number of a half type, read and written, and what lies between its numbers.
+
+    The first tensor starts from zero and moves by exactly its gradient (the rate is 1),
+    the second has every number as a parameter and does not move.
+    """
+
+    def values(self) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        half = next(name for name in (*self.parameters, self.gradient) if name != "float32")
+        every = np.arange(2**16, dtype=np.uint16)
+        numbers = widened(every, half)
+        finite = np.unique(numbers[np.isfinite(numbers)].astype(np.float64))
+        middles = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+        # The last is where rounding begins to give infinity, if float32 has it.
+        overflow = np.float32(65520.0 if half == "float16" else 2.0**128 * (1 - 2.0**-9))
+        middles = np.append(middles, [overflow, -overflow]).astype(np.float32)
+        nans = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800100], np.uint32)
+        between = np.concatenate([
+            np.nextafter(middles, np.float32(-np.inf)),
+            middles,
+            np.nextafter(middles, np.float32(np.inf)),
+            np.array([np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0] * 9, np.float32),
+            # Over a whole vector, so that the wide body sees each of them.
+            np.tile(nans, 16).view(np.float32),
+            numbers,
+        ])  # fmt: skip
+        moves = narrowed(between, self.gradient)
+        zeros = [np.zeros(moves.size, np.float32), np.zeros(every.size, np.float32)]
+        parameter = self.parameters[0]
+        return (
+            [narrowed(zeros[0], parameter), narrowed(numbers, parameter)],
+            [[moves, narrowed(zeros[1], self.gradient)]] * STEPS,
+        )
+
+
 def _cases() -> list[Case]:
-    cases = []
+    cases: list[Case] = []
+    for half in ("float16", "bfloat16"):
+        for parameter, gradient in ((half, "float32"), ("float32", half)):
+            # The shapes are those of `values`, found once.
+            case = EdgeCase((parameter,), gradient, "plain", "unit", kind="every_number")
+            shapes = tuple(bits.shape for bits in case.values()[0])
+            cases.append(replace(case, shapes=shapes))
     for parameter in DTYPES:
         for gradient in DTYPES:
             for options in OPTIONS:
@@ -185,7 +226,8 @@ Bits = dict[str, np.ndarray]
 def learning_rate(case: Case):
     from mlx_fused_optim import exponential_decay
 
-    return exponential_decay(*DECAYING_RATE) if case.rate == "exponential" else CONSTANT_RATE
+    constants = {"constant": CONSTANT_RATE, "unit": 1.0}
+    return constants.get(case.rate) or exponential_decay(*DECAYING_RATE)
 
 
 def run_case(case: Case, device: mx.Device) -> Bits:
@@ -222,9 +264,9 @@ def run_case(case: Case, device: mx.Device) -> Bits:
 def _record(result: Bits, step: int, parameters: list[mx.array], optimizer) -> None:
     # A function of its own: its variables must not hold an array into the next step.
     for i, parameter in enumerate(parameters):
-        result[f"p{step}.{i}"] = of_mlx(parameter)
+        result[f"p{step}.{i}"] = one_nan(of_mlx(parameter), dtype_name(parameter.dtype))
     for i, velocity in enumerate(optimizer.unpacked_state().get("w", [])):
-        result[f"v{step}.{i}"] = of_mlx(velocity["v"])
+        result[f"v{step}.{i}"] = one_nan(of_mlx(velocity["v"]), dtype_name(velocity["v"].dtype))
     result[f"rate{step}"] = of_mlx(optimizer.learning_rate)
     result[f"step{step}"] = of_mlx(optimizer.step)
 
@@ -290,34 +332,8 @@ def _cpu_backends() -> list[Backend]:
     return rows
 
 
-def _metal_backends() -> list[Backend]:
-    """Metal on a Mac; elsewhere its host code and kernels, run by the CPU (docs/metal.md).
-
-    METAL_ON_CPU is the folder with the two builds that tools/metal_check.sh makes.
-    """
-    if mx.metal.is_available():
-        return [InProcess("metal", mx.gpu)]
-    builds = os.environ.get("METAL_ON_CPU")
-    if not builds:
-        return []
-    plain, checked = (
-        {"PYTHONPATH": str(Path(builds, name, "package").resolve())}
-        for name in ("metal_on_cpu", "metal_on_cpu_asan")
-    )
-    rows: list[Backend] = []
-    for order, threads in (("forward", "1024"), ("reverse", "96"), ("shuffled", "32")):
-        settings = {"METAL_ON_CPU_ORDER": order, "METAL_ON_CPU_MAX_THREADS": threads}
-        rows.append(Subprocess(f"metal-{order}-{threads}", {**plain, **settings}))
-    find = ["clang++-19", "-print-file-name=libclang_rt.asan-x86_64.so"]
-    library = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
-    # Python frees little at exit; locals must stay on the stack that the harness knows.
-    asan = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    rows.append(Subprocess("metal-asan", {**checked, **asan, "LD_PRELOAD": library}))
-    return rows
-
-
 # A backend joins here. The first one is what the others' bits are compared with.
-BACKENDS: list[Backend] = _cpu_backends() + _metal_backends()
+BACKENDS: list[Backend] = _cpu_backends()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def step_float32(
         if broken.velocity_narrowed_early:
             v = widened(narrowed(v, "bfloat16"), "bfloat16")
         update = g + mu * v if hyper.nesterov and not broken.no_nesterov else v
-    new = narrowed(w - rate * update, dtype).reshape(parameter.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        w = w - rate * update
+    new = narrowed(w, dtype).reshape(parameter.shape)
     new_velocity = narrowed(v, dtype).reshape(parameter.shape)
     if broken.last_element_skipped and parameter.size:
         new = new.copy()

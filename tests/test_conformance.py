@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 import pytest
-from bits import narrowed, of_mlx, to_mlx, widened
+from bits import of_mlx, one_nan, widened
 from conformance import (
     BACKENDS,
     CASES,
@@ -67,6 +67,7 @@ def mismatches(case: Case, bits, broken: Broken = NOTHING) -> list[str]:
         for name, (got, want) in pairs.items():
             assert got.shape == want.shape
             assert got.dtype == want.dtype
+            want = one_nan(want, case.dtype_of(i))
             wrong = np.flatnonzero(got.reshape(-1) != want.reshape(-1))
             if wrong.size:
                 found.append(f"{name} of shape {want.shape}, step {step}: elements {wrong[:5]}")
@@ -91,7 +92,10 @@ def test_bits_of_float32_rounded_once(backend, case):
         assert mismatches(case, bits) == []
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+FINITE = [case for case in CASES if case.kind != "every_number"]
+
+
+@pytest.mark.parametrize("case", FINITE, ids=lambda c: c.name)
 def test_close_to_float64(case):
     bits = results(0)[case.name]
     for step, i, before, gradient, velocity in steps_of(case, bits):
@@ -115,8 +119,8 @@ def test_rate_and_counter(backend):
         for step in range(STEPS):
             rate = bits[f"rate{step}"].view(np.float32)[()]
             assert bits[f"step{step}"] == step + 1
-            if case.rate == "constant":
-                assert rate == np.float32(CONSTANT_RATE)
+            if case.rate != "exponential":
+                assert rate == np.float32(CONSTANT_RATE if case.rate == "constant" else 1)
             else:
                 exact = init * decay**step
                 assert abs(float(rate) - exact) <= 2 * np.spacing(np.float32(exact))
@@ -199,63 +203,29 @@ def test_the_table_catches(mistake, dtype):
     assert mismatches(case, bits, Broken(**{mistake: True}))
 
 
-# ---- Numbers at the edges of the formats ---------------------------------------------
+# ---- Numbers at the edges of float32; those of the half types are cases of the table -----
 
 
-def one_step(parameter: mx.array, gradient: mx.array, rate: float = 1.0) -> np.ndarray:
+def one_step(parameter: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     import mlx_fused_optim as optim
 
-    updated = optim.SGD(rate).apply_gradients({"w": gradient}, {"w": parameter})["w"]
-    assert updated.dtype == parameter.dtype
-    return of_mlx(updated)
+    parameters, gradients = {"w": mx.array(parameter)}, {"w": mx.array(gradient)}
+    return np.array(optim.SGD(1.0).apply_gradients(gradients, parameters)["w"])
 
 
-def every_half(dtype: str) -> np.ndarray:
-    """Every number of a half type, NaN and infinity left out."""
-    bits = np.arange(2**16, dtype=np.uint16)
-    return bits[np.isfinite(widened(bits, dtype))]
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_half_is_read_exactly(dtype):
-    bits = every_half(dtype)
-    got = one_step(mx.zeros(bits.size), to_mlx(bits, dtype)).view(np.float32)
-    assert np.array_equal(got, np.float32(0) - widened(bits, dtype))
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_half_is_written_to_nearest_even(dtype):
-    """The halfway points between all neighbours, and the float32 below and above each."""
-    values = np.unique(widened(every_half(dtype), dtype).astype(np.float64))
-    middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
-    inputs = np.concatenate([
-        np.nextafter(middles, np.float32(-np.inf)),
-        middles,
-        np.nextafter(middles, np.float32(np.inf)),
-        values.astype(np.float32),
-    ])  # fmt: skip
-    zeros = to_mlx(np.zeros(inputs.size, np.uint16), dtype)
-    got = one_step(zeros, mx.array(inputs))
-    assert np.array_equal(got, narrowed(np.float32(0) - inputs, dtype))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_infinity_nan_and_overflow(dtype):
-    largest = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}[dtype]
-    gradient = np.array([np.inf, -np.inf, np.nan, -largest, largest] * 7, np.float32)
-    parameter = np.full(gradient.size, largest, np.float32)
-    start = narrowed(parameter, dtype)
-    got = widened(one_step(to_mlx(start, dtype), mx.array(gradient)), dtype)
+def test_infinity_nan_and_overflow():
+    gradient = np.array([np.inf, -np.inf, np.nan, -3.4e38, 3.4e38] * 7, np.float32)
+    parameter = np.full(gradient.size, 3.4e38, np.float32)
+    got = one_step(parameter, gradient)
     with np.errstate(over="ignore"):
-        want = widened(narrowed(widened(start, dtype) - gradient, dtype), dtype)
-    assert np.array_equal(got, want, equal_nan=True)
+        assert np.array_equal(got, parameter - gradient, equal_nan=True)
     assert np.isnan(got).sum() == 7
-    assert np.isinf(got).sum() >= 14
+    assert np.isinf(got).sum() == 21
 
 
 def test_negative_zero_and_subnormals_stay():
     """As in mlx.optimizers: nothing is flushed, and 0 * x is not added where not asked."""
     parameter = np.array([-0.0, 0.0, 1e-40, -1e-45, 1.2e-38], np.float32)
     gradient = np.array([0.0, -0.0, 1e-45, 0.0, 1e-40], np.float32)
-    got = one_step(mx.array(parameter), mx.array(gradient))
+    got = one_step(parameter, gradient).view(np.uint32)
     assert np.array_equal(got, (parameter - gradient).view(np.uint32))

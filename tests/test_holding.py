@@ -210,16 +210,17 @@ def test_the_same_array_twice_in_the_tree():
 
 def test_leaves_swapped_mid_run():
     """Views of the right arena at the wrong places are not the arena."""
-    parameters = {"a": mx.full((64,), 1.0), "b": mx.full((64,), 2.0)}
-    grads = {"a": mx.full((64,), 0.5), "b": mx.full((64,), 0.25)}
+    names = ("a", "b", "c")  # the first stays in its place
+    parameters = {name: mx.full((64,), i + 1.0) for i, name in enumerate(names)}
+    grads = {name: mx.full((64,), 0.5 / (i + 1)) for i, name in enumerate(names)}
     optimizer, reference = optim.SGD(0.1, momentum=0.9), mlx.optimizers.SGD(0.1, momentum=0.9)
     want = parameters
     for _ in range(4):
         parameters = optimizer.apply_gradients(grads, parameters)
         want = reference.apply_gradients(grads, want)
-        parameters = {"a": parameters["b"], "b": parameters["a"]}
-        want = {"a": want["b"], "b": want["a"]}
-        mx.eval(parameters, want)
+        for tree in (parameters, want):
+            tree["b"], tree["c"] = tree["c"], tree["b"]
+        mx.eval(parameters, want, optimizer.state)
     assert all(same(parameters[k], want[k]) for k in want)
 
 
@@ -346,8 +347,13 @@ def test_going_back_to_a_snapshot():
 # ---- Tracers -------------------------------------------------------------------------------
 
 
-def test_values_inside_a_gradient_trace_stay():
-    """mx.eval inside mx.grad: the graph still needs every intermediate value."""
+@pytest.mark.parametrize("first", ["parameters", "state"])
+def test_values_inside_a_gradient_trace_stay(first):
+    """mx.eval inside mx.grad: the graph still needs every intermediate value.
+
+    Which of a step's results is evaluated first must not matter to the way back.
+    """
+    state_first = first == "state"
     run = Run()
     parameters, optimizer = run.parameters, run.optimizer
     state = optimizer.state
@@ -356,7 +362,7 @@ def test_values_inside_a_gradient_trace_stay():
         first, s = optim.fused_sgd_step(
             w, {k: v * 2 for k, v in w.items()}, state, learning_rate=0.1, momentum=0.9
         )
-        mx.eval(first, s)
+        mx.eval((s, first) if state_first else (first, s))
         before = {k: of_mlx(v) for k, v in first.items()}
         second, _ = optim.fused_sgd_step(
             first, {k: v * v for k, v in first.items()}, s, learning_rate=0.1, momentum=0.9

@@ -1,6 +1,7 @@
 """SGD as a subclass of mlx.optimizers.Optimizer: everything that one does with it, beside
 mlx.optimizers.SGD and bit for bit where both can."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -639,6 +640,35 @@ def test_more_than_one_arena_and_a_tensor_larger_than_one():
         rows = tree[name][:whole].reshape(-1, 1008)
         assert (rows == want).all().item(), name
         assert (tree[name][whole:] == want[: size - whole]).all().item(), name
+
+
+def test_the_layout_of_arenas():
+    """What docs and other backends rely on: aligned, in order, apart, at most 128 MiB."""
+    from mlx_fused_optim import _ext
+
+    random = np.random.default_rng(0)
+    dtypes = (mx.float32, mx.float16, mx.bfloat16)
+    sizes = [*random.integers(0, 40_000_000, 40), 2**25, 2**25 + 1, 70_000_000, 0, 1]
+    rows = [(f"t{i}", (int(size),), dtypes[i % 3]) for i, size in enumerate(sizes)]
+    arenas = _ext.Layout(rows).arenas
+    assert sorted(t for _, _, tensors, _ in arenas for t in tensors) == list(range(len(rows)))
+    for dtype, shape, tensors, offsets in arenas:
+        total = int(np.prod(shape)) * dtype.size
+        assert total <= 2**27 or len(tensors) == 1
+        end = 0
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            _, (size,), own = rows[tensor]
+            assert own == dtype
+            assert offset * dtype.size % 256 == 0
+            assert end <= offset < end + 256 // dtype.size
+            end = offset + size
+        assert end * dtype.size <= total < end * dtype.size + 256
+        assert tensors == sorted(tensors)
+    # No arena has room for the first tensor of the next one of its dtype.
+    for dtype in dtypes:
+        own = [(int(np.prod(s)), rows[t[0]][1][0]) for d, s, t, _ in arenas if d == dtype]
+        for (size, _), (_, following) in itertools.pairwise(own):
+            assert (size + following + 256) * dtype.size > 2**27 - 256 * dtype.size
 
 
 def test_many_small_tensors():
