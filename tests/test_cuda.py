@@ -370,7 +370,9 @@ def test_out_of_memory_changes_nothing():
         new, after = optim.fused_sgd_step(
             parameters, gradients, state, learning_rate=0.1, momentum=0.9
         )
-        with pytest.raises(RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"):
+        with pytest.raises(
+            RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"
+        ):
             mx.eval(new, after)
     finally:
         assert driver.cuMemFree_v2(hog) == 0
