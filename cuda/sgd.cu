@@ -49,8 +49,8 @@ __device__ const T& find_tensor(const Launch<T>& launch) {
   return launch.tensors[low];
 }
 
-/// One thread computes the numbers of the step, while the others go on to their
-/// loads: no number may be used before the barrier that follows these.
+/// One thread computes the numbers of the step, while the others go on: none may be
+/// used before the next barrier.
 __device__ void compute_numbers(const Common& common, SgdHyper& shared) {
   if (threadIdx.x == 0) {
     const uint64_t step = *common.step;
@@ -250,7 +250,7 @@ __device__ void update_square(
     const Common& common,
     const Transposed& tensor,
     Square& turned,
-    const SgdHyper& shared) {
+    SgdHyper& shared) {
   constexpr int kPerLine = kSquare / W; // threads on a line of the tile
   constexpr int kLines = kSquareThreads / kPerLine; // lines at a time
   constexpr int kSteps = kSquare / kLines;
@@ -286,6 +286,8 @@ __device__ void update_square(
       }
     }
   }
+  // While they are under way: few of these large blocks run at once.
+  compute_numbers(common, shared);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
@@ -322,7 +324,6 @@ template <typename T>
 __device__ void update(const Launch<Transposed>& launch) {
   __shared__ Square turned;
   __shared__ SgdHyper hyper;
-  compute_numbers(launch.common, hyper);
   const Transposed& tensor = find_tensor(launch);
   with_type(tensor.gradient_type, [&](auto g) {
     if (tensor.aligned && launch.common.aligned) {

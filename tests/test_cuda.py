@@ -4,6 +4,7 @@ float32 with a constant rate has the bits of mlx.optimizers.SGD run eagerly; eve
 has the bits of the CPU backend, which has its own tests.
 """
 
+import ctypes
 import itertools
 
 import mlx.core as mx
@@ -342,15 +343,46 @@ def test_an_array_of_no_tensors_counts_steps():
 
 
 def test_more_than_int32_elements():
-    size = (1 << 31) + 4099
-    rows = (size + 1) // 2
+    rows = ((1 << 31) + 4100) // 2
     parameters = mx.ones((2, rows), mx.bfloat16)
     gradients = mx.full((2, rows), 0.5, mx.bfloat16)
-    state = optim.fused_sgd_init(parameters, momentum=0.5)
-    new, state = optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.5, momentum=0.5)
-    assert (new == 0.75).all().item()
-    (entry,) = state["arenas"].values()
-    assert (entry["momentum"][0].flatten()[-4200:][:128] == 0.5).all().item()
+    state = optim.fused_sgd_init(parameters)
+    for want in (0.75, 0.5):
+        parameters, state = optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.5)
+        assert (parameters == want).all().item()
+
+
+def test_out_of_memory_changes_nothing():
+    driver = ctypes.CDLL("libcuda.so.1")
+    parameters = [random((1 << 24,), seed=i) + 0 for i in range(16)]  # 64 MiB each, two an arena
+    gradients = [p * 0.5 for p in parameters]
+    state = optim.fused_sgd_init(parameters, momentum=0.9)
+    mx.eval(parameters, gradients, state)
+    before = copied(parameters)
+    mx.synchronize()
+    mx.clear_cache()
+
+    free, total, hog = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
+    assert driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+    left = 512 << 20  # of the 2 GiB that the step wants, as all its inputs are held
+    assert driver.cuMemAlloc_v2(ctypes.byref(hog), ctypes.c_size_t(free.value - left)) == 0
+    try:
+        new, after = optim.fused_sgd_step(
+            parameters, gradients, state, learning_rate=0.1, momentum=0.9
+        )
+        with pytest.raises(
+            RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"
+        ):
+            mx.eval(new, after)
+    finally:
+        assert driver.cuMemFree_v2(hog) == 0
+    assert_same(parameters, before)
+    assert state["step"].item() == 0
+    # The very same graph succeeds once there is room, as does a fresh one.
+    mx.eval(new, after)
+    again, _ = optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.1, momentum=0.9)
+    assert after["step"].item() == 1
+    assert_same(new, again)
 
 
 def test_too_many_dimensions():

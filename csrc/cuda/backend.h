@@ -18,9 +18,6 @@ struct Step {
   const SgdInputs& inputs;
   /// To be called once everything else that can fail on these inputs has been done.
   std::function<SgdOutputs(const Allocate&)> set_outputs;
-  /// Hands over the input arrays, after which `inputs` refers to nothing; none
-  /// where a transformation still needs the graph.
-  std::function<std::vector<mx::array>()> take_inputs;
   mx::Stream stream;
 };
 

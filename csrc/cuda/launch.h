@@ -15,16 +15,10 @@ constexpr size_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 /// A block of threads updates one tile of one tensor. Measured on an H200: see
 /// docs/cuda.md.
-#ifndef MLX_FUSED_OPTIM_THREADS
-#define MLX_FUSED_OPTIM_THREADS 256
-#endif
-constexpr uint32_t kThreads = MLX_FUSED_OPTIM_THREADS;
+constexpr uint32_t kThreads = 256;
 
 /// Elements of a tile: each thread has this many vectors of 16 bytes.
-#ifndef MLX_FUSED_OPTIM_VECTORS
-#define MLX_FUSED_OPTIM_VECTORS 2
-#endif
-constexpr uint32_t kVectors = MLX_FUSED_OPTIM_VECTORS;
+constexpr uint32_t kVectors = 2;
 constexpr uint32_t tile_elements(size_t itemsize) {
   return static_cast<uint32_t>(kThreads * kVectors * 16 / itemsize);
 }
@@ -33,10 +27,7 @@ constexpr uint32_t tile_elements(size_t itemsize) {
 /// them a thread reads at a time where everything is a multiple of that.
 constexpr uint32_t kSquare = 64;
 constexpr int kSquareVector = 4;
-#ifndef MLX_FUSED_OPTIM_SQUARE_THREADS
-#define MLX_FUSED_OPTIM_SQUARE_THREADS 512
-#endif
-constexpr uint32_t kSquareThreads = MLX_FUSED_OPTIM_SQUARE_THREADS;
+constexpr uint32_t kSquareThreads = 512;
 
 /// Tensors start at multiples of this in their arena (bytes), and what lies
 /// between their end and the next start is kept at zero.

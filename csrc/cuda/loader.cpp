@@ -59,17 +59,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
     set_outputs(plan_, inputs, outputs, allocate);
     return SgdOutputs(plan_, outputs);
   };
-  auto take = [&] {
-    std::vector<mx::array> taken;
-    for (auto& output : outputs) {
-      if (&output.inputs() == &inputs && !output.is_tracer()) {
-        taken.swap(output.inputs());
-        break;
-      }
-    }
-    return taken;
-  };
-  cuda::backend().step({plan_, SgdInputs(plan_, inputs), set, take, stream()});
+  cuda::backend().step({plan_, SgdInputs(plan_, inputs), set, stream()});
 }
 
 void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {
