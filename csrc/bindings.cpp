@@ -48,7 +48,8 @@ nb::list layout_arenas(const Layout& layout) {
   nb::list arenas;
   for (auto& arena : layout.arenas) {
     arenas.append(
-        nb::make_tuple(arena.dtype, shape_tuple(arena_shape(arena)), arena.tensors, arena.offsets));
+        nb::make_tuple(
+            arena->dtype, shape_tuple(arena_shape(*arena)), arena->tensors, arena->offsets));
   }
   return arenas;
 }
@@ -79,7 +80,8 @@ nb::tuple step_of_tree(
     bool has_weight_decay,
     mx::StreamOrDevice stream) {
   using namespace fused_math;
-  const uint32_t flags = has_momentum * kMomentum | nesterov * kNesterov | has_weight_decay * kWeightDecay;
+  const uint32_t flags =
+      has_momentum * kMomentum | nesterov * kNesterov | has_weight_decay * kWeightDecay;
   auto result = sgd_step(
       layout,
       tree.parameters(),
@@ -106,8 +108,15 @@ NB_MODULE(_ext, m) {
           "steps"_a,
           nb::kw_only(),
           "stream"_a = nb::none(),
-          "The float32 learning rate at each of ``steps``, an array of integers.");
+          "The float32 value at each of ``steps``, an array of integers.")
+      .def_prop_ro("first_value", &first_value, "The value at step 0, as a float.")
+      .def_prop_ro("natural_length", &natural_length, "About how many steps show its shape.")
+      .def_ro("segments", &Schedule::count, "How many segments it has.");
+  m.attr("MAX_SEGMENTS") = int(fused_math::kMaxSegments);
+  m.attr("MAX_CYCLE_FACTOR") = int(fused_math::kMaxCycleFactor);
 
+  // The makers of schedules, see csrc/schedule.h: they trust their arguments.
+  m.def("constant", &constant, "value"_a);
   m.def(
       "exponential_decay",
       &exponential_decay,
@@ -117,6 +126,29 @@ NB_MODULE(_ext, m) {
       "transition_begin"_a,
       "staircase"_a,
       "end"_a.none());
+  m.def(
+      "blend",
+      &blend,
+      "one"_a,
+      "zero"_a,
+      "steps"_a,
+      "begin"_a = 0,
+      "cosine"_a = false,
+      "rising"_a = false,
+      "power"_a = 1.0);
+  m.def("inverse_power", &inverse_power, "peak"_a, "timescale"_a, "power"_a);
+  m.def("cosine_restarts", &cosine_restarts, "init"_a, "end"_a, "first_cycle"_a, "factor"_a);
+  m.def(
+      "triangular",
+      &triangular,
+      "base"_a,
+      "peak"_a,
+      "up"_a,
+      "down"_a,
+      "decay"_a,
+      "decay_per_cycle"_a);
+  m.def("join", &join, "schedules"_a, "boundaries"_a, "None if it needs too many segments.");
+  m.def("scaled", &scaled, "schedule"_a, "factor"_a);
 
   nb::class_<Tree>(m, "Tree", "Gradients and their parameters, flattened in one pass.")
       .def(
@@ -129,12 +161,18 @@ NB_MODULE(_ext, m) {
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/layout.h.")
-      .def("__init__", [](Layout* self, const Tree& tree) { new (self) Layout(make_layout(tree.specs())); })
-      .def("__init__", [](Layout* self, nb::list rows) { new (self) Layout(layout_from_rows(rows)); })
+      .def(
+          "__init__",
+          [](Layout* self, const Tree& tree) { new (self) Layout(make_layout(tree.specs())); })
+      .def(
+          "__init__",
+          [](Layout* self, nb::list rows) { new (self) Layout(layout_from_rows(rows)); })
       .def_prop_ro("fingerprint", &fingerprint_of)
       .def_prop_ro("tensors", &layout_rows, "``[(path, shape, dtype), ...]``")
       .def_prop_ro(
-          "arenas", &layout_arenas, "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
+          "arenas",
+          &layout_arenas,
+          "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
 
   m.def(
       "arena_view",

@@ -13,9 +13,7 @@ namespace {
 // private; an explicit instantiation may use it, and MLX's version is pinned.
 template <auto Member>
 struct HandleCount {
-  friend long handle_count(const mx::array& a) {
-    return (a.*Member).use_count();
-  }
+  friend long handle_count(const mx::array& a) { return (a.*Member).use_count(); }
 };
 template struct HandleCount<&mx::array::array_desc_>;
 long handle_count(const mx::array& a);
@@ -26,19 +24,20 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   const size_t n = plan.tensor_count();
   const auto& data = parameters[0].data_shared_ptr();
   // One use each: a gradient, a view or a pending operation on the same buffer
-  // would be one more.
-  if (!data || data.use_count() != static_cast<long>(n)) {
+  // would be one more. Memory that MLX only borrows (a mapped file) is not ours.
+  if (!data || data.use_count() != static_cast<long>(n) || !data->is_owned()) {
     return {};
   }
-  const auto itemsize = static_cast<int64_t>(plan.arena.dtype.size());
-  const int64_t begin = parameters[0].offset() - plan.arena.offsets[0] * itemsize;
-  const int64_t end = begin + plan.arena.size * itemsize;
+  const auto itemsize = static_cast<int64_t>(plan.arena->dtype.size());
+  const int64_t begin = parameters[0].offset() - plan.arena->offsets[0] * itemsize;
+  const int64_t end = begin + plan.arena->size * itemsize;
   if (begin < 0 || begin % kArenaAlignment || end > int64_t(parameters[0].buffer_size())) {
     return {};
   }
   for (size_t i = 0; i < n; ++i) {
     auto& p = parameters[i];
-    if (p.data_shared_ptr() != data || p.offset() != begin + int64_t(plan.arena.offsets[i]) * itemsize ||
+    if (p.data_shared_ptr() != data ||
+        p.offset() != begin + int64_t(plan.arena->offsets[i]) * itemsize ||
         !p.flags().row_contiguous || handle_count(p) != 1) {
       return {};
     }
@@ -46,22 +45,21 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   return begin;
 }
 
-} // namespace
+/// As if nothing had happened: with its inputs, an output can be evaluated again.
+void restore(std::vector<mx::array>& outputs, const std::vector<mx::array>& inputs) {
+  for (auto& output : outputs) {
+    output.set_data(mx::allocator::Data(mx::allocator::Buffer(nullptr), nullptr));
+    if (output.inputs().empty()) {
+      output.inputs() = inputs;
+    }
+  }
+}
 
-void set_outputs(
+void give_memory(
     const SgdPlan& plan,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  // Every output of a primitive has its own copy of the inputs, so none of them
-  // would ever look donatable. MLX drops these copies right after the evaluation
-  // (array::detach); the redundant ones go now. A tracer keeps its graph.
-  for (auto& output : outputs) {
-    if (!output.is_tracer() && &output.inputs() != &inputs) {
-      output.inputs().clear();
-    }
-  }
-
   SgdInputs in(plan, inputs);
   SgdOutputs out(plan, outputs);
   if (out.parameters) {
@@ -90,6 +88,30 @@ void set_outputs(
     if (scalar) {
       scalar->set_data(allocate(scalar->nbytes()));
     }
+  }
+}
+
+} // namespace
+
+void set_outputs(
+    const SgdPlan& plan,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    const std::function<mx::allocator::Data(size_t)>& allocate) {
+  // Every output of a primitive has its own copy of the inputs, so none of them
+  // would ever look donatable. MLX drops these copies right after the evaluation
+  // (array::detach); the redundant ones go now. A tracer keeps its graph.
+  for (auto& output : outputs) {
+    if (!output.is_tracer() && &output.inputs() != &inputs) {
+      output.inputs().clear();
+    }
+  }
+
+  try {
+    give_memory(plan, inputs, outputs, allocate);
+  } catch (...) { // no memory left
+    restore(outputs, inputs);
+    throw;
   }
   // The counts above were read without order; whoever let go of a buffer last
   // (an operation on another stream) has finished with it.

@@ -31,7 +31,12 @@ void Fingerprint::add_bytes(const void* bytes, size_t count) {
 void Fingerprint::add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype) {
   add_bytes(path.data(), path.size());
   // Bytes that no path contains end each part; dimensions go in little-endian.
-  const unsigned char type[] = {0xff, static_cast<unsigned char>(dtype == mx::float32 ? 1 : dtype == mx::float16 ? 2 : 3)};
+  const unsigned char type[] = {
+      0xff,
+      static_cast<unsigned char>(
+          dtype == mx::float32       ? 1
+              : dtype == mx::float16 ? 2
+                                     : 3)};
   add_bytes(type, sizeof(type));
   for (auto length : shape) {
     unsigned char bytes[4];
@@ -58,7 +63,7 @@ std::string fingerprint_of(const Layout& layout) {
 }
 
 Layout make_layout(std::vector<TensorSpec> tensors) {
-  Layout layout;
+  std::vector<Arena> arenas;
   for (size_t t = 0; t < tensors.size(); ++t) {
     auto& spec = tensors[t];
     const size_t granule = kArenaAlignment / spec.dtype.size();
@@ -66,20 +71,24 @@ Layout make_layout(std::vector<TensorSpec> tensors) {
 
     // Only the latest arena of a dtype can have room: tensors keep their order.
     Arena* arena = nullptr;
-    for (auto& candidate : layout.arenas) {
+    for (auto& candidate : arenas) {
       if (candidate.dtype == spec.dtype) {
         arena = &candidate;
       }
     }
     if (!arena || (arena->size > 0 && (arena->size + size) * spec.dtype.size() > kArenaBytes)) {
-      layout.arenas.push_back({spec.dtype});
-      arena = &layout.arenas.back();
+      arena = &arenas.emplace_back(Arena{spec.dtype});
     }
     arena->tensors.push_back(t);
+    arena->shapes.push_back(spec.shape);
     arena->offsets.push_back(arena->size);
     arena->size += size;
   }
-  layout.tensors = std::move(tensors);
+
+  Layout layout{std::move(tensors), {}};
+  for (auto& arena : arenas) {
+    layout.arenas.push_back(std::make_shared<const Arena>(std::move(arena)));
+  }
   return layout;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -33,12 +34,13 @@ struct Arena {
   mx::Dtype dtype;
   size_t size = 0; // elements, gaps included
   std::vector<int> tensors = {}; // indices into Layout::tensors
-  std::vector<size_t> offsets = {}; // elements, of each of `tensors`
+  std::vector<mx::Shape> shapes = {}; // of each of `tensors`
+  std::vector<size_t> offsets = {}; // elements, likewise
 };
 
 struct Layout {
   std::vector<TensorSpec> tensors;
-  std::vector<Arena> arenas;
+  std::vector<std::shared_ptr<const Arena>> arenas; // shared with every step's graph
 };
 
 size_t element_count(const mx::Shape& shape);

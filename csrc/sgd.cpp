@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "composed.h"
 #include "errors.h"
 
 #include "mlx/transforms.h"
@@ -55,11 +56,17 @@ void check(
   }
   const size_t arenas = options.flags & fused_math::kMomentum ? layout.arenas.size() : 0;
   if (momentum.size() != arenas) {
-    refuse(kOp, "momentum has the wrong number of arenas: got ", momentum.size(), ", expected ", arenas, ".");
+    refuse(
+        kOp,
+        "momentum has the wrong number of arenas: got ",
+        momentum.size(),
+        ", expected ",
+        arenas,
+        ".");
   }
   for (size_t a = 0; a < arenas; ++a) {
-    auto shape = arena_shape(layout.arenas[a]);
-    if (momentum[a].shape() != shape || momentum[a].dtype() != layout.arenas[a].dtype) {
+    auto shape = arena_shape(*layout.arenas[a]);
+    if (momentum[a].shape() != shape || momentum[a].dtype() != layout.arenas[a]->dtype) {
       refuse(
           kOp,
           "momentum of arena ",
@@ -69,14 +76,15 @@ void check(
           " of shape ",
           momentum[a].shape(),
           ", expected ",
-          layout.arenas[a].dtype,
+          layout.arenas[a]->dtype,
           " of shape ",
           shape,
           ".");
     }
   }
   if (step.ndim() != 0 || step.dtype() != mx::uint64) {
-    refuse(kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
+    refuse(
+        kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
   }
   const SgdScalarSource* sources[] = {
       &options.learning_rate, &options.momentum, &options.weight_decay};
@@ -84,16 +92,18 @@ void check(
   for (int i = 0; i < fused_math::kScalars; ++i) {
     auto* array = std::get_if<mx::array>(sources[i]);
     if (array && array->ndim() != 0) {
-      refuse(kOp, names[i], " must be a scalar: got an array of shape ", array->shape(), ", allowed ().");
+      refuse(
+          kOp,
+          names[i],
+          " must be a scalar: got an array of shape ",
+          array->shape(),
+          ", allowed ().");
     }
   }
 }
 
 /// The gradients, cast where their dtype is not one the kernels read.
-mx::array readable_gradient(
-    const mx::array& gradient,
-    const TensorSpec& spec,
-    mx::Stream stream) {
+mx::array readable_gradient(const mx::array& gradient, const TensorSpec& spec, mx::Stream stream) {
   if (gradient.shape() != spec.shape) {
     refuse(
         kOp,
@@ -109,7 +119,9 @@ mx::array readable_gradient(
 }
 
 /// The schedules, and the given scalars as one array (none if none is given).
-std::pair<SgdControl, std::vector<mx::array>> make_control(const SgdOptions& options, mx::Stream stream) {
+std::pair<SgdControl, std::vector<mx::array>> make_control(
+    const SgdOptions& options,
+    mx::Stream stream) {
   SgdControl control{};
   control.flags = options.flags;
   control.gradient_weight = static_cast<float>(1 - options.dampening);
@@ -160,7 +172,7 @@ SgdOutputs::SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays)
 std::vector<mx::Shape> SgdPlan::output_shapes() const {
   std::vector<mx::Shape> shapes;
   if (tensor_count() > 0) {
-    shapes.assign(1 + has_momentum(), arena_shape(arena));
+    shapes.assign(1 + has_momentum(), arena_shape(*arena));
   }
   if (writes_step) {
     shapes.push_back({});
@@ -172,7 +184,7 @@ std::vector<mx::Shape> SgdPlan::output_shapes() const {
 std::vector<mx::Dtype> SgdPlan::output_dtypes() const {
   std::vector<mx::Dtype> dtypes;
   if (tensor_count() > 0) {
-    dtypes.assign(1 + has_momentum(), arena.dtype);
+    dtypes.assign(1 + has_momentum(), arena->dtype);
   }
   if (writes_step) {
     dtypes.push_back(mx::uint64);
@@ -191,23 +203,21 @@ SgdStep sgd_step(
     mx::StreamOrDevice s) {
   check(layout, parameters, gradients, momentum, step, options);
   auto stream = mx::to_stream(s);
+  const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, stream);
 
   SgdStep result;
   result.parameters = parameters; // each is replaced below
   // With no tensor at all, an empty arena still counts the step.
+  static const auto no_tensors = std::make_shared<const Arena>(Arena{mx::float32});
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
   for (size_t a = 0; a < arenas; ++a) {
-    SgdPlan plan{{mx::float32}, {}, control, a == 0};
-    if (a < layout.arenas.size()) {
-      plan.arena = layout.arenas[a];
-    }
-    const auto& tensors = plan.arena.tensors;
+    SgdPlan plan{a < layout.arenas.size() ? layout.arenas[a] : no_tensors, control, a == 0};
+    const auto& tensors = plan.arena->tensors;
 
     std::vector<mx::array> inputs;
     inputs.reserve(2 * tensors.size() + 3);
     for (int t : tensors) {
-      plan.shapes.push_back(parameters[t].shape());
       inputs.push_back(parameters[t]);
     }
     for (int t : tensors) {
@@ -219,12 +229,18 @@ SgdStep sgd_step(
     inputs.push_back(step);
     inputs.insert(inputs.end(), given.begin(), given.end());
 
-    auto outputs = mx::array::make_arrays(
-        plan.output_shapes(), plan.output_dtypes(), std::make_shared<FusedSGD>(stream, plan), inputs);
+    auto outputs = composed ? sgd_step_composed(plan, inputs, stream)
+                            : mx::array::make_arrays(
+                                  plan.output_shapes(),
+                                  plan.output_dtypes(),
+                                  std::make_shared<FusedSGD>(stream, plan),
+                                  inputs);
     SgdOutputs out(plan, outputs);
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      result.parameters[tensors[i]] =
-          arena_view(*out.parameters, parameters[tensors[i]].shape(), plan.arena.offsets[i], stream);
+    if (out.parameters) {
+      auto views = arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        result.parameters[tensors[i]] = std::move(views[i]);
+      }
     }
     if (out.momentum) {
       result.momentum.push_back(*out.momentum);
@@ -236,27 +252,18 @@ SgdStep sgd_step(
   return result;
 }
 
-mx::array arena_view(
-    const mx::array& arena,
-    const mx::Shape& shape,
-    size_t offset,
-    mx::StreamOrDevice s) {
-  return mx::array(
-      shape, arena.dtype(), std::make_shared<ArenaView>(mx::to_stream(s), shape, offset), {arena});
-}
-
 std::vector<mx::Shape> FusedSGD::output_shapes(const std::vector<mx::array>& inputs) {
   // A shapeless compiled graph calls this with new inputs. The arena was laid
   // out for the shapes of the trace, so only the batch may have changed.
   const size_t n = plan_.tensor_count();
   for (size_t i = 0; i < 2 * n; ++i) {
-    if (inputs[i].shape() != plan_.shapes[i % n]) {
+    if (inputs[i].shape() != plan_.arena->shapes[i % n]) {
       refuse(
           kOp,
           "a shapeless compiled step cannot change the shapes of its parameters: got ",
           inputs[i].shape(),
           ", traced with ",
-          plan_.shapes[i % n],
+          plan_.arena->shapes[i % n],
           ".");
     }
   }

@@ -1,4 +1,4 @@
-// The fused SGD step: the operation (checks, graph) and its two primitives.
+// The fused SGD step: the operation (checks, graph) and its primitive.
 #pragma once
 
 #include <variant>
@@ -7,6 +7,7 @@
 #include "layout.h"
 #include "math/sgd.h"
 #include "schedule.h"
+#include "view.h"
 
 namespace mlx_fused_optim {
 
@@ -15,18 +16,13 @@ using fused_math::SgdControl;
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.
 struct SgdPlan {
-  Arena arena;
-  std::vector<mx::Shape> shapes; // of the arena's tensors
+  std::shared_ptr<const Arena> arena;
   SgdControl control;
   bool writes_step; // the next counter and the numbers used are outputs too
 
-  size_t tensor_count() const {
-    return arena.tensors.size();
-  }
+  size_t tensor_count() const { return arena->tensors.size(); }
   /// Whether this arena has momentum: one without tensors has none.
-  bool has_momentum() const {
-    return control.flags & fused_math::kMomentum && tensor_count() > 0;
-  }
+  bool has_momentum() const { return control.flags & fused_math::kMomentum && tensor_count() > 0; }
   std::vector<mx::Shape> output_shapes() const;
   std::vector<mx::Dtype> output_dtypes() const;
 };
@@ -121,50 +117,5 @@ std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,
     const std::vector<mx::array>& inputs,
     mx::Stream stream);
-
-/// A tensor of an arena, without a copy.
-class ArenaView : public mx::UnaryPrimitive {
- public:
-  ArenaView(mx::Stream stream, mx::Shape shape, size_t offset)
-      : mx::UnaryPrimitive(stream), shape_(std::move(shape)), offset_(offset) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& output) override {
-    eval(inputs, output);
-  }
-  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) override {
-    eval(inputs, output);
-  }
-
-  std::vector<mx::array> jvp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& tangents,
-      const std::vector<int>& argnums) override;
-  std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& cotangents,
-      const std::vector<int>& argnums,
-      const std::vector<mx::array>& outputs) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
-      const std::vector<mx::array>& inputs,
-      const std::vector<int>& axes) override;
-
-  DEFINE_NAME(ArenaView)
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override {
-    return {shape_};
-  }
-  bool is_equivalent(const mx::Primitive& other) const override;
-
- private:
-  void eval(const std::vector<mx::array>& inputs, mx::array& output);
-  mx::Shape shape_;
-  size_t offset_;
-};
-
-/// The tensor of this shape at this offset (elements) of a row-contiguous arena.
-mx::array arena_view(
-    const mx::array& arena,
-    const mx::Shape& shape,
-    size_t offset,
-    mx::StreamOrDevice s = {});
 
 } // namespace mlx_fused_optim

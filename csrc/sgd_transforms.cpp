@@ -13,18 +13,8 @@ mx::array tensor_of(const mx::array& arena, const mx::Shape& shape, size_t offse
   return arena_view(mx::contiguous(arena, false, s), shape, offset, s);
 }
 
-/// The tensors in one flat array, with zeros in the gaps.
 mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::Stream s) {
-  std::vector<mx::array> pieces;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    pieces.push_back(mx::flatten(tensors[i], s));
-    const size_t next = i + 1 < tensors.size() ? arena.offsets[i + 1] : arena.size;
-    const auto gap = static_cast<int>(next - arena.offsets[i] - tensors[i].size());
-    if (gap > 0) {
-      pieces.push_back(mx::zeros({gap}, arena.dtype, s));
-    }
-  }
-  return mx::reshape(mx::concatenate(pieces, 0, s), arena_shape(arena), s);
+  return mx::reshape(pack_arena(tensors, arena.offsets, arena.size, s), arena_shape(arena), s);
 }
 
 } // namespace
@@ -36,6 +26,7 @@ std::vector<mx::array> sgd_step_composed(
   SgdInputs in(plan, inputs);
   using namespace fused_math;
   auto& control = plan.control;
+  auto& arena = *plan.arena;
   auto number = [&](SgdScalar i) {
     if (!(control.given >> i & 1)) {
       return evaluate_schedule(control.schedules[i], in.step, s);
@@ -56,24 +47,24 @@ std::vector<mx::array> sgd_step_composed(
       update = mx::add(update, mx::multiply(weight_decay, parameter, s), s);
     }
     if (plan.has_momentum()) {
-      auto old = tensor_of(*in.momentum, plan.shapes[i], plan.arena.offsets[i], s);
+      auto old = tensor_of(*in.momentum, arena.shapes[i], arena.offsets[i], s);
       auto velocity = mx::add(
           mx::multiply(momentum, mx::astype(old, mx::float32, s), s),
           mx::multiply(gradient_weight, update, s),
           s);
       update = control.flags & kNesterov ? mx::add(update, mx::multiply(momentum, velocity, s), s)
                                          : velocity;
-      velocities.push_back(mx::astype(velocity, plan.arena.dtype, s));
+      velocities.push_back(mx::astype(velocity, arena.dtype, s));
     }
     auto updated = mx::subtract(parameter, mx::multiply(learning_rate, update, s), s);
-    parameters.push_back(mx::astype(updated, plan.arena.dtype, s));
+    parameters.push_back(mx::astype(updated, arena.dtype, s));
   }
 
   std::vector<mx::array> outputs;
   if (plan.tensor_count() > 0) {
-    outputs.push_back(pack(parameters, plan.arena, s));
+    outputs.push_back(pack(parameters, arena, s));
     if (plan.has_momentum()) {
-      outputs.push_back(pack(velocities, plan.arena, s));
+      outputs.push_back(pack(velocities, arena, s));
     }
   }
   if (plan.writes_step) {
@@ -93,9 +84,7 @@ struct DifferentiableStep {
   std::vector<int> argnums;
   mx::Stream stream;
 
-  int step_input() const {
-    return 2 * plan.tensor_count() + plan.has_momentum();
-  }
+  int step_input() const { return 2 * plan.tensor_count() + plan.has_momentum(); }
   /// Position of the counter among the outputs; -1 if it is not one.
   int step_output() const {
     return plan.writes_step ? (plan.tensor_count() > 0 ? 1 + plan.has_momentum() : 0) : -1;
@@ -151,7 +140,8 @@ std::vector<mx::array> FusedSGD::vjp(
     }
   }
   auto gradients =
-      mx::vjp(function, values, DifferentiableStep::without(function.step_output(), cotangents)).second;
+      mx::vjp(function, values, DifferentiableStep::without(function.step_output(), cotangents))
+          .second;
   auto step_at = std::find(argnums.begin(), argnums.end(), function.step_input());
   if (step_at != argnums.end()) {
     gradients.insert(
@@ -174,59 +164,6 @@ std::pair<std::vector<mx::array>, std::vector<int>> FusedSGD::vmap(
     output_axes.push_back(outputs[i].ndim() > shapes[i].size() ? 0 : -1);
   }
   return {std::move(outputs), std::move(output_axes)};
-}
-
-void ArenaView::eval(const std::vector<mx::array>& inputs, mx::array& output) {
-  // Row-contiguous strides; the other flag only matters for vectors.
-  mx::array::Flags flags{true, true, false};
-  flags.col_contiguous =
-      output.size() <= 1 || std::count_if(shape_.begin(), shape_.end(), [](auto d) { return d > 1; }) <= 1;
-  output.copy_shared_buffer(
-      inputs[0], output.strides(), flags, output.size(), static_cast<int64_t>(offset_));
-}
-
-std::vector<mx::array> ArenaView::jvp(
-    const std::vector<mx::array>&,
-    const std::vector<mx::array>& tangents,
-    const std::vector<int>&) {
-  return {tensor_of(tangents[0], shape_, offset_, stream())};
-}
-
-std::vector<mx::array> ArenaView::vjp(
-    const std::vector<mx::array>& primals,
-    const std::vector<mx::array>& cotangents,
-    const std::vector<int>&,
-    const std::vector<mx::array>&) {
-  auto& arena = primals[0];
-  const int before = offset_;
-  const int after = arena.size() - offset_ - cotangents[0].size();
-  auto flat = mx::concatenate(
-      {mx::zeros({before}, arena.dtype(), stream()),
-       mx::flatten(cotangents[0], stream()),
-       mx::zeros({after}, arena.dtype(), stream())},
-      0,
-      stream());
-  return {mx::reshape(flat, arena.shape(), stream())};
-}
-
-std::pair<std::vector<mx::array>, std::vector<int>> ArenaView::vmap(
-    const std::vector<mx::array>& inputs,
-    const std::vector<int>& axes) {
-  // Several arenas at once are no longer flat: slice them like any array.
-  auto arenas = mx::moveaxis(inputs[0], axes[0], 0, stream());
-  arenas = mx::flatten(arenas, 1, -1, stream());
-  const int batch = arenas.shape(0);
-  const int begin = offset_;
-  const int end = begin + static_cast<int>(element_count(shape_));
-  auto rows = mx::slice(arenas, {0, begin}, {batch, end}, stream());
-  mx::Shape shape = shape_;
-  shape.insert(shape.begin(), batch);
-  return {{mx::reshape(rows, shape, stream())}, {0}};
-}
-
-bool ArenaView::is_equivalent(const mx::Primitive& other) const {
-  auto& that = static_cast<const ArenaView&>(other);
-  return shape_ == that.shape_ && offset_ == that.offset_;
 }
 
 } // namespace mlx_fused_optim

@@ -15,9 +15,7 @@ class Descend {
     }
     path_ += key;
   }
-  ~Descend() {
-    path_.resize(length_);
-  }
+  ~Descend() { path_.resize(length_); }
 
  private:
   std::string& path_;
@@ -32,9 +30,7 @@ class Recursion {
       nb::raise_python_error();
     }
   }
-  ~Recursion() {
-    Py_LeaveRecursiveCall();
-  }
+  ~Recursion() { Py_LeaveRecursiveCall(); }
 };
 
 bool is_sequence(nb::handle tree) {
@@ -45,8 +41,21 @@ std::string python_type(nb::handle object) {
   return nb::cast<std::string>(object.type().attr("__name__"));
 }
 
-std::string key_text(nb::handle key) {
-  return nb::cast<std::string>(nb::str(key));
+std::string key_text(nb::handle key) { return nb::cast<std::string>(nb::str(key)); }
+
+/// The value of a key, or a null handle.
+nb::handle lookup(const nb::dict& dict, nb::handle key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!value && PyErr_Occurred()) {
+    throw nb::python_error();
+  }
+  return value;
+}
+
+// The type is looked up once: a tree has hundreds of leaves.
+bool is_array(nb::handle object) {
+  static PyObject* const array_type = nb::type<mx::array>().ptr();
+  return object.type().ptr() == array_type;
 }
 
 std::string described(const std::string& path) {
@@ -73,6 +82,9 @@ void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
 }
 
 nb::object rebuild(nb::handle tree, const std::vector<mx::array>& leaves, size_t& next) {
+  if (is_array(tree)) {
+    return nb::cast(leaves.at(next++));
+  }
   if (nb::isinstance<nb::dict>(tree)) {
     nb::dict result;
     for (auto [key, child] : nb::borrow<nb::dict>(tree)) {
@@ -91,7 +103,7 @@ nb::object rebuild(nb::handle tree, const std::vector<mx::array>& leaves, size_t
     }
     return nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items);
   }
-  return nb::cast(leaves.at(next++));
+  throw std::logic_error("[Tree] the tree of gradients was changed while a step was made of it.");
 }
 
 } // namespace
@@ -104,27 +116,41 @@ Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exa
 
 void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) {
   Recursion guard; // the other walks follow the same structure
-  if (nb::isinstance<nb::dict>(gradients)) {
+  if (is_array(gradients)) {
+    leaf(gradients, parameters, path);
+  } else if (nb::isinstance<nb::dict>(gradients)) {
     if (!nb::isinstance<nb::dict>(parameters)) {
-      refuse(op_, "the trees differ at ", described(path), ": got a dict of gradients and a ",
-             python_type(parameters), " of parameters, allowed the same structure.");
+      refuse(
+          op_,
+          "the trees differ at ",
+          described(path),
+          ": got a dict of gradients and a ",
+          python_type(parameters),
+          " of parameters, allowed the same structure.");
     }
     auto parameter_dict = nb::borrow<nb::dict>(parameters);
     for (auto [key, gradient] : nb::borrow<nb::dict>(gradients)) {
       Descend down(path, key_text(key));
-      if (!parameter_dict.contains(key)) {
-        refuse(op_, "a gradient without a parameter: got a gradient at '", path,
-               "', allowed only paths that the parameters have.");
+      const auto parameter = lookup(parameter_dict, key);
+      if (!parameter) {
+        refuse(
+            op_,
+            "a gradient without a parameter: got a gradient at '",
+            path,
+            "', allowed only paths that the parameters have.");
       }
-      walk(gradient, parameter_dict[key], path);
+      walk(gradient, parameter, path);
     }
     if (exact_) {
       auto gradient_dict = nb::borrow<nb::dict>(gradients);
       for (auto [key, parameter] : parameter_dict) {
         Descend down(path, key_text(key));
-        if (!gradient_dict.contains(key)) {
-          refuse(op_, "a parameter without a gradient: got none at '", path,
-                 "', allowed the same structure for both.");
+        if (!lookup(gradient_dict, key)) {
+          refuse(
+              op_,
+              "a parameter without a gradient: got none at '",
+              path,
+              "', allowed the same structure for both.");
         }
       }
     }
@@ -132,10 +158,16 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
     const size_t length = nb::len(gradients);
     if (!is_sequence(parameters) || nb::len(parameters) < length ||
         (exact_ && nb::len(parameters) != length)) {
-      refuse(op_, "the trees differ at ", described(path), ": got ", length, " gradients and ",
-             is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
-                                     : "a " + python_type(parameters) + " of parameters",
-             ", allowed the same structure.");
+      refuse(
+          op_,
+          "the trees differ at ",
+          described(path),
+          ": got ",
+          length,
+          " gradients and ",
+          is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
+                                  : "a " + python_type(parameters) + " of parameters",
+          ", allowed the same structure.");
     }
     for (size_t i = 0; i < length; ++i) {
       Descend down(path, std::to_string(i));
@@ -148,22 +180,43 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
 
 void Tree::leaf(nb::handle gradient, nb::handle parameter, const std::string& path) {
   auto array = [&](nb::handle object, const char* role) -> const mx::array& {
-    if (!nb::isinstance<mx::array>(object)) {
-      refuse(op_, "the ", role, " at ", described(path), " is not an array: got ",
-             python_type(object), ", allowed mlx.core.array.");
+    if (!is_array(object)) {
+      refuse(
+          op_,
+          "the ",
+          role,
+          " at ",
+          described(path),
+          " is not an array: got ",
+          python_type(object),
+          ", allowed mlx.core.array.");
     }
     auto& a = *nb::inst_ptr<mx::array>(object);
     if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
-      refuse(op_, "the ", role, " at ", described(path), " has a dtype that cannot be trained: got ",
-             a.dtype(), ", allowed float32, float16, bfloat16.");
+      refuse(
+          op_,
+          "the ",
+          role,
+          " at ",
+          described(path),
+          " has a dtype that cannot be trained: got ",
+          a.dtype(),
+          ", allowed float32, float16, bfloat16.");
     }
     return a;
   };
   auto& g = array(gradient, "gradient");
   auto& p = array(parameter, "parameter");
   if (g.shape() != p.shape()) {
-    refuse(op_, "the gradient at ", described(path), " has the wrong shape: got ", g.shape(),
-           ", the parameter has ", p.shape(), ".");
+    refuse(
+        op_,
+        "the gradient at ",
+        described(path),
+        " has the wrong shape: got ",
+        g.shape(),
+        ", the parameter has ",
+        p.shape(),
+        ".");
   }
   gradients_.push_back(g);
   parameters_.push_back(p);

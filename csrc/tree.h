@@ -4,6 +4,9 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+// In every file that casts strings: without it nanobind takes std::string for a
+// class of ours, and the linker may keep that version.
+#include <nanobind/stl/string.h>
 
 #include "layout.h"
 
@@ -25,15 +28,9 @@ class Tree {
   /// The tensors, named; made on demand, as it costs more than the walk.
   std::vector<TensorSpec> specs() const;
 
-  const std::vector<mx::array>& gradients() const {
-    return gradients_;
-  }
-  const std::vector<mx::array>& parameters() const {
-    return parameters_;
-  }
-  std::string fingerprint() const {
-    return fingerprint_.hex();
-  }
+  const std::vector<mx::array>& gradients() const { return gradients_; }
+  const std::vector<mx::array>& parameters() const { return parameters_; }
+  std::string fingerprint() const { return fingerprint_.hex(); }
 
  private:
   void walk(nb::handle gradients, nb::handle parameters, std::string& path);

@@ -28,7 +28,6 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
-
 from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
 
 STEPS = 3
@@ -333,8 +332,34 @@ def _cpu_backends() -> list[Backend]:
     return rows
 
 
+def _gpu_backends() -> list[Backend]:
+    """The GPU; without one Metal's host code and kernels, run by the CPU (docs/metal.md).
+
+    METAL_ON_CPU is the folder with the two builds that tools/metal_check.sh makes.
+    """
+    if mx.is_available(mx.gpu):
+        return [InProcess("metal" if mx.metal.is_available() else "cuda", mx.gpu)]
+    builds = os.environ.get("METAL_ON_CPU")
+    if not builds:
+        return []
+    plain, checked = (
+        {"PYTHONPATH": str(Path(builds, name, "package").resolve())}
+        for name in ("metal_on_cpu", "metal_on_cpu_asan")
+    )
+    rows: list[Backend] = []
+    for order, threads in (("forward", "1024"), ("reverse", "96"), ("shuffled", "32")):
+        settings = {"METAL_ON_CPU_ORDER": order, "METAL_ON_CPU_MAX_THREADS": threads}
+        rows.append(Subprocess(f"metal-{order}-{threads}", {**plain, **settings}))
+    find = ["clang++-19", "-print-file-name=libclang_rt.asan-x86_64.so"]
+    library = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
+    # Python frees little at exit; locals must stay on the stack that the harness knows.
+    asan = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    rows.append(Subprocess("metal-asan", {**checked, **asan, "LD_PRELOAD": library}))
+    return rows
+
+
 # A backend joins here. The first one is what the others' bits are compared with.
-BACKENDS: list[Backend] = _cpu_backends()
+BACKENDS: list[Backend] = _cpu_backends() + _gpu_backends()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 import pytest
-
 from bits import of_mlx, one_nan, widened
 from conformance import (
     BACKENDS,

@@ -11,12 +11,11 @@ import threading
 
 import mlx.core as mx
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
-
-import mlx_fused_optim as optim
 from bits import of_mlx, same
+from mlx.utils import tree_flatten, tree_map
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": ()}
 OPTIONS = {"momentum": 0.9, "weight_decay": 0.01}

@@ -5,12 +5,11 @@ import threading
 
 import mlx.core as mx
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-
-import mlx_fused_optim as optim
 from bits import of_mlx, same
+from mlx.utils import tree_flatten
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": (), "d": (0, 3)}
 OPTIONS = [

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-
-import mlx_fused_optim as optim
 from bits import of_mlx, same
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_fused_optim import reference
 
 OPTIONS = {
@@ -593,7 +592,7 @@ def test_trees_in_the_layout_of_mlx(make):
     optimizer = optim.SGD(0.5, momentum=0.5)
     tree = optimizer.apply_gradients(make(), make())
     if isinstance(tree, dict) and tree.keys() & {"step", "learning_rate", "arenas"}:
-        with pytest.raises(ValueError, match=r"\[SGD\] .*got 'step'.*allowed"):
+        with pytest.raises(ValueError, match=r"\[SGD\] .*of 'arenas', allowed"):
             optimizer.unpacked_state()
         return
     state = optimizer.unpacked_state()

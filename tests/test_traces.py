@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-
-import mlx_fused_optim as optim
 from bits import of_mlx, to_mlx, widened
 from conformance import Options
 from references import step_float64

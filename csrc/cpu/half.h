@@ -24,9 +24,7 @@ inline float bits_float(uint32_t bits) {
   return x;
 }
 
-inline float widen_bfloat16(uint16_t x) {
-  return bits_float(uint32_t(x) << 16);
-}
+inline float widen_bfloat16(uint16_t x) { return bits_float(uint32_t(x) << 16); }
 
 inline uint16_t narrow_bfloat16(float x) {
   const uint32_t bits = float_bits(x);

@@ -13,14 +13,19 @@ namespace mlx_fused_optim::cpu {
 
 enum class Type : uint8_t { float32, float16, bfloat16 };
 
-/// An array, or a stretch of it, to read in row-major order.
-struct Source {
-  const void* data;
-  size_t first; // the element that counts as element 0
-  Type type;
-  uint8_t dimensions; // 0 when contiguous; else shape and strides count
+/// How to find the elements of an array that is not contiguous.
+struct Strided {
+  size_t first; // the element, in row-major order, that counts as element 0
+  size_t dimensions;
   const int32_t* shape;
   const int64_t* strides; // elements
+};
+
+/// An array to read in row-major order.
+struct Source {
+  const void* data;
+  const Strided* strided; // null when contiguous
+  Type type;
 };
 
 /// One tensor's share of a step. Outputs are contiguous and have the type of

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <string>
 
@@ -49,13 +50,19 @@ cpu::UpdateFunction choose_update() {
   return cpu::update_baseline;
 }
 
+/// Shape and strides outlive the array's descriptor, which MLX may drop first.
+struct StridedArray {
+  mx::Shape shape;
+  mx::Strides strides;
+  cpu::Strided form;
+};
+
 /// Everything the queued work needs, by pointer: MLX keeps the buffers alive
 /// until the stream has passed this step.
 struct Task {
   std::vector<cpu::Tensor> tensors;
   std::vector<size_t> ends; // running sum of the sizes
-  std::vector<mx::Shape> shapes; // of the sources that are not contiguous
-  std::vector<mx::Strides> strides;
+  std::deque<StridedArray> strided; // of the sources that are not contiguous
   std::vector<std::pair<char*, size_t>> gaps; // fresh memory between tensors
   SgdControl control;
   const uint64_t* step;
@@ -63,22 +70,22 @@ struct Task {
   uint64_t* step_out;
   float* used_out;
 
+  /// The array from element `first` on.
   Source source(const mx::array& a, size_t first = 0) {
-    Source s{a.data<void>(), first, type_of(a.dtype()), 0, nullptr, nullptr};
-    if (!a.flags().row_contiguous && a.size() > 0) {
-      s.dimensions = a.ndim();
-      s.shape = shapes.emplace_back(a.shape()).data();
-      s.strides = strides.emplace_back(a.strides()).data();
+    if (a.flags().row_contiguous || a.size() == 0) {
+      return {a.data<char>() + first * a.itemsize(), nullptr, type_of(a.dtype())};
     }
-    return s;
+    auto& s = strided.emplace_back(StridedArray{a.shape(), a.strides(), {}});
+    s.form = {first, a.ndim(), s.shape.data(), s.strides.data()};
+    return {a.data<void>(), &s.form, type_of(a.dtype())};
   }
 
   /// Memory between tensors is saved with the state: it must not be garbage.
   void clear_gaps(const SgdPlan& plan, char* arena) {
-    const size_t itemsize = plan.arena.dtype.size();
+    const size_t itemsize = plan.arena->dtype.size();
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const size_t end = plan.arena.offsets[i] + tensors[i].size;
-      const size_t next = i + 1 < tensors.size() ? plan.arena.offsets[i + 1] : plan.arena.size;
+      const size_t end = plan.arena->offsets[i] + tensors[i].size;
+      const size_t next = i + 1 < tensors.size() ? plan.arena->offsets[i + 1] : plan.arena->size;
       if (next > end) {
         gaps.emplace_back(arena + end * itemsize, (next - end) * itemsize);
       }
@@ -129,15 +136,12 @@ void FusedSGD::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
   task->used_out = out.used ? out.used->data<float>() : nullptr;
 
   const size_t n = plan_.tensor_count();
-  const size_t itemsize = plan_.arena.dtype.size();
-  // Sources point into these: no reallocation may move them.
-  task->shapes.reserve(3 * n);
-  task->strides.reserve(3 * n);
+  const size_t itemsize = plan_.arena->dtype.size();
   task->tensors.reserve(n);
   task->ends.reserve(n);
   auto at = [&](mx::array& arena, size_t offset) { return arena.data<char>() + offset * itemsize; };
   for (size_t i = 0; i < n; ++i) {
-    const size_t offset = plan_.arena.offsets[i];
+    const size_t offset = plan_.arena->offsets[i];
     cpu::Tensor tensor{};
     tensor.size = in.parameters[i].size();
     tensor.parameter = task->source(in.parameters[i]);
@@ -149,7 +153,6 @@ void FusedSGD::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
     }
     task->ends.push_back((i ? task->ends.back() : 0) + tensor.size);
     task->tensors.push_back(tensor);
-
   }
   if (out.parameters && out.parameters->data_shared_ptr() != in.parameters[0].data_shared_ptr()) {
     task->clear_gaps(plan_, out.parameters->data<char>());

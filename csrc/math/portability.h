@@ -2,12 +2,20 @@
 // (CPU), nvcc (CUDA) and Apple's Metal compiler. Everything here works on plain
 // values in float32 and 32/64-bit integers, because Metal has no double.
 //
+// Addition, multiplication, division and fma round correctly in all three.
 // Contraction must be off in all of them (-ffp-contract=off, --fmad=false,
 // Metal's math mode "safe"): the formulas name each rounding.
 #pragma once
 
 #if defined(__METAL_VERSION__)
 #include <metal_stdlib>
+using namespace metal;
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
+#else
+#pragma STDC FP_CONTRACT OFF
+#endif
 #define MATH_FN inline
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)
@@ -16,7 +24,8 @@
 #define MATH_CONSTANT const
 #else
 #include <cstdint>
-#define MATH_FN static inline
+// Inlined before the vectoriser looks: structs by value must have become registers.
+#define MATH_FN static inline __attribute__((always_inline))
 #define MATH_CONSTANT const
 #endif
 
@@ -25,18 +34,28 @@ namespace fused_math {
 #if defined(__METAL_VERSION__)
 MATH_FN float fma_float(float a, float b, float c) { return metal::fma(a, b, c); }
 MATH_FN float rint_float(float x) { return metal::rint(x); }
+MATH_FN float divide_float(float a, float b) { return a / b; }
 MATH_FN float bits_to_float(uint32_t bits) { return as_type<float>(bits); }
+MATH_FN uint32_t float_to_bits(float x) { return as_type<uint32_t>(x); }
 #elif defined(__CUDA_ARCH__)
 MATH_FN float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MATH_FN float rint_float(float x) { return rintf(x); }
+MATH_FN float divide_float(float a, float b) { return __fdiv_rn(a, b); }
 MATH_FN float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+MATH_FN uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 #else
 MATH_FN float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MATH_FN float rint_float(float x) { return __builtin_rintf(x); }
+MATH_FN float divide_float(float a, float b) { return a / b; }
 MATH_FN float bits_to_float(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, sizeof(x));
   return x;
+}
+MATH_FN uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
 }
 #endif
 

@@ -9,8 +9,11 @@
 namespace fused_math {
 
 struct Real {
-  float hi, lo;
+  float hi, lo; // hi is the sum rounded to float32
 };
+
+/// Out of constant memory, which has no references to plain values in Metal.
+MATH_FN Real load(MATH_CONSTANT Real& x) { return {x.hi, x.lo}; }
 
 /// a + b exactly, when |a| >= |b| or a is 0.
 MATH_FN Real fast_two_sum(float a, float b) {
@@ -31,57 +34,54 @@ MATH_FN Real two_product(float a, float b) {
   return {product, fma_float(a, b, -product)};
 }
 
+// The relative error of each operation is below 2^-44, also where add cancels.
+
+MATH_FN Real add(Real a, Real b) {
+  Real high = two_sum(a.hi, b.hi);
+  Real low = two_sum(a.lo, b.lo);
+  high = fast_two_sum(high.hi, high.lo + low.hi);
+  return fast_two_sum(high.hi, high.lo + low.lo);
+}
+
+MATH_FN Real negate(Real a) { return {-a.hi, -a.lo}; }
+
 MATH_FN Real multiply(Real a, Real b) {
   Real p = two_product(a.hi, b.hi);
   return fast_two_sum(p.hi, p.lo + (a.hi * b.lo + a.lo * b.hi));
 }
 
-constexpr uint64_t kMaxExactStep = (uint64_t(1) << 48) - 1;
-
-/// An integer step, exactly; steps from 2^48 on count as 2^48 - 1.
-MATH_FN Real real_from_step(uint64_t step) {
-  if (step > kMaxExactStep) {
-    step = kMaxExactStep;
-  }
-  float high = float(uint32_t(step >> 24)) * 16777216.0f; // 2^24
-  return fast_two_sum(high, float(uint32_t(step & 0xffffff)));
+MATH_FN Real divide(Real a, Real b) {
+  float quotient = divide_float(a.hi, b.hi);
+  Real rest = add(a, negate(multiply(b, {quotient, 0.0f})));
+  return fast_two_sum(quotient, divide_float(rest.hi, b.hi));
 }
 
-/// scale * 2^exponent, rounded to float32 once (twice where the result is
-/// subnormal). Error below 0.6 ulp, checked against float64 in the tests.
-MATH_FN float scaled_exp2(Real scale, Real exponent) {
-  // Beyond +-300 every float32 scale has become 0 or infinity.
-  float clamped = exponent.hi > 300.0f ? 300.0f : exponent.hi < -300.0f ? -300.0f : exponent.hi;
-  if (clamped != exponent.hi) {
-    exponent = {clamped, 0.0f};
-  }
-  float whole = rint_float(exponent.hi);
-  // y = ln(2) * fraction, |y| <= 0.35; the subtraction is exact.
-  Real fraction = two_sum(exponent.hi - whole, exponent.lo);
-  Real y = multiply(fraction, {0.693147182464599609375f, -1.904654299957767e-9f});
-  // e^y = 1 + y + tail. The tail is below 0.07, so its float32 roundings cost
-  // 2^-27 of the result at most; Taylor's series to y^9 leaves 2^-33.
-  float x = y.hi;
-  float tail = 2.7557319e-6f; // 1/9!
-  tail = tail * x + 2.4801587e-5f;
-  tail = tail * x + 1.9841270e-4f;
-  tail = tail * x + 1.3888889e-3f;
-  tail = tail * x + 8.3333333e-3f;
-  tail = tail * x + 4.1666668e-2f;
-  tail = tail * x + 1.6666667e-1f;
-  tail = tail * x + 0.5f;
-  tail = tail * (x * x);
-  Real power = two_sum(1.0f, y.hi);
-  power = fast_two_sum(power.hi, power.lo + (y.lo + tail));
-  Real result = multiply(scale, power);
-  // 2^whole in three factors, each a normal float32, so that neither a huge
-  // scale nor a subnormal result is lost on the way.
-  int n = int(whole);
+/// An integer: exactly below 2^48, else rounded to about 48 bits.
+MATH_FN Real real_from_integer(uint64_t n) {
+  float high = float(uint32_t(n >> 40)) * 1099511627776.0f; // 2^40
+  float middle = float(uint32_t(n >> 16) & 0xffffff) * 65536.0f; // 2^16
+  Real sum = fast_two_sum(high, middle);
+  return fast_two_sum(sum.hi, sum.lo + float(uint32_t(n & 0xffff)));
+}
+
+/// 2^n, for n from -126 to 127.
+MATH_FN float power_of_two(int n) { return bits_to_float(uint32_t(n + 127) << 23); }
+
+/// value * 2^exponent, so that tiny factors keep their bits until the end.
+struct Scaled {
+  Real value;
+  int exponent;
+};
+
+/// Rounded to float32 once (twice where the result is subnormal).
+MATH_FN float rounded(Scaled x) {
+  // Beyond +-300 every float32 has become 0 or infinity.
+  int n = x.exponent > 300 ? 300 : x.exponent < -300 ? -300 : x.exponent;
+  // In three factors, each a normal float32, so that neither a huge value nor a
+  // subnormal result is lost on the way.
   int third = n / 3;
-  float factor = bits_to_float(uint32_t(third + 127) << 23);
-  float last = bits_to_float(uint32_t(n - 2 * third + 127) << 23);
-  float rounded = result.hi + result.lo;
-  return ((rounded * factor) * factor) * last;
+  float factor = power_of_two(third);
+  return (((x.value.hi + x.value.lo) * factor) * factor) * power_of_two(n - 2 * third);
 }
 
 } // namespace fused_math

@@ -41,6 +41,7 @@ struct SgdControl {
   uint32_t given; // bit i: scalar i is read from the array of given values
   uint32_t reserved;
 };
+static_assert(sizeof(SgdControl) <= 4096, "Metal takes at most 4 KiB by value");
 
 /// `given` is the array of given values, one for each SgdScalar up to the last
 /// that is given.
@@ -57,22 +58,30 @@ MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Giv
       control.gradient_weight};
 }
 
-struct SgdElement {
-  float parameter;
-  float velocity;
+/// An element, or a vector of elements: T is float, or a type of the compiler's
+/// with the arithmetic of one (a vector extension of g++ and clang, Metal's float4).
+template <typename T>
+struct SgdElements {
+  T parameter;
+  T velocity;
 };
+using SgdElement = SgdElements<float>;
 
 /// Values in and out, so that no address space, vector width or launch shape
 /// shows. Terms that the step does not have are left out, not multiplied by
 /// zero: that keeps the sign of -0.0 and the bits of mlx.optimizers.
-MATH_FN SgdElement
-sgd_element(SgdElement e, float gradient, SgdHyper hyper, uint32_t flags) {
+template <typename T>
+MATH_FN SgdElements<T> sgd_element(SgdElements<T> e, T gradient, SgdHyper hyper, uint32_t flags) {
   if (flags & kWeightDecay) {
     gradient = gradient + hyper.weight_decay * e.parameter;
   }
   if (flags & kMomentum) {
     e.velocity = hyper.momentum * e.velocity + hyper.gradient_weight * gradient;
-    gradient = flags & kNesterov ? gradient + hyper.momentum * e.velocity : e.velocity;
+    if (flags & kNesterov) {
+      gradient = gradient + hyper.momentum * e.velocity;
+    } else {
+      gradient = e.velocity;
+    }
   }
   e.parameter = e.parameter - hyper.learning_rate * gradient;
   return e;

@@ -1,23 +1,59 @@
 """Fused optimizer steps for MLX: one kernel for the whole parameter tree.
 
-    import mlx_fused_optim as optim          # was: import mlx.optimizers as optim
+One import line is the whole migration::
+
+    import mlx_fused_optim as optim  # was: import mlx.optimizers as optim
+
     optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
 """
 
-from ._requirements import check_mlx, load_extension
+from ._requirements import check_extension, check_mlx
 
 check_mlx()
-_ext = load_extension()
+check_extension()
 
-from .functional import fused_sgd_init, fused_sgd_step  # noqa: E402
-from .optimizers import SGD  # noqa: E402
-from .schedules import Schedule, exponential_decay  # noqa: E402
+from .functional import fused_sgd_init, fused_sgd_step
+from .optimizers import SGD
+from .schedules import (
+    Schedule,
+    constant,
+    cosine_decay,
+    cosine_restarts,
+    exponential_decay,
+    inverse_sqrt,
+    join_schedules,
+    linear_schedule,
+    multi_step,
+    one_cycle,
+    parse_schedule,
+    polynomial_decay,
+    scaled,
+    step_decay,
+    triangular,
+    warmup,
+    warmup_stable_decay,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Schedule",
+    "constant",
+    "cosine_decay",
+    "cosine_restarts",
     "exponential_decay",
     "fused_sgd_init",
     "fused_sgd_step",
+    "inverse_sqrt",
+    "join_schedules",
+    "linear_schedule",
+    "multi_step",
+    "one_cycle",
+    "parse_schedule",
+    "polynomial_decay",
+    "scaled",
+    "step_decay",
+    "triangular",
+    "warmup",
+    "warmup_stable_decay",
 ]

@@ -7,8 +7,10 @@ A state is a plain tree of arrays::
      ...}
 
 The fingerprint names the tensors of the arenas (paths, shapes, dtypes, in order); the
-table lists them as JSON, so that a saved state explains itself. Everything else in the
-state is momentum where ``mlx.optimizers.SGD`` keeps it, ``state[...path...]["v"]``: of
+table lists them as JSON, so that a saved state explains itself. A scheduled
+hyperparameter is an array beside them, ``state["momentum"]`` or ``state["weight_decay"]``
+(no module can have its place: that of a module is a dict). Everything else in the state is
+momentum where ``mlx.optimizers.SGD`` keeps it, ``state[...path...]["v"]``: of
 tensors that no current layout holds (frozen ones), or a whole state of MLX's. The first
 step that needs such a tensor moves it into an arena.
 """
@@ -24,7 +26,7 @@ from . import _ext
 
 State = dict[str, Any]
 
-_OWN_KEYS = ("step", "learning_rate", "arenas")
+_SCALAR_KEYS = ("step", "learning_rate", "momentum", "weight_decay")
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _layouts: dict[str, _ext.Layout] = {}
 
@@ -109,8 +111,7 @@ def packed(state: State, tree: _ext.Tree, op: str) -> State:
         "table": _encode(layout),
         "momentum": _fill_arenas(layout, list(velocities.values())),
     }
-    own = {key: state[key] for key in _OWN_KEYS if key in state}
-    return {**own, "arenas": entries, **_placed(found, op)}
+    return _with_loose({**_scalars(state), "arenas": entries}, found, op)
 
 
 def unpacked(state: State, op: str) -> State:
@@ -118,8 +119,7 @@ def unpacked(state: State, op: str) -> State:
     velocities = _loose_velocities(state, op)
     for key, entry in state.get("arenas", {}).items():
         velocities.update(_arena_velocities(key, entry, op))
-    own = {key: state[key] for key in ("step", "learning_rate") if key in state}
-    return {**own, **_placed(velocities, op)}
+    return _with_loose(_scalars(state), velocities, op)
 
 
 def check_state(state: State, parameters: Any, op: str) -> None:
@@ -184,7 +184,9 @@ def _described(value: Any) -> str:
 def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
     """Momentum that lies where mlx.optimizers.SGD keeps it, by path."""
     velocities = {}
-    for name, leaf in tree_flatten({k: v for k, v in state.items() if k not in _OWN_KEYS}):
+    own = {"arenas", *_scalars(state)}
+    leaves: Any = tree_flatten({k: v for k, v in state.items() if k not in own})
+    for name, leaf in leaves:
         path, _, key = name.rpartition(".")
         if key != "v" or not isinstance(leaf, mx.array):
             raise ValueError(
@@ -253,19 +255,29 @@ def _fill_arenas(layout: _ext.Layout, velocities: list[mx.array]) -> list[mx.arr
     return arenas
 
 
-def _placed(velocities: dict[str, mx.array], op: str) -> State:
+def _scalars(state: State) -> State:
+    """Step, learning rate and scheduled hyperparameters; modules of these names are dicts."""
+    return {key: state[key] for key in _SCALAR_KEYS if isinstance(state.get(key), mx.array)}
+
+
+def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:
+    """A state with momentum of tensors that are in no arena."""
+    loose = _placed(velocities)
+    for key in sorted((own.keys() | {"arenas"}) & loose.keys()):
+        raise ValueError(
+            f"[{op}] a module has the name of an entry of the state: got momentum of "
+            f"'{key}', allowed other names for modules that are frozen or unpacked."
+        )
+    return {**own, **loose}
+
+
+def _placed(velocities: dict[str, mx.array]) -> State:
     """By path, as mlx.optimizers.SGD nests it."""
     # The path of a tree that is one array is empty.
     flat = [(f"{path}.v" if path else "v", v) for path, v in velocities.items()]
     tree = tree_unflatten(flat) if flat else {}
     if isinstance(tree, list):  # of a tree that is a list: a dict has the same paths
         tree = {str(i): node for i, node in enumerate(tree) if node}
-    for key in _OWN_KEYS:
-        if key in tree:
-            raise ValueError(
-                f"[{op}] the state needs the name of a parameter for itself: got '{key}' at "
-                f"the top of the tree, allowed any name but {', '.join(_OWN_KEYS)}."
-            )
     return tree
 
 

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import _ext, _packing
 from .schedules import Schedule
 
-LearningRate = Union[float, mx.array, Schedule, Callable[[mx.array], mx.array]]
+Scheduled = Schedule | Callable[[mx.array], Any]
+LearningRate = float | mx.array | Scheduled
+Hyperparameter = float | Scheduled
 
 
 class Hyperparameters(NamedTuple):
-    """The options of SGD that are constants of a step."""
+    """The options of SGD besides the learning rate. A scheduled one counts as present
+    even where its value is 0: what a step consists of does not change from step to step."""
 
-    momentum: float
-    weight_decay: float
+    momentum: Hyperparameter
+    weight_decay: Hyperparameter
     dampening: float
     nesterov: bool
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.momentum != 0
+
+    @property
+    def has_weight_decay(self) -> bool:
+        return self.weight_decay != 0
 
 
 def _as_float(value: Any) -> float | None:
@@ -34,87 +45,117 @@ def _as_float(value: Any) -> float | None:
 
 
 def checked_hyperparameters(
-    op: str, momentum: float, weight_decay: float, dampening: float, nesterov: bool
+    op: str,
+    momentum: Hyperparameter,
+    weight_decay: Hyperparameter,
+    dampening: float,
+    nesterov: bool,
 ) -> Hyperparameters:
-    """The options as floats, or ValueError where they make no sense."""
-    limits = {"momentum": math.inf, "weight_decay": math.inf, "dampening": 1.0}
-    values = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening}
-    for name, value in values.items():
+    """The options as floats or schedules, or ValueError where they make no sense."""
+    hyper = Hyperparameters(
+        momentum if callable(momentum) else _checked_factor(op, "momentum", momentum),
+        weight_decay
+        if callable(weight_decay)
+        else _checked_factor(op, "weight_decay", weight_decay),
+        _checked_factor(op, "dampening", dampening, at_most=1.0),
+        bool(nesterov),
+    )
+    if nesterov and (not hyper.has_momentum or hyper.dampening != 0):
+        raise ValueError(
+            f"[{op}] nesterov requires a momentum and zero dampening: got "
+            f"momentum={hyper.momentum}, dampening={hyper.dampening}, "
+            "allowed momentum above 0 and dampening 0."
+        )
+    return hyper
+
+
+def _checked_factor(op: str, name: str, value: Any, at_most: float = math.inf) -> float:
+    number = _as_float(value)
+    if number is None:
+        allowed = "a float" if name == "dampening" else "a float, a schedule or a callable"
+        raise TypeError(
+            f"[{op}] {name} must be a number: got {type(value).__name__}, allowed {allowed}."
+        )
+    if not 0 <= number <= at_most or math.isinf(number):
+        allowed = "0 or more, finite" if at_most == math.inf else f"0 to {at_most:g}"
+        raise ValueError(f"[{op}] {name} is out of range: got {number}, allowed {allowed}.")
+    return number
+
+
+def checked_scalar(op: str, name: str, value: Any) -> mx.array:
+    """A hyperparameter that is not a schedule, as a scalar array."""
+    if not isinstance(value, mx.array):
         number = _as_float(value)
         if number is None:
             raise TypeError(
-                f"[{op}] {name} must be a number: got {type(value).__name__}, allowed a float."
-            )
-        values[name] = number
-        if not 0 <= number <= limits[name] or math.isinf(number):
-            allowed = "0 to 1" if name == "dampening" else "0 or more, finite"
-            raise ValueError(f"[{op}] {name} is out of range: got {number}, allowed {allowed}.")
-    if nesterov and (values["momentum"] == 0 or values["dampening"] != 0):
-        raise ValueError(
-            f"[{op}] nesterov requires a momentum and zero dampening: got "
-            f"momentum={values['momentum']}, dampening={values['dampening']}, "
-            "allowed momentum above 0 and dampening 0."
-        )
-    return Hyperparameters(**values, nesterov=bool(nesterov))
-
-
-def checked_rate(op: str, rate: Any) -> mx.array:
-    """A learning rate that is not a schedule, as a scalar array."""
-    if not isinstance(rate, mx.array):
-        number = _as_float(rate)
-        if number is None:
-            raise TypeError(
-                f"[{op}] learning_rate must be a scalar: got {type(rate).__name__}, allowed a "
+                f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
             )
         if not number >= 0 or math.isinf(number):
             raise ValueError(
-                f"[{op}] learning_rate is out of range: got {number}, allowed 0 or more, finite."
+                f"[{op}] {name} is out of range: got {number}, allowed 0 or more, finite."
             )
-        return mx.array(rate if isinstance(rate, (int, float)) else number)
-    if rate.ndim != 0:
+        return mx.array(value if isinstance(value, (int, float)) else number)
+    if value.ndim != 0:
         raise ValueError(
-            f"[{op}] learning_rate must be a scalar: got an array of shape {rate.shape}, "
+            f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "
             "allowed shape ()."
         )
-    if not mx.issubdtype(rate.dtype, mx.floating) and not mx.issubdtype(rate.dtype, mx.integer):
+    if not mx.issubdtype(value.dtype, mx.floating) and not mx.issubdtype(value.dtype, mx.integer):
         raise ValueError(
-            f"[{op}] learning_rate must be a real number: got {rate.dtype}, "
+            f"[{op}] {name} must be a real number: got {value.dtype}, "
             "allowed a floating or integer dtype."
         )
-    return rate
+    return value
 
 
 def take_step(
     op: str,
     tree: _ext.Tree,
     state: _packing.State,
-    learning_rate: mx.array | Schedule,
+    learning_rate: LearningRate,
     hyper: Hyperparameters,
     stream: Any,
-) -> tuple[Any, _packing.State]:
-    """The updated tree of parameters and the next state; ``state`` is left as it is."""
+) -> tuple[Any, _packing.State, dict[str, mx.array]]:
+    """The updated tree of parameters, the next state, and the values of this step of the
+    hyperparameters that are scheduled; ``state`` is left as it is.
+
+    The kernel evaluates schedules that it can; other callables are called with the step.
+    """
+    options: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "momentum": hyper.momentum,
+        "weight_decay": hyper.weight_decay,
+    }
+    scheduled: dict[str, mx.array] = {}
+    in_kernel = []
+    for position, (name, value) in enumerate(options.items()):
+        if isinstance(value, Schedule) and value.in_kernel:
+            options[name] = value._device
+            in_kernel.append((name, position))
+        elif callable(value):
+            options[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
+
     layout = _packing.layout_of(tree)
     arenas: list[mx.array] = []
-    if hyper.momentum != 0 and len(tree) > 0:
+    if hyper.has_momentum and len(tree) > 0:
         state = _packing.packed(state, tree, op)
         arenas = _packing.momentum_arenas(state, tree, op) or []
-    scheduled = isinstance(learning_rate, Schedule)
     parameters, arenas, step, used = _ext.sgd_step(
         tree,
         layout,
         arenas,
         state["step"],
-        learning_rate=learning_rate._device if scheduled else learning_rate,
-        momentum=hyper.momentum,
-        weight_decay=hyper.weight_decay,
+        **options,
         dampening=hyper.dampening,
-        has_momentum=hyper.momentum != 0,
+        has_momentum=hyper.has_momentum,
         nesterov=hyper.nesterov,
-        has_weight_decay=hyper.weight_decay != 0,
+        has_weight_decay=hyper.has_weight_decay,
         stream=stream,
     )
     if arenas:
         state = _packing.with_momentum(state, arenas, tree)
-    rate = _ext.arena_view(used, [], 0, stream=stream) if scheduled else learning_rate
-    return parameters, {**state, "step": step, "learning_rate": rate}
+    for name, position in in_kernel:
+        scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
+    rate = scheduled.pop("learning_rate", options["learning_rate"])
+    return parameters, {**state, "step": step, "learning_rate": rate}, scheduled

@@ -7,20 +7,25 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext, _packing
-from ._step import LearningRate, checked_hyperparameters, checked_rate, take_step
-from .schedules import Schedule
+from ._step import (
+    Hyperparameter,
+    LearningRate,
+    checked_hyperparameters,
+    checked_scalar,
+    take_step,
+)
 
 
 def fused_sgd_init(
-    parameters: Any, *, momentum: float = 0.0, state: _packing.State | None = None
+    parameters: Any, *, momentum: Hyperparameter = 0.0, state: _packing.State | None = None
 ) -> _packing.State:
     """The state before the first step.
 
     Args:
         parameters (array or tree): What will be trained: one array, or dicts, lists and
             tuples of arrays, float32, float16 or bfloat16.
-        momentum (float): The momentum of the steps to come; 0 needs no memory for it.
-            Default: ``0.0``.
+        momentum (float, Schedule or callable): The momentum of the steps to come; 0 needs
+            no memory for it. Default: ``0.0``.
         state (dict, optional): An earlier state, of this function or of
             ``mlx.optimizers.SGD``: its step, learning rate and the momentum of every
             tensor whose path it knows go on; other tensors start from zero.
@@ -44,7 +49,7 @@ def fused_sgd_init(
         state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
     else:
         _packing.check_scalars(state, op)
-    if hyper.momentum != 0 and len(tree) > 0:
+    if hyper.has_momentum and len(tree) > 0:
         return _packing.packed(state, tree, op)
     return dict(state)
 
@@ -55,8 +60,8 @@ def fused_sgd_step(
     state: _packing.State,
     *,
     learning_rate: LearningRate,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    momentum: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
     stream: mx.Stream | mx.Device | None = None,
@@ -90,8 +95,10 @@ def fused_sgd_step(
         learning_rate (float, array, Schedule or callable): :math:`\eta_t`. A
             :class:`Schedule` is evaluated in the kernel at ``state["step"]``; any other
             callable is called with ``state["step"]`` and returns a scalar.
-        momentum (float): :math:`\mu`, 0 or more. Default: ``0.0``.
-        weight_decay (float): :math:`\lambda`, 0 or more. Default: ``0.0``.
+        momentum (float, Schedule or callable): :math:`\mu`, 0 or more; scheduled like the
+            learning rate. Default: ``0.0``.
+        weight_decay (float, Schedule or callable): :math:`\lambda`, 0 or more; scheduled
+            likewise. Default: ``0.0``.
         dampening (float): :math:`\tau`, 0 to 1. Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
             Default: ``False``.
@@ -117,14 +124,14 @@ def fused_sgd_step(
     tree = _ext.Tree(gradients, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
     _packing.check_scalars(state, op)
-    if hyper.momentum != 0 and len(tree) > 0 and _packing.momentum_arenas(state, tree, op) is None:
+    missing = _packing.momentum_arenas(state, tree, op) is None
+    if hyper.has_momentum and len(tree) > 0 and missing:
         raise ValueError(
             f"[{op}] the state has no momentum for these parameters: got the state of other "
             "parameters, or of steps without momentum; allowed one from "
             "fused_sgd_init(parameters, momentum=..., state=...)."
         )
-    if not isinstance(learning_rate, Schedule):
-        if callable(learning_rate):
-            learning_rate = learning_rate(state["step"])
-        learning_rate = checked_rate(op, learning_rate)
-    return take_step(op, tree, state, learning_rate, hyper, stream)
+    if not callable(learning_rate):
+        learning_rate = checked_scalar(op, "learning_rate", learning_rate)
+    parameters, state, _ = take_step(op, tree, state, learning_rate, hyper, stream)
+    return parameters, state

@@ -8,11 +8,16 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from . import _ext, _packing
-from ._step import LearningRate, checked_hyperparameters, checked_rate, take_step
-from .schedules import Schedule
+from ._step import (
+    Hyperparameter,
+    LearningRate,
+    checked_hyperparameters,
+    checked_scalar,
+    take_step,
+)
 
 
-class SGD(Optimizer):  # type: ignore[misc]
+class SGD(Optimizer):
     r"""Stochastic gradient descent, the whole parameter tree in one kernel.
 
     Takes the place of ``mlx.optimizers.SGD``: the same arguments, the same methods and,
@@ -30,15 +35,18 @@ class SGD(Optimizer):  # type: ignore[misc]
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of ``mlx.optimizers.SGD`` can be assigned to it, and :meth:`unpacked_state` gives that
-    layout back.
+    layout back. As for the learning rate, ``state["momentum"]`` and
+    ``state["weight_decay"]`` are there when they are scheduled, with the value that the last
+    step used.
 
     Args:
         learning_rate (float, array, Schedule or callable): The learning rate
             :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
             callable gets the step and returns a scalar.
-        momentum (float): The momentum :math:`\mu`, 0 or more. Default: ``0.0``.
-        weight_decay (float): The weight decay :math:`\lambda` (L2 penalty), 0 or more.
-            Default: ``0.0``.
+        momentum (float, Schedule or callable): The momentum :math:`\mu`, 0 or more;
+            scheduled like the learning rate, it may pass through 0. Default: ``0.0``.
+        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda` (L2
+            penalty), 0 or more; scheduled likewise. Default: ``0.0``.
         dampening (float): The dampening :math:`\tau` of the momentum, 0 to 1.
             Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
@@ -62,22 +70,42 @@ class SGD(Optimizer):  # type: ignore[misc]
     def __init__(
         self,
         learning_rate: LearningRate,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        momentum: Hyperparameter = 0.0,
+        weight_decay: Hyperparameter = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
     ):
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._constants: dict[str, Any] = {}
         if not callable(learning_rate):
-            learning_rate = checked_rate("SGD", learning_rate)
-        self._maybe_schedule("learning_rate", learning_rate)
+            learning_rate = checked_scalar("SGD", "learning_rate", learning_rate)
+        self._maybe_schedule("learning_rate", learning_rate)  # type: ignore[arg-type]
         # A callable may have returned a plain number.
-        self.state["learning_rate"] = checked_rate("SGD", self.state["learning_rate"])
+        rate = checked_scalar("SGD", "learning_rate", self.state["learning_rate"])
+        self.state["learning_rate"] = rate
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
         self.nesterov = nesterov
+
+    @property
+    def momentum(self) -> Any:
+        """The momentum: the number that was given, or the value a schedule had last."""
+        return self._hyperparameter("momentum")
+
+    @momentum.setter
+    def momentum(self, value: Hyperparameter) -> None:
+        self._set_hyperparameter("momentum", value)
+
+    @property
+    def weight_decay(self) -> Any:
+        """The weight decay: the number that was given, or the value a schedule had last."""
+        return self._hyperparameter("weight_decay")
+
+    @weight_decay.setter
+    def weight_decay(self, value: Hyperparameter) -> None:
+        self._set_hyperparameter("weight_decay", value)
 
     def init(self, parameters: Any) -> None:
         """Make the state for these parameters, keeping what it already knows of them.
@@ -90,7 +118,7 @@ class SGD(Optimizer):  # type: ignore[misc]
         """
         tree = _ext.Tree(parameters, parameters, "SGD")
         self._check_loaded_state(parameters)
-        if self._hyperparameters().momentum != 0 and len(tree) > 0:
+        if self._hyperparameters().has_momentum and len(tree) > 0:
             self._replace_state(_packing.packed(self.state, tree, "SGD"))
         self._initialized = True
 
@@ -107,17 +135,18 @@ class SGD(Optimizer):  # type: ignore[misc]
         tree = _ext.Tree(gradients, parameters, "SGD")
         hyper = self._hyperparameters()
         self._check_loaded_state(parameters)
-        scheduled = {
+        learning_rate = self._schedulers.get("learning_rate")
+        if learning_rate is None:
+            rate = self.state.get("learning_rate")
+            learning_rate = checked_scalar("SGD", "learning_rate", rate)
+        # Of a subclass: whatever else it has put on a schedule.
+        others = {
             name: schedule(self.step)
             for name, schedule in self._schedulers.items()
-            if not (name == "learning_rate" and isinstance(schedule, Schedule))
+            if name not in ("learning_rate", "momentum", "weight_decay")
         }
-        learning_rate = self._schedulers.get("learning_rate")
-        if not isinstance(learning_rate, Schedule):
-            rate = scheduled.pop("learning_rate", self.state.get("learning_rate"))
-            learning_rate = checked_rate("SGD", rate)
-        updated, state = take_step("SGD", tree, self.state, learning_rate, hyper, None)
-        self._replace_state({**state, **scheduled})
+        updated, state, used = take_step("SGD", tree, self.state, learning_rate, hyper, None)
+        self._replace_state({**state, **used, **others})
         self._initialized = True
         return updated
 
@@ -147,9 +176,26 @@ class SGD(Optimizer):  # type: ignore[misc]
         )
 
     def _hyperparameters(self) -> Any:
-        return checked_hyperparameters(
-            "SGD", self.momentum, self.weight_decay, self.dampening, self.nesterov
-        )
+        options: dict[str, Any] = {**self._constants, **self._schedulers}
+        momentum, weight_decay = options["momentum"], options["weight_decay"]
+        return checked_hyperparameters("SGD", momentum, weight_decay, self.dampening, self.nesterov)
+
+    def _hyperparameter(self, name: str) -> Any:
+        schedule = self._schedulers.get(name)
+        if schedule is None:
+            return self._constants[name]
+        # A state from elsewhere may lack it.
+        return self.state[name] if name in self.state else schedule(self.step)
+
+    def _set_hyperparameter(self, name: str, value: Hyperparameter) -> None:
+        if callable(value):
+            first = checked_scalar("SGD", name, value(self.step))
+            self._schedulers[name] = value
+            self.state[name] = first
+        else:
+            if self._schedulers.pop(name, None) is not None:
+                self.state.pop(name, None)
+            self._constants[name] = value
 
     def _check_loaded_state(self, parameters: Any) -> None:
         if self._initialized:

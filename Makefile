@@ -1,0 +1,67 @@
+# Everything runs in a virtual environment of its own, .venv, which is made on first
+# use. A changed source rebuilds what depends on it.
+#   make demo | test | bench | lint | wheel | clean
+# Options: PYTHON=python3.12, EXTRA=cuda13 (Linux: which MLX backend), ARGS="-k name".
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+# On Linux MLX needs a backend beside it; its macOS wheel has one.
+EXTRA ?= $(if $(filter Linux,$(shell uname -s)),cpu)
+PIP := $(RUN)/python -m pip --disable-pip-version-check
+
+NATIVE := $(wildcard csrc metal cuda)
+SOURCES := CMakeLists.txt LICENSE README.md $(shell find $(NATIVE) python -type f \
+  ! -name '*.py[co]' ! -name '*.so' ! -name '*.dylib')
+FORMATTED := $(shell find $(NATIVE) tests -type f \
+  \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' -o -name '*.cu' -o -name '*.cuh' \))
+
+.PHONY: demo test bench lint format wheel clean
+
+demo: $(VENV)/installed
+	$(RUN)/python bench/demo.py $(ARGS)
+
+bench: $(VENV)/installed
+	$(RUN)/python bench/bench.py $(ARGS)
+
+# The tests, and the examples in the docstrings of the installed package.
+test: $(VENV)/installed metal-check-if-possible
+	$(RUN)/python -m pytest tests/ --doctest-modules --pyargs mlx_fused_optim $(ARGS)
+
+lint: $(VENV)/tools
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(RUN)/mypy
+
+format: $(VENV)/tools
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $(FORMATTED)
+
+wheel: $(VENV)/installed
+	@ls dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist
+
+include schedules.mk
+
+include metal.mk
+
+# ---- Stamps ------------------------------------------------------------------
+
+$(RUN)/pip:
+	tools/make_venv.sh $(PYTHON) $(VENV)
+
+$(VENV)/tools: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
+	$(RUN)/python tools/requirements.py $(EXTRA) bench dev > $(VENV)/requirements.txt
+	$(PIP) install --quiet --requirement $(VENV)/requirements.txt
+	touch $@
+
+# The package is installed from its wheel, as users get it.
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	rm -rf dist
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) install --quiet --no-deps --force-reinstall dist/*.whl
+	touch $@

@@ -1,0 +1,142 @@
+"""Write docs/benchmarks.md from the runs in bench/results.
+
+python bench/bench.py --json bench/results/NAME.json
+python bench/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import training
+
+RESULTS = Path(__file__).parent / "results"
+REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+# A load average above this, for each core, is somebody else's work.
+BUSY = 0.5
+
+INTRODUCTION = """\
+# Benchmarks
+
+<!-- Written by bench/report.py from bench/results/*.json: change those. -->
+
+Whole steps, host time included: from the call until the last result is in memory. Every
+candidate takes the same step (momentum 0.9, weight decay 1e-4, exponential decay of the
+learning rate) with parameters of its own, and may reuse the memory of the old ones. Before it
+is timed, its result is compared with a float64 reference; a candidate outside the error that
+its roundings allow is told, not timed. Candidates take turns of a few steps each; medians, and
+the quartiles beside them. GB/s counts the bytes that a step cannot do without: parameters and
+momentum read and written, gradients read. "New memory" is what one step of MLX allocates beyond
+what is held before it, by MLX's own counter.
+
+"mlx" is `mlx.optimizers.SGD`, "torch" is `torch.optim.SGD`, "optax jit" is `optax.sgd` under
+`jax.jit` with donated parameters and state. "constant" is ours with a constant learning rate.
+
+    make bench                                  # this machine
+    python bench/bench.py --json bench/results/NAME.json && python bench/report.py
+"""
+
+
+def report(runs: dict[str, dict]) -> str:
+    return "\n".join([INTRODUCTION, *(_run(name, run) for name, run in runs.items())])
+
+
+def load() -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def _run(name: str, run: dict) -> str:
+    machine, versions = run["machine"], run["versions"]
+    device = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    lines = [
+        f"## {device}, {run['dtype']}",
+        "",
+        f"{run['date']}, {machine['system']}, {packages}. Load average at the start: "
+        f"{machine['load']}. From `bench/results/{name}.json`.",
+        "",
+    ]
+    if machine["load"] > BUSY * machine["cores"]:
+        lines += [
+            "**The machine was busy with other work.** Times are too long, and longest for "
+            "those whose threads wait for each other (torch, optax): such a run shows that "
+            "the benchmark works, not who is faster.",
+            "",
+        ]
+    for result in run["results"]:
+        lines += _training(result) if result["kind"] == "training" else _step(result)
+    return "\n".join(lines)
+
+
+def _step(result: dict) -> list[str]:
+    times = result["candidates"]
+    lines = [f"### {result['title']} ({result['elements']:,} elements)", ""]
+    lines += ["| | ms | quartiles | GB/s | new memory |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, time in _ranked(times):
+        rate = f"{result['least_bytes'] / time['median_ms'] / 1e6:.1f}"
+        memory = _memory(time["new_bytes"]) if "new_bytes" in time else ""
+        lines.append(f"| {name} | {_times(time)} | {rate} | {memory} |")
+    lines += ["", *(f"- {line}" for line in _ratios(times)), ""]
+    lines += [f"Left out: {error}\n" for error in result["wrong"].values()]
+    return lines
+
+
+def _training(result: dict) -> list[str]:
+    times = result["candidates"]
+    lines = [f"### {_in_training(result)}", ""]
+    lines += ["| | ms | quartiles | the optimizer's share, ms |", "| --- | ---: | ---: | ---: |"]
+    for name, time in _ranked(times):
+        share = training.share(name, times)
+        shown = "" if share is None else f"{share:.3f}"
+        lines.append(f"| {name} | {_times(time)} | {shown} |")
+    return [*lines, ""]
+
+
+def _in_training(result: dict) -> str:
+    title = result["title"]
+    return title if "training" in title else f"{title}, in a training step"
+
+
+def _ranked(times: dict) -> list[tuple[str, dict]]:
+    return sorted(times.items(), key=lambda item: item[1]["median_ms"])
+
+
+def _times(time: dict) -> str:
+    return f"{time['median_ms']:.3f} | {time['low_ms']:.3f} - {time['high_ms']:.3f}"
+
+
+def _memory(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**16 else f"{count} bytes"
+
+
+def _ratios(times: dict) -> list[str]:
+    """The claims to check, in words: against each peer, and what the schedule costs."""
+
+    def median(name: str) -> float | None:
+        return times[name]["median_ms"] if name in times else None
+
+    ours = [m for m in (median("ours"), median("ours compiled")) if m]
+    if not ours:
+        return []
+    best = min(ours)
+    others = [
+        f"{time['median_ms'] / best:.2f} of {name}"
+        for name, time in _ranked(times)
+        if not name.startswith("ours")
+    ]
+    lines = []
+    if others:
+        lines.append(f"Times of the others as multiples of our best: {', '.join(others)}.")
+    for name in ("ours", "ours compiled"):
+        scheduled, constant = median(name), median(f"{name} constant")
+        if scheduled and constant:
+            lines.append(f"Scheduled against constant rate, {name}: {scheduled / constant:.2f}.")
+    return lines
+
+
+if __name__ == "__main__":
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(report(load()))
+    print(f"Written: {REPORT}")

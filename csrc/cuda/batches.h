@@ -1,0 +1,57 @@
+// Sorts the tensors of a step by how they lie in memory, and fills the arguments
+// of as few launches as hold them. No CUDA and no MLX here: tested without a GPU.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace mlx_fused_optim::cuda {
+
+/// A parameter or a gradient, as the host sees it.
+struct Source {
+  const void* data;
+  Type type;
+  bool contiguous; // in row-major order
+  const int64_t* strides; // elements
+};
+
+/// Some tensors of one kind, and the blocks of threads that they take.
+/// `arguments.common` but for its count is the caller's to fill.
+template <typename T>
+struct Batch {
+  Launch<T> arguments;
+  uint32_t blocks;
+};
+template <typename T>
+using BatchList = std::vector<std::unique_ptr<Batch<T>>>;
+
+class Batches {
+ public:
+  /// `velocity_contiguous`: a momentum arena that is not sends all tensors the
+  /// strided way.
+  Batches(Type type, bool velocity_contiguous)
+      : type_(type), velocity_contiguous_(velocity_contiguous) {}
+
+  /// Adds a tensor that starts at element `offset` of its arena. Throws
+  /// std::invalid_argument where no kernel can read it.
+  void add(
+      int dimensions,
+      const int32_t* shape,
+      uint64_t offset,
+      const Source& parameter,
+      const Source& gradient);
+
+  size_t launches() const { return flat.size() + transposed.size() + strided.size(); }
+
+  BatchList<Flat> flat;
+  BatchList<Transposed> transposed;
+  BatchList<Strided> strided;
+
+ private:
+  Type type_;
+  bool velocity_contiguous_;
+};
+
+} // namespace mlx_fused_optim::cuda

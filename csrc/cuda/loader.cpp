@@ -1,0 +1,69 @@
+// The extension's side of the CUDA backend: finds the library beside itself.
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/backend.h"
+#include "donation.h"
+
+namespace mlx_fused_optim {
+
+namespace cuda {
+
+namespace {
+
+/// The folder that this extension was loaded from, with a slash.
+std::string own_folder() {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<void*>(&backend), &info) || !info.dli_fname) {
+    return "";
+  }
+  const std::string path = info.dli_fname;
+  return path.substr(0, path.rfind('/') + 1);
+}
+
+struct Loaded {
+  const Backend* backend = nullptr;
+  std::string reason;
+};
+
+Loaded load() {
+  // Every symbol now: a missing one must be an error here, not a crash later.
+  void* library = dlopen((own_folder() + kLibrary).c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* entry = library ? dlsym(library, kEntry) : nullptr;
+  if (!entry) {
+    return {nullptr, dlerror()};
+  }
+  return {reinterpret_cast<Entry>(entry)(), ""};
+}
+
+} // namespace
+
+const Backend& backend() {
+  static const Loaded loaded = load();
+  if (!loaded.backend) {
+    throw std::runtime_error(
+        "[mlx_fused_optim] the CUDA backend does not load: got \"" + loaded.reason +
+        "\", allowed where MLX has CUDA (pip install 'mlx-fused-optim[cuda13]' or [cuda12]) "
+        "and this package was built with nvcc; pass stream=mx.cpu or set "
+        "mx.set_default_device(mx.cpu) to do without.");
+  }
+  return *loaded.backend;
+}
+
+} // namespace cuda
+
+void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto set = [&](const cuda::Allocate& allocate) {
+    set_outputs(plan_, inputs, outputs, allocate);
+    return SgdOutputs(plan_, outputs);
+  };
+  cuda::backend().step({plan_, SgdInputs(plan_, inputs), set, stream()});
+}
+
+void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {
+  cuda::backend().evaluate_schedule(schedule_, inputs[0], output, stream());
+}
+
+} // namespace mlx_fused_optim

@@ -1,0 +1,17 @@
+# The Metal backend, on Linux: see docs/metal.md. Included by the Makefile.
+.PHONY: metal-check metal-check-if-possible metal-mutants mac-wheel
+
+metal-check: $(VENV)/installed
+	PYTHON=$(RUN)/python tools/metal_check.sh
+
+metal-check-if-possible:
+	@if command -v clang++-19 > /dev/null; then $(MAKE) metal-check; else \
+	  echo "Metal is not checked: clang++-19 is not installed (tools/apt-packages)"; fi
+
+# Plants bugs, one after another, and asks that each is caught: some 15 minutes.
+metal-mutants: $(VENV)/installed
+	$(RUN)/python tests/metal_on_cpu/mutants.py $(ARGS)
+
+mac-wheel: $(VENV)/tools
+	PYTHON=$(RUN)/python tools/mac_wheel.sh
+	$(RUN)/python -m pytest -q tests/test_mac_wheel.py

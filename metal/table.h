@@ -1,0 +1,67 @@
+// What one dispatch of the step kernel works on: a table that the host fills
+// (csrc/metal/dispatch.cpp) and passes by value, and the numbers both sides use.
+#pragma once
+
+#include "math/portability.h"
+
+namespace fused_metal {
+
+enum : uint32_t {
+  // Metal has 31 buffer slots a dispatch: 7 fixed ones, and the rest for the
+  // buffers in which parameters and gradients lie.
+  kSources = 24,
+  // The table must fit the 4 KiB that Metal takes by value.
+  kMaxTensors = 48,
+  // A thread takes this many neighbours at once, several times: a thread costs a
+  // search of the table and the learning rate, so it should have work to do.
+  kQuad = 4,
+  kPasses = 4,
+  // A gradient that is a transposed matrix (that of every nn.Linear) is read
+  // in tiles this wide and a threadgroup high, so that cache lines are used
+  // whole in both directions: its own, and that of the parameter.
+  kTileColumns = 16,
+  kTileLanes = kTileColumns / kQuad, // threads for one row of a tile
+};
+
+/// Buffer slots of the kernels.
+enum SgdBuffer : uint32_t {
+  kControlBuffer = 0,
+  kTableBuffer = 1,
+  kStepBuffer = 2,
+  kGivenBuffer = 3,
+  kParameterOutBuffer = 4,
+  kVelocityBuffer = 5,
+  kVelocityOutBuffer = 6,
+  kFirstSourceBuffer = 7,
+  kStepOutBuffer = 4,
+  kUsedOutBuffer = 5,
+};
+
+enum SgdWide : uint32_t {
+  kWideArena = 1, // parameter, velocity and both outputs are aligned to a quad
+  kWideGradient = 2,
+};
+
+/// One tensor of a dispatch.
+struct SgdTensor {
+  uint64_t size; // elements
+  uint64_t gap; // elements behind it that become zero
+  uint64_t offset; // elements, in the arenas of momentum and of outputs
+  uint64_t parameter; // bytes, in its source
+  uint64_t gradient; // bytes, in its source
+  int64_t row_stride; // of the gradient, in elements; without columns unused
+  int64_t column_stride; // likewise; without columns, from element to element
+  uint32_t columns; // of a matrix; 0 for a flat gradient
+  uint32_t first_block; // threadgroups of the tensors before it
+  uint16_t parameter_source;
+  uint16_t gradient_source;
+  uint32_t wide; // SgdWide
+};
+
+struct SgdTable {
+  SgdTensor tensors[kMaxTensors];
+  uint32_t count; // at least 1
+  uint32_t reserved;
+};
+
+} // namespace fused_metal

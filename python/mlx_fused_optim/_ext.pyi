@@ -1,0 +1,98 @@
+"""The compiled part of mlx_fused_optim; its interface is internal."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import mlx.core as mx
+
+MAX_SEGMENTS: int
+MAX_CYCLE_FACTOR: int
+
+class Schedule:
+    """A schedule in the form that the kernels evaluate."""
+
+    def __call__(
+        self,
+        steps: mx.array,
+        *,
+        stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+    ) -> mx.array: ...
+    @property
+    def first_value(self) -> float: ...
+    @property
+    def natural_length(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+
+def constant(value: float) -> Schedule: ...
+def exponential_decay(
+    init: float,
+    decay_rate: float,
+    transition_steps: int,
+    transition_begin: int,
+    staircase: bool,
+    end: float | None,
+) -> Schedule: ...
+def blend(
+    one: float,
+    zero: float,
+    steps: int,
+    begin: int = 0,
+    cosine: bool = False,
+    rising: bool = False,
+    power: float = 1.0,
+) -> Schedule: ...
+def inverse_power(peak: float, timescale: int, power: float) -> Schedule: ...
+def cosine_restarts(init: float, end: float, first_cycle: int, factor: int) -> Schedule: ...
+def triangular(
+    base: float, peak: float, up: int, down: int, decay: float, decay_per_cycle: bool
+) -> Schedule: ...
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule | None: ...
+def scaled(schedule: Schedule, factor: float) -> Schedule: ...
+
+class Tree:
+    """Gradients and their parameters, flattened in one pass."""
+
+    def __init__(
+        self, gradients: object | None, parameters: object | None, op: str, exact: bool = False
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+class Layout:
+    """Where each tensor lives: see csrc/layout.h."""
+
+    @overload
+    def __init__(self, arg: Tree, /) -> None: ...
+    @overload
+    def __init__(self, arg: list[tuple[str, tuple[int, ...], mx.Dtype]], /) -> None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def tensors(self) -> list[tuple[str, tuple[int, ...], mx.Dtype]]: ...
+    @property
+    def arenas(self) -> list[tuple[mx.Dtype, tuple[int, ...], list[int], list[int]]]: ...
+
+def arena_view(
+    arena: mx.array,
+    shape: Sequence[int],
+    offset: int,
+    *,
+    stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> mx.array: ...
+def sgd_step(
+    tree: Tree,
+    layout: Layout,
+    momentum_arenas: Sequence[mx.array],
+    step: mx.array,
+    *,
+    learning_rate: mx.array | Schedule | float,
+    momentum: mx.array | Schedule | float,
+    weight_decay: mx.array | Schedule | float,
+    dampening: float,
+    has_momentum: bool,
+    nesterov: bool,
+    has_weight_decay: bool,
+    stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> tuple[Any, list[mx.array], mx.array, mx.array]: ...

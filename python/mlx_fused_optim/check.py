@@ -1,0 +1,283 @@
+"""``python -m mlx_fused_optim.check``: does the fused step hold its word on this machine?
+
+It runs the step on MLX's default device (or the one given with ``--device``), compares
+its bits with the same arithmetic in plain MLX operations and with ``mlx.optimizers.SGD``,
+times it against that, and prints a table to paste into an issue. It takes less than half
+a minute and needs nothing but the installed package. The exit code is 0 if all held, 1 if
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.optimizers
+from mlx.utils import tree_flatten
+
+import mlx_fused_optim as optim
+
+from . import reference
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.3},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "weight decay": {"weight_decay": 0.01},
+    "all": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+}
+# Around the widths of vectors, tiles and blocks; no element and one.
+SHAPES = [(0,), (1,), (3,), (4,), (5,), (17,), (33, 65), (16, 64), (255,), (4097,), (2, 3, 5)]
+STEPS = 3
+RATE = 0.1
+
+
+class Result(NamedTuple):
+    """One row of the table: what was asked, and what is wrong (nothing if it held)."""
+
+    question: str
+    asked: int
+    wrong: list[str]
+
+
+# ---- Parity ------------------------------------------------------------------------
+
+
+def bits(array: mx.array) -> mx.array:
+    return array.view(mx.uint32 if array.dtype.size == 4 else mx.uint16) if array.ndim else array
+
+
+def same(a: mx.array, b: mx.array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(mx.array_equal(bits(a), bits(b)))
+
+
+LAYOUTS: dict[str, Callable[[mx.array], mx.array]] = {
+    "contiguous": lambda a: a,
+    # What the weight of nn.Linear gets.
+    "transposed": lambda a: mx.contiguous(a.T).T,
+    "unaligned": lambda a: mx.concatenate([a.reshape(-1)[:1], a.reshape(-1)])[1:].reshape(a.shape),
+}
+
+
+def parameters_and_gradients(
+    dtype: str, gradient: str, layout: str
+) -> tuple[list[mx.array], list[list[mx.array]]]:
+    """Normal numbers, never near zero: a forgotten element would not show."""
+
+    def draw(shape: tuple[int, ...], dtype: str) -> mx.array:
+        values = mx.random.normal(shape)
+        return mx.where(mx.abs(values) < 2**-6, 0.5, values).astype(DTYPES[dtype])
+
+    mx.random.seed(1)
+    parameters = [draw(shape, dtype) for shape in SHAPES]
+    gradients = [[LAYOUTS[layout](draw(s, gradient)) for s in SHAPES] for _ in range(STEPS)]
+    mx.eval(parameters, gradients)
+    return parameters, gradients
+
+
+def steps_differ(name: str, options: dict[str, Any], dtype: str, gradient: str, layout: str) -> str:
+    """The first difference from plain MLX operations in float32, or nothing."""
+    parameters, gradients = parameters_and_gradients(dtype, gradient, layout)
+    optimizer = optim.SGD(RATE, **options)
+    expected, velocities = parameters, reference.sgd_init(parameters)
+    for step in range(STEPS):
+        tree = optimizer.apply_gradients({"w": gradients[step]}, {"w": parameters})
+        parameters = tree["w"]
+        del tree
+        expected, velocities = reference.sgd_step(
+            expected, gradients[step], velocities, learning_rate=RATE, **options
+        )
+        mx.eval(parameters, optimizer.state, expected, velocities)
+        for shape, a, b in zip(SHAPES, parameters, expected, strict=True):
+            if not same(a, b):
+                return f"{name}, {dtype}, {gradient} gradients, {layout}, {shape}, step {step}"
+    return ""
+
+
+def check_parity() -> Result:
+    cases = [
+        (name, options, dtype, gradient, layout)
+        for (name, options), dtype, gradient in itertools.product(OPTIONS.items(), DTYPES, DTYPES)
+        for layout in (LAYOUTS if name == "all" else ("contiguous",))
+    ]
+    wrong = [steps_differ(*case) for case in cases]
+    return Result("bits of float32 arithmetic, rounded once", len(cases), list(filter(None, wrong)))
+
+
+def check_bits_of_mlx() -> Result:
+    wrong = []
+    for name, options in OPTIONS.items():
+        for layout in LAYOUTS:
+            parameters, gradients = parameters_and_gradients("float32", "float32", layout)
+            trees = [{"w": parameters}, {"w": parameters}]
+            optimizers = [optim.SGD(RATE, **options), mlx.optimizers.SGD(RATE, **options)]
+            for step in range(STEPS):
+                trees = [
+                    o.apply_gradients({"w": gradients[step]}, tree)
+                    for o, tree in zip(optimizers, trees, strict=True)
+                ]
+                mx.eval(trees)
+            if not all(map(same, *(tree["w"] for tree in trees))):
+                wrong.append(f"{name}, {layout}")
+    return Result("float32 bits of mlx.optimizers.SGD", len(OPTIONS) * len(LAYOUTS), wrong)
+
+
+def check_what_is_held() -> Result:
+    """A step writes in place where it may, and never into what somebody holds."""
+    parameters, gradients = parameters_and_gradients("float32", "float32", "contiguous")
+    optimizer = optim.SGD(RATE, momentum=0.9)
+    wrong = []
+    for step in range(STEPS):
+        leaves: list[tuple[str, Any]] = list(tree_flatten(optimizer.state))  # type: ignore[arg-type]
+        arrays = [*parameters, *(leaf for _, leaf in leaves)]
+        copies = [mx.array(a) for a in arrays]
+        mx.eval(copies)
+        parameters = optimizer.apply_gradients({"w": gradients[step]}, {"w": parameters})["w"]
+        mx.eval(parameters, optimizer.state)
+        if not all(map(same, arrays, copies)):
+            wrong.append(f"step {step}")
+    return Result("arrays that somebody holds stay as they are", STEPS, wrong)
+
+
+def check_schedules() -> Result:
+    """In the kernel: at every step the float64 value to 2 ulp, and the counter counts."""
+    wrong = []
+    steps = (0, 1, 2, 10**6, 10**7, 2**32)
+    for step in steps:
+        optimizer = optim.SGD(optim.exponential_decay(RATE, 0.999999))
+        optimizer.state["step"] = mx.array(step, mx.uint64)
+        optimizer.apply_gradients({"w": mx.zeros(3)}, {"w": mx.zeros(3)})
+        mx.eval(optimizer.state)
+        exact = RATE * math.exp2(step * math.log2(0.999999))
+        error = abs(optimizer.learning_rate.item() - exact)
+        if error > 2 * math.ulp(exact) * 2**29 or optimizer.step.item() != step + 1:
+            wrong.append(f"step {step}")
+    return Result("learning rate and counter of the kernel", len(steps), wrong)
+
+
+# ---- Speed -------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    name: str
+    shapes: list[tuple[int, ...]]
+
+
+MODELS = [
+    Model("448 adapters of 16 x 1024", [(16, 1024)] * 448),
+    Model("12 matrices of 1024 x 1024", [(1024, 1024)] * 12),
+]
+
+
+def step_of(optimizer: mlx.optimizers.Optimizer, compiled: bool) -> Callable[[Any, Any], Any]:
+    if not compiled:
+        return optimizer.apply_gradients
+    step: Callable[[Any, Any], Any] = mx.compile(
+        optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state
+    )
+    return step
+
+
+def timed(model: Model, seconds: float) -> dict[str, float]:
+    """Median milliseconds of a step with momentum, of ours and of MLX's, in turns."""
+    gradients = {"w": [mx.random.normal(s) for s in model.shapes]}
+    candidates = {
+        "fused": (optim.SGD(RATE, momentum=0.9), False),
+        "mlx": (mlx.optimizers.SGD(RATE, momentum=0.9), False),
+        "mlx compiled": (mlx.optimizers.SGD(RATE, momentum=0.9), True),
+    }
+    steps, trees = {}, {}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for name, (optimizer, compiled) in candidates.items():
+        trees[name] = {"w": [mx.random.normal(s) for s in model.shapes]}
+        optimizer.init(trees[name])
+        steps[name] = step_of(optimizer, compiled)
+    mx.eval(gradients, trees)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["fused"]) < 5:
+        for name, (optimizer, _) in candidates.items():
+            start = time.perf_counter()
+            trees[name] = steps[name](gradients, trees[name])
+            mx.eval(trees[name], optimizer.state)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    # The first two turns compile kernels and pack arenas.
+    return {name: statistics.median(ms[2:]) for name, ms in times.items()}
+
+
+# ---- Report ------------------------------------------------------------------------
+
+
+def environment() -> Iterator[tuple[str, str]]:
+    yield "mlx-fused-optim", optim.__version__
+    yield "mlx", importlib.metadata.version("mlx")
+    yield "Python", platform.python_version()
+    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
+    yield "system", f"{system}, {platform.machine()}"
+    info = mx.device_info() if mx.default_device() == mx.Device(mx.gpu) else {}
+    name = info.get("device_name") or info.get("architecture") or platform.processor()
+    yield "device", f"{mx.default_device()} {name}".strip()
+    for variable, value in sorted(os.environ.items()):
+        if variable.startswith("MLX_FUSED_OPTIM_"):
+            yield variable, value
+
+
+def answered(check: Callable[[], Result]) -> Result:
+    """The result; an exception is one too."""
+    try:
+        return check()
+    except Exception as error:
+        traceback.print_exc()
+        return Result(check.__name__, 1, [f"{type(error).__name__}: {error}"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all checks and print the table; 0 if all held, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_fused_optim.check",
+        description="Check the fused step on this machine and print a table for an issue.",
+    )
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each timing; 0: none")
+    options = parser.parse_args(arguments)
+    if options.device:
+        mx.set_default_device(mx.Device(getattr(mx, options.device)))
+    start = time.perf_counter()
+
+    print("| | |\n|---|---|")
+    for name, value in environment():
+        print(f"| {name} | {value} |")
+    print("\n| check | asked | held |\n|---|---|---|", flush=True)
+    wrong = []
+    for check in (check_parity, check_bits_of_mlx, check_what_is_held, check_schedules):
+        result = answered(check)
+        verdict = "no" if result.wrong else "yes"
+        print(f"| {result.question} | {result.asked} | {verdict} |", flush=True)
+        wrong += [f"- {result.question}: {what}" for what in result.wrong]
+    if options.seconds > 0 and not wrong:
+        print("\n| one step with momentum, float32 | fused | mlx | mlx compiled |")
+        print("|---|---|---|---|", flush=True)
+        for model in MODELS:
+            ms = timed(model, options.seconds)
+            columns = " | ".join(f"{value:.2f} ms" for value in ms.values())
+            print(f"| {model.name} | {columns} |", flush=True)
+    print(f"\n{'NOT ALL HELD' if wrong else 'All held'}, in {time.perf_counter() - start:.0f} s.")
+    if wrong:
+        print("\n".join(wrong[:20]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

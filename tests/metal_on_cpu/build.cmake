@@ -1,0 +1,25 @@
+# The extension as it is on a Mac, except for four things: MLX's Metal headers are
+# doubles, the CPU's streams take the GPU's path, the kernels are compiled by
+# clang, and each of their accesses to memory is checked.
+include(metal/source.cmake)
+set(harness "${PROJECT_SOURCE_DIR}/tests/metal_on_cpu")
+set(kernels "${metal_source_dir}/kernels_on_cpu.cpp")
+set(METAL_ON_CPU_FLAGS "" CACHE STRING "More flags for the kernels, such as a sanitizer's")
+
+# FMA is on so that it shows if the source failed to switch contraction off.
+add_custom_command(OUTPUT ${kernels}.o
+  COMMAND ${Python_EXECUTABLE} ${harness}/translate.py run ${metal_source_dir}/sgd.joined.metal ${kernels}
+  COMMAND clang++-19 -std=c++20 -O1 -g -fPIC -mfma -mf16c -ffp-contract=fast-honor-pragmas
+          -fsanitize-coverage=func,trace-loads,trace-stores -fvisibility=hidden -Wall
+          -Wno-unknown-attributes -Wno-duplicate-decl-specifier -Wno-unused-function
+          ${METAL_ON_CPU_FLAGS} -c ${kernels} -o ${kernels}.o
+  DEPENDS ${metal_source_dir}/sgd.joined.metal ${harness}/translate.py ${harness}/grid.h
+          ${harness}/include/metal_stdlib
+  COMMAND_EXPAND_LISTS VERBATIM)
+
+list(REMOVE_ITEM sources csrc/cpu/sgd.cpp)
+list(APPEND sources
+  csrc/metal/dispatch.cpp csrc/metal/library.cpp csrc/metal/sgd.cpp
+  ${harness}/device.cpp ${harness}/eval_cpu.cpp ${harness}/grid.cpp ${harness}/memory.cpp
+  ${kernels}.o)
+set(backend_includes ${harness}/include ${harness} metal ${metal_source_dir})

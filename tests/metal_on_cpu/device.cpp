@@ -1,0 +1,349 @@
+#include "mlx/backend/metal/device.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+
+#include "memory.h"
+#include "mlx/backend/cpu/encoder.h"
+
+using namespace metal_on_cpu;
+
+namespace {
+
+[[noreturn]] void fail(const std::string& what) {
+  throw std::runtime_error("[metal_on_cpu] " + what);
+}
+
+std::string setting(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value && *value ? value : otherwise;
+}
+
+// ---- What tests look at --------------------------------------------------------
+
+struct Record {
+  std::string kernel, pipeline;
+  size_t threads, group;
+  bool barrier; // before it
+  std::map<std::string, Traffic> traffic; // known once it ran
+};
+
+std::mutex mutex; // of all below: the host encodes while a stream runs
+std::vector<std::shared_ptr<Record>> records;
+bool forget_hazards = false; // as at the end of an evaluation
+Memory memory;
+
+} // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* metal_on_cpu_log() {
+  std::lock_guard lock(mutex);
+  std::ostringstream json;
+  const char* separator = "[";
+  for (auto& r : records) {
+    json << separator << "{\"kernel\":\"" << r->kernel << "\",\"pipeline\":\"" << r->pipeline
+         << "\",\"threads\":" << r->threads << ",\"group\":" << r->group
+         << ",\"barrier\":" << (r->barrier ? "true" : "false") << ",\"traffic\":{";
+    const char* comma = "";
+    for (auto& [name, t] : r->traffic) {
+      json << comma << '"' << name << "\":{\"read\":" << t.read
+           << ",\"read_again\":" << t.read_again << ",\"written\":" << t.written
+           << ",\"accesses\":" << t.accesses << '}';
+      comma = ",";
+    }
+    json << "}}";
+    separator = ",";
+  }
+  static std::string text;
+  text = records.empty() ? "[]" : json.str() + "]";
+  return text.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) void metal_on_cpu_clear() {
+  std::lock_guard lock(mutex);
+  records.clear();
+  forget_hazards = true;
+}
+
+// ---- Device --------------------------------------------------------------------
+
+NS::UInteger MTL::ComputePipelineState::maxTotalThreadsPerThreadgroup() const {
+  return std::stoul(setting("METAL_ON_CPU_MAX_THREADS", "1024"));
+}
+
+namespace mlx::core::metal {
+
+Device& device(mlx::core::Device) {
+  static Device device;
+  return device;
+}
+
+CommandEncoder& get_command_encoder(Stream s) {
+  static std::map<int, std::unique_ptr<CommandEncoder>> encoders;
+  auto& encoder = encoders[s.index];
+  if (!encoder) {
+    encoder = std::make_unique<CommandEncoder>(s);
+  }
+  return *encoder;
+}
+
+MTL::Library* Device::get_library(
+    const std::string& name,
+    const CompileOptions& options,
+    const std::function<std::string(void)>& builder) {
+  // Before the cache, so that a test may set it at any time.
+  if (auto message = setting("METAL_ON_CPU_COMPILER_ERROR", ""); !message.empty()) {
+    throw std::runtime_error(
+        "[metal::Device] Unable to build metal library from source\n" + message);
+  }
+  if (options.math_mode != MathMode::Safe) {
+    fail("the kernels must be compiled in safe math mode");
+  }
+  auto [entry, is_new] = libraries_.try_emplace(name);
+  if (is_new && builder() != library().source) {
+    fail("library '" + name + "' is not the source that was compiled for the CPU");
+  }
+  return &entry->second;
+}
+
+MTL::ComputePipelineState* Device::get_kernel(
+    const std::string& name,
+    MTL::Library*,
+    const std::string& cached_as,
+    const MTLFCList& values) {
+  std::map<int, bool> constants;
+  for (auto& [value, type, index] : values) {
+    if (type != MTL::DataType::DataTypeBool) {
+      fail(name + ": a function constant that is not a bool");
+    }
+    constants[int(index)] = *static_cast<const bool*>(value);
+  }
+  auto& pipeline = pipelines_[cached_as.empty() ? name : cached_as];
+  if (!pipeline) {
+    for (auto& kernel : library().kernels) {
+      if (kernel.name == name) {
+        pipeline.reset(new MTL::ComputePipelineState{&kernel, constants, cached_as});
+      }
+    }
+  }
+  if (!pipeline) {
+    throw std::runtime_error("[metal::Device] Unable to load function " + name);
+  }
+  // MLX would hand out this pipeline whatever is asked for now.
+  if (pipeline->kernel->name != name || pipeline->constants != constants) {
+    fail("pipeline '" + cached_as + "' is asked for with another kernel or other constants");
+  }
+  return pipeline.get();
+}
+
+// ---- Encoder: bindings ---------------------------------------------------------
+
+CommandEncoder::Binding& CommandEncoder::binding(int slot) {
+  if (slot < 0 || slot >= kSlots) {
+    fail("slot " + std::to_string(slot) + " does not exist");
+  }
+  return bindings_[slot] = {};
+}
+
+void CommandEncoder::bind(const array& a, int slot, int64_t offset, Binding::Kind kind) {
+  if (!a.data_shared_ptr()) {
+    fail("the array for slot " + std::to_string(slot) + " has no memory");
+  }
+  auto& b = binding(slot);
+  b.kind = kind;
+  b.begin = static_cast<char*>(const_cast<array&>(a).buffer().raw_ptr());
+  b.size = a.buffer_size();
+  b.offset = a.offset() + offset;
+  b.element = a.itemsize();
+  b.memory = a.data_shared_ptr();
+  if (b.offset < 0 || b.offset > int64_t(b.size)) {
+    fail("the offset of slot " + std::to_string(slot) + " is outside of the buffer");
+  }
+}
+
+void CommandEncoder::set_input_array(const array& a, int slot, int64_t offset) {
+  bind(a, slot, offset, Binding::input);
+  inputs_.insert(a.buffer().ptr());
+  needs_barrier_ |= earlier_outputs_.count(a.buffer().ptr()) > 0;
+}
+
+void CommandEncoder::set_output_array(array& a, int slot, int64_t offset) {
+  set_input_array(a, slot, offset);
+  bindings_[slot].kind = Binding::output;
+  if (concurrent_) {
+    concurrent_outputs_.insert(a.buffer().ptr());
+  } else {
+    outputs_.insert(a.buffer().ptr());
+    needs_barrier_ |= earlier_inputs_.count(a.buffer().ptr()) > 0;
+  }
+}
+
+void CommandEncoder::set_value(const void* data, size_t size, size_t element, int slot) {
+  if (size > 4096) {
+    fail("slot " + std::to_string(slot) + ": Metal takes at most 4 KiB by value");
+  }
+  auto& b = binding(slot);
+  b.kind = Binding::value;
+  b.size = size;
+  b.element = element;
+  b.bytes.assign(static_cast<const char*>(data), static_cast<const char*>(data) + size);
+}
+
+void CommandEncoder::add_temporary(array a) {
+  cpu::get_command_encoder(stream_).add_temporary(std::move(a));
+}
+
+bool CommandEncoder::takes_barrier() {
+  {
+    std::lock_guard lock(mutex);
+    if (forget_hazards) {
+      earlier_inputs_.clear();
+      earlier_outputs_.clear();
+      needs_barrier_ = false;
+      forget_hazards = false;
+    }
+  }
+  const bool barrier = needs_barrier_;
+  if (barrier) {
+    earlier_inputs_.clear();
+    earlier_outputs_.clear();
+  }
+  earlier_inputs_.merge(inputs_);
+  earlier_outputs_.merge(outputs_);
+  inputs_.clear();
+  outputs_.clear();
+  needs_barrier_ = false;
+  return barrier;
+}
+
+/// Every argument of the kernel has what it expects, and nothing else is bound.
+void CommandEncoder::check(const MTL::Size& threads, const MTL::Size& group) const {
+  if (!pipeline_) {
+    fail("a dispatch without a pipeline state");
+  }
+  auto& kernel = *pipeline_->kernel;
+  auto require = [&](bool holds, const std::string& what) {
+    if (!holds) {
+      fail(kernel.name + ": " + what);
+    }
+  };
+  require(threads.width > 0 && group.width > 0, "an empty grid or threadgroup");
+  require(
+      threads.height * threads.depth * group.height * group.depth == 1,
+      "the harness has one-dimensional grids only");
+  require(threads.width < uint64_t(1) << 32, "more threads than uint counts");
+  require(
+      group.width <= pipeline_->maxTotalThreadsPerThreadgroup(),
+      "a threadgroup of " + std::to_string(group.width) + " threads is too large");
+  bool taken[kSlots] = {};
+  for (auto& a : kernel.arguments) {
+    if (a.kind != Kind::buffer) {
+      continue;
+    }
+    const std::string where = std::string(a.name) + " [[buffer(" + std::to_string(a.slot) + ")]]";
+    if (a.present) {
+      for (auto& constant : library().constants) {
+        if (constant.value == a.present) {
+          require(pipeline_->constants.count(constant.index), where + ": its constant is not set");
+        }
+      }
+      if (!*a.present) {
+        continue;
+      }
+    }
+    auto& b = bindings_[a.slot];
+    taken[a.slot] = true;
+    require(b.kind != Binding::nothing, where + ": nothing is bound");
+    require(!a.writable || b.kind == Binding::output, where + ": written, but not an output");
+    require(a.writable || b.kind != Binding::output, where + ": an output, but not written");
+    // Bytes are read as any type: sources have their table.
+    require(
+        a.element == 1 || a.element == b.element,
+        where + ": elements of " + std::to_string(b.element) + " bytes bound, the kernel has " +
+            std::to_string(a.element));
+    require(
+        !a.by_reference || b.kind != Binding::value || b.size == a.element,
+        where + ": a value of another size");
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    require(
+        taken[slot] || bindings_[slot].kind == Binding::nothing,
+        "slot " + std::to_string(slot) + " is bound, but is no argument");
+  }
+}
+
+// ---- Encoder: dispatches -------------------------------------------------------
+
+void CommandEncoder::dispatch_threadgroups(MTL::Size groups, MTL::Size group) {
+  dispatch_threads({groups.width * group.width, groups.height, groups.depth}, group);
+}
+
+void CommandEncoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
+  auto set_constants = [pipeline = pipeline_] {
+    for (auto& constant : library().constants) {
+      auto value = pipeline->constants.find(constant.index);
+      *constant.value = value != pipeline->constants.end() && value->second;
+    }
+  };
+  std::shared_ptr<Record> record;
+  {
+    std::lock_guard lock(mutex); // constants are globals of the kernels
+    if (pipeline_) {
+      set_constants();
+    }
+    check(threads, group);
+  }
+  const bool barrier = takes_barrier();
+  {
+    std::lock_guard lock(mutex);
+    record.reset(new Record{
+        pipeline_->kernel->name, pipeline_->name, threads.width, group.width, barrier, {}});
+    records.push_back(record);
+  }
+  const auto name = setting("METAL_ON_CPU_ORDER", "forward");
+  const auto order = name == "reverse" ? Order::reverse
+      : name == "shuffled"             ? Order::shuffled
+                                       : Order::forward;
+  auto bindings = std::make_shared<decltype(bindings_)>(std::move(bindings_));
+  bindings_ = {};
+  auto* kernel = pipeline_->kernel;
+  pipeline_ = nullptr;
+  // Buffers that MLX frees may come again as others: only a concurrent group,
+  // within which nothing is freed, is watched as a whole.
+  const bool fresh = barrier || !concurrent_ || group_begins_;
+  group_begins_ = false;
+
+  cpu::get_command_encoder(stream_).dispatch([=] {
+    std::lock_guard lock(mutex);
+    set_constants();
+    memory.begin_dispatch(fresh);
+    void* buffers[kSlots] = {};
+    for (auto& a : kernel->arguments) {
+      if (a.kind == Kind::buffer && (!a.present || *a.present)) {
+        auto& b = (*bindings)[a.slot];
+        const bool by_value = b.kind == Binding::value;
+        if (!by_value && b.memory.expired()) {
+          fail(kernel->name + ": the memory of " + a.name + " was freed before it ran");
+        }
+        char* begin = by_value ? b.bytes.data() : b.begin;
+        buffers[a.slot] = begin + b.offset;
+        memory.add(begin, b.size, a.name, by_value);
+      }
+    }
+    watch(&memory);
+    run_grid(*kernel, buffers, threads.width, group.width, order, [](uint32_t thread) {
+      memory.begin_thread(thread);
+    });
+    watch(nullptr);
+    record->traffic = memory.traffic();
+    if (!memory.error().empty()) {
+      const auto error = kernel->name + ": " + memory.error();
+      memory = {};
+      fail(error);
+    }
+  });
+}
+
+} // namespace mlx::core::metal

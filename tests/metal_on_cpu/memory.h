@@ -1,0 +1,65 @@
+// Every access of the kernels to memory, checked: clang calls these checks at each
+// load and store (-fsanitize-coverage=func,trace-loads,trace-stores).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace metal_on_cpu {
+
+/// How the kernels used one buffer during a dispatch.
+struct Traffic {
+  size_t read = 0; // bytes
+  size_t read_again = 0; // of `read`, by the same or another thread since the barrier
+  size_t written = 0; // bytes
+  size_t accesses = 0; // loads and stores
+};
+
+/// The buffers of a dispatch, and who touched each byte since the last barrier.
+///
+/// An error is an access outside every buffer, one that is not aligned to its own
+/// width, one byte written twice, and a byte that one thread writes and another
+/// reads or writes: between barriers, threads and dispatches run in any order.
+class Memory {
+ public:
+  /// Begins a dispatch; `after_barrier` forgets what earlier ones touched.
+  void begin_dispatch(bool after_barrier);
+  /// The name is for messages; a buffer may have several.
+  void add(const void* begin, size_t size, const std::string& name, bool by_value);
+  void begin_thread(uint32_t number);
+  void access(const void* address, size_t size, bool write);
+
+  /// What went wrong first, or nothing.
+  const std::string& error() const { return error_; }
+  std::map<std::string, Traffic> traffic() const;
+
+ private:
+  struct Region {
+    const char* begin = nullptr;
+    size_t size = 0;
+    std::string name;
+    bool by_value = false; // set_bytes: no traffic
+    Traffic traffic;
+  };
+  struct Users { // of a byte: numbers of threads
+    uint32_t reader = 0, writer = 0;
+  };
+
+  void check(Region& region, const char* address, size_t size, bool write);
+  void report(const Region& region, const char* address, size_t size, const std::string& what);
+
+  std::vector<Region> regions_;
+  std::map<const char*, std::vector<Users>> users_; // by the region's beginning
+  uint32_t threads_before_ = 0; // of earlier dispatches since the barrier
+  uint32_t thread_ = 0;
+  uint32_t last_thread_ = 0;
+  std::string error_;
+};
+
+/// Directs the checks of this thread of the host to `memory`, or to nothing.
+void watch(Memory* memory);
+
+} // namespace metal_on_cpu

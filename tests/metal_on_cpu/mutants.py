@@ -1,0 +1,210 @@
+# ruff: noqa: E501 (a row a bug)
+"""Plants bugs into the Metal backend, one at a time, and asks that each is caught.
+
+    python tests/metal_on_cpu/mutants.py [NAME...]
+
+A bug is a text that replaces another in a copy of the project. The checks run in order,
+the cheap ones first, and the list says which one caught it:
+
+    source   translate.py check: Metal's language, ASCII, names
+    build    CMake and the compilers
+    metal    tests/test_metal.py: counts, bytes, bindings, errors
+    table    the conformance table, in the double's own process
+    more     what is held or given away, and schedules
+
+The exit code is 0 if every bug was caught, and if without a bug nothing was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build/mutants"
+TREE = WORK / "tree"
+BUILD = WORK / "build"
+COPIED = (
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "README.md",
+    "csrc",
+    "metal",
+    "cuda",
+    "python",
+    "tests",
+)
+
+KERNEL = "metal/sgd.metal"
+HOST = "csrc/metal/sgd.cpp"
+PACKING = "csrc/metal/dispatch.cpp"
+LIBRARY = "csrc/metal/library.cpp"
+DONATION = "csrc/donation.cpp"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    # ---- The kernels: where a thread works
+    Mutant("search_excludes_first_block", KERNEL, "first_block <= block", "first_block < block"),
+    Mutant("search_too_short", KERNEL, "stride = 32; stride", "stride = 16; stride"),
+    Mutant("row_of_tile", KERNEL, "+ lane / kTileLanes;", "+ lane % kTileLanes;"),
+    Mutant("rows_of_a_pass", KERNEL, "(lanes / kTileLanes) +", "(lanes / kTileColumns) +"),
+    Mutant("last_pass_left_out", KERNEL, "pass < kPasses;", "pass < kPasses - 1;"),
+    Mutant("tail_overruns", KERNEL, "left < kQuad ? uint32_t(left) : uint32_t(kQuad)", "left < 1 ? uint32_t(left) : uint32_t(kQuad)"),
+    Mutant("tile_overruns", KERNEL, "left < kQuad ? left : uint32_t(kQuad)", "left < 1 ? left : uint32_t(kQuad)"),
+    Mutant("wide_without_alignment", KERNEL, "full && (tensor.wide & kWideGradient)", "full"),
+    Mutant("never_wide", KERNEL, "full && (tensor.wide & kWideArena)", "false"),
+    # ---- The kernels: memory
+    Mutant("velocity_of_another_tensor", KERNEL, "velocities + tensor.offset", "velocities"),
+    Mutant("gap_left_as_it_was", KERNEL, "if (block == 0) {", "if (block == 1) {"),
+    Mutant("gap_by_every_thread", KERNEL, "i += lanes) {", "i += 1) {"),
+    Mutant("pack_with_other_strides", KERNEL, "* strides[d];", "* strides[dimensions - 1 - d];"),
+    Mutant("pack_once_a_thread", KERNEL, "    to[i] = from[at];", "    to[i] = from[at];\n    break;"),
+    Mutant("narrowed_twice", KERNEL, "quad[i] = T(values[i]);", "quad[i] = T(half(values[i]));"),
+    Mutant("counter_stands_still", KERNEL, "step[0] + 1", "step[0]"),
+    Mutant("another_rate_reported", KERNEL, "used_out[kLearningRate] = hyper.learning_rate", "used_out[kLearningRate] = hyper.momentum"),
+    # ---- The kernels: language and names
+    Mutant("constants_swapped", KERNEL, "has_nesterov [[function_constant(1)]]", "has_nesterov [[function_constant(2)]]"),
+    Mutant("name_of_another_type", KERNEL, "_bfloat16\", sgd_step<T, bfloat>", "_bfloat16\", sgd_step<T, half>"),
+    Mutant("kernel_without_a_name", KERNEL, 'INSTANTIATE("pack_2"', 'INSTANTIATE("pack_8"'),
+    Mutant("double_literal", KERNEL, "T(0.0f)", "T(0.0)"),
+    Mutant("no_address_space", KERNEL, "constant SgdTensor& tensor = ", "const SgdTensor& tensor = "),
+    Mutant("not_ascii", KERNEL, "// The step on the GPU", "// The st\u00e9p on the GPU"),
+    Mutant("slot_given_twice", KERNEL, "X(5, 12)", "X(5, 11)"),
+    # ---- The host: bindings
+    Mutant("source_at_its_own_offset", HOST, "-source.offset()", "0"),
+    Mutant("empty_slots_unbound", HOST, "i < kSources", "i < dispatch.sources.size()"),
+    Mutant("output_bound_as_input", HOST, "encoder.set_output_array(*out.momentum", "encoder.set_input_array(*out.momentum"),
+    Mutant("value_of_another_size", HOST, "uint64_t(output.size())", "uint32_t(output.size())"),
+    Mutant("copies_freed_early", HOST, "  encoder_.add_temporary(copy);\n", ""),
+    Mutant("too_many_sources", "metal/table.h", "kSources = 24", "kSources = 25"),
+    # ---- The host: dispatches
+    Mutant("one_after_another", HOST, "  auto together = encoder.start_concurrent();\n  for", "  for"),
+    Mutant("packs_beside_the_step", HOST, "  const Readable readable(", "  auto early = encoder.start_concurrent();\n  const Readable readable("),
+    Mutant("one_block_too_few", PACKING, "return (a + b - 1) / b;", "return a / b;"),
+    Mutant("tiles_wide_when_unaligned", PACKING, "view.row_stride % kQuad == 0 &&", ""),
+    Mutant("unaligned_gradient_wide", PACKING, "gradient.offset() % (kQuad * gradient.itemsize()) == 0", "true"),
+    Mutant("strides_merged_wrongly", PACKING, "== stride * length", "== stride"),
+    Mutant("gradients_read_as_one_dtype", PACKING, "gradient.dtype() != dtype ||", "dtype != mx::float32 ||"),
+    Mutant("gaps_of_momentum_forgotten", HOST, " || is_fresh(out.momentum, in.momentum)", ""),
+    Mutant("source_slots_mixed_up", PACKING, "tensor.gradient_source = source_of(gradient)", "tensor.gradient_source = source_of(parameter)"),
+    # ---- The host: the library
+    Mutant("constants_not_in_the_name", LIBRARY, "specialised += values[i] ? '1' : '0';", ""),
+    Mutant("fast_math", LIBRARY, "mx::MathMode::Safe", "mx::MathMode::Fast"),
+    Mutant("compiler_message_lost", LIBRARY, "error.what() +", '"an error" +'),
+    Mutant("another_kernel_name", HOST, '"sgd_counters"', '"sgd_counter"'),
+    # ---- Memory that may not be written
+    Mutant("given_away_though_held", DONATION, "|| handle_count(p) != 1", ""),
+    Mutant("given_away_though_shared", DONATION, "in.momentum->is_donatable() &&", ""),
+    # ---- Maths
+    Mutant("contraction_left_on", "csrc/math/portability.h", "#pragma METAL fp contract(off)", ""),
+    Mutant("decay_after_momentum", "csrc/math/sgd.h", "gradient + hyper.momentum * e.velocity", "gradient + hyper.momentum * gradient"),
+    Mutant("logarithm_of_two", "csrc/math/elementary.h", "-1.904654299957767e-9f", "1.904654299957767e-9f"),
+    Mutant("first_segment_for_ever", "csrc/math/schedule.h", "step < schedule.segments[i].start", "step <= schedule.segments[i].start"),
+]  # fmt: skip
+
+
+def run(*command: str | Path, folder: Path = TREE) -> str:
+    """What the command said, if it failed; else nothing."""
+    environment = {**os.environ, "PYTHONPATH": str(BUILD / "package")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr or "failed"
+
+
+def first_line(pattern: str, said: str) -> str:
+    match = re.search(pattern, said, re.MULTILINE)
+    return match[1] if match else said.strip().splitlines()[-1][:100]
+
+
+def caught_by() -> tuple[str, str]:
+    """The first check that fails on the tree as it is, and what it says."""
+    python = sys.executable
+    configure = ["-S", ".", "-B", BUILD, "-G", "Ninja", "-DMETAL_ON_CPU=ON"]
+    said = run(python, "-m", "cmake", *configure, f"-DPython_EXECUTABLE={python}")
+    if said:
+        return "source", first_line(r"^(.*ASCII.*)$", said)
+    joined = BUILD / "metal_source/sgd.joined.metal"
+    said = run(python, "tests/metal_on_cpu/translate.py", "check", joined)
+    if said:
+        return "source", first_line(r"(error: .*|  .*|\[metal\].*)$", said).strip()
+    said = run(python, "-m", "cmake", "--build", BUILD)
+    if said:
+        return "build", first_line(r"(error: .*)$", said)
+    package = BUILD / "package/mlx_fused_optim"
+    shutil.copytree(TREE / "python/mlx_fused_optim", package, dirs_exist_ok=True)
+    shutil.copy(BUILD / "_ext.abi3.so", package)
+    tests = {
+        "metal": ["tests/test_metal.py"],
+        "table": ["tests/test_conformance.py", "-k", "not cpu-"],
+        "more": [
+            "tests/test_holding.py",
+            "tests/test_schedules_step.py",
+            "tests/test_schedules_exact.py",
+        ],
+    }
+    for name, arguments in tests.items():
+        said = run(
+            python, "-m", "pytest", "-qx", "--no-header", "-p", "no:cacheprovider", *arguments
+        )
+        if said:
+            return name, first_line(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$", said)
+    return "", ""
+
+
+def prepare() -> None:
+    shutil.rmtree(TREE, ignore_errors=True)
+    TREE.mkdir(parents=True)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "build")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, TREE / name, ignore=ignored)
+        else:
+            shutil.copy(source, TREE)
+
+
+def main(names: list[str]) -> int:
+    prepare()
+    mutants = [m for m in MUTANTS if not names or m.name in names]
+    for m in mutants:
+        if (TREE / m.file).read_text().count(m.old) == 0:
+            sys.exit(f"{m.name}: '{m.old}' is not in {m.file}")
+    check, said = caught_by()
+    if check:
+        sys.exit(f"without any bug, '{check}' fails: {said}")
+    survivors = 0
+    print(f"{'bug':28} {'caught by':10} {'seconds':>7}  how", flush=True)
+    for m in mutants:
+        path = TREE / m.file
+        text = path.read_text()
+        path.write_text(text.replace(m.old, m.new))
+        start = time.perf_counter()
+        try:
+            check, said = caught_by()
+        except subprocess.TimeoutExpired:
+            check, said = "time", "did not end"
+        path.write_text(text)
+        survivors += not check
+        seconds = time.perf_counter() - start
+        print(f"{m.name:28} {check or 'NOTHING':10} {seconds:7.0f}  {said}", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} bugs caught")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

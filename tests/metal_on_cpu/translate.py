@@ -1,0 +1,253 @@
+"""The joined Metal source as C++: to check it, or to run its kernels on the CPU.
+
+    python translate.py run JOINED.metal OUTPUT.cpp
+    python translate.py check JOINED.metal
+
+The text of the kernels stays as it is. What C++ cannot parse is read and taken out: the
+explicit instantiations (they give the kernels' names) and the attribute of a function
+constant (it becomes a plain variable). ``check`` has clang compile the source with distinct
+address spaces, and applies rules of Metal that C++ does not have to clang's syntax tree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+CLANG = "clang++-19"
+LANGUAGE_VERSIONS = ("310", "320", "400")  # of macOS 14, 15 and 26
+
+# Attributes of kernel arguments that are not buffers, as fields of Thread (grid.h).
+BUILTINS = {
+    "thread_position_in_grid",
+    "thread_position_in_threadgroup",
+    "threadgroup_position_in_grid",
+    "threads_per_grid",
+    "threads_per_threadgroup",
+}
+
+
+class Argument(NamedTuple):
+    name: str
+    attribute: str  # "buffer" or one of BUILTINS
+    slot: str  # of a buffer: an expression
+    present: str  # a function constant, or "" for always
+
+
+class Translation(NamedTuple):
+    text: str  # C++, without instantiations
+    arguments: dict[str, list[Argument]]  # by kernel function
+    instances: list[tuple[str, str]]  # host name, expression
+    constants: dict[str, int]  # function constants and their indices
+
+
+def fail(message: str) -> None:
+    sys.exit(f"[metal] {message}")
+
+
+def preprocessed(path: Path, version: str) -> str:
+    """The project's own macros expanded; those of <metal_stdlib> not: it is empty here."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "metal_stdlib").write_text("#pragma STDLIB\n")
+        command = [CLANG, "-x", "c++", "-std=c++17", "-E", "-nostdinc", "-I", folder]
+        command += [f"-D__METAL_VERSION__={version}", str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def parenthesised(text: str, start: int) -> str:
+    """What is between the parenthesis at ``start`` and its partner."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return text[start + 1 : i]
+    fail(f"a parenthesis is not closed: {text[start : start + 60]}")
+    return ""
+
+
+def argument(declaration: str, kernel: str) -> Argument:
+    name = re.search(r"(\w+)\s*\[\[", declaration)
+    attributes = re.search(r"\[\[(.*)\]\]", declaration, re.DOTALL)
+    if not name or not attributes:
+        fail(f"{kernel}: an argument without an attribute: {declaration.strip()}")
+    parts = dict(re.findall(r"(\w+)(?:\(([^()]*)\))?", attributes[1]))
+    kind = next((a for a in parts if a == "buffer" or a in BUILTINS), "")
+    if not kind or parts.keys() - {kind, "function_constant"}:
+        fail(f"{kernel}: the harness does not know the attributes of {declaration.strip()}")
+    return Argument(name[1], kind, parts[kind], parts.get("function_constant", ""))
+
+
+def split_arguments(text: str) -> list[str]:
+    """At commas outside of brackets."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character in "([<") - (character in ")]>")
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces
+
+
+def translated(text: str) -> Translation:
+    arguments = {}
+    for match in re.finditer(r"\[\[kernel\]\] void (\w+)\s*\(", text):
+        declarations = split_arguments(parenthesised(text, match.end() - 1))
+        arguments[match[1]] = [argument(d, match[1]) for d in declarations]
+
+    instances: list[tuple[str, str]] = []
+
+    def take_instance(match: re.Match[str]) -> str:
+        name = "".join(re.findall(r'"([^"]*)"', match[1]))
+        if match[2].replace(" ", "") != match[3].replace(" ", ""):
+            fail(f"the instantiation of '{name}' names two kernels: {match[2]}, {match[3]}")
+        instances.append((name, match[2]))
+        return ""
+
+    instantiation = (
+        r"template \[\[host_name\(([^()]*)\)\]\] \[\[kernel\]\] decltype\(([^()]*)\) ([^;]*);"
+    )
+    text = re.sub(instantiation, take_instance, text)
+    templates = {expression.partition("<")[0] for _, expression in instances}
+    instances += [(kernel, kernel) for kernel in arguments if kernel not in templates]
+    names = [name for name, _ in instances]
+    if len(set(names)) != len(names):
+        fail(f"a kernel name is used twice: {sorted(n for n in names if names.count(n) > 1)}")
+
+    constants: dict[str, int] = {}
+
+    def take_constant(match: re.Match[str]) -> str:
+        constants[match[1]] = int(match[2])
+        return f"static bool {match[1]};"
+
+    text = re.sub(r"constant bool (\w+) \[\[function_constant\((\d+)\)\]\];", take_constant, text)
+    # Off at the place where Metal reads it, in clang's words.
+    text = text.replace("#pragma METAL fp contract(off)", "#pragma clang fp contract(off)")
+    text = text.replace("#pragma METAL fp math_mode(safe)", "")
+    text = text.replace("#pragma STDLIB", f'#include "{HERE}/include/metal_stdlib"')
+    return Translation(text, arguments, instances, constants)
+
+
+# ---- run -------------------------------------------------------------------------
+
+
+def as_program(source: str, t: Translation) -> str:
+    """The kernels, and a table of them (grid.h)."""
+    lines = [t.text, '# 1 "kernels_on_cpu.cpp"']
+    lines += [
+        f"#undef {word}" for word in ("device", "constant", "threadgroup", "thread", "float4")
+    ]
+    lines += [f'#include "{HERE}/{header}"' for header in ("bfloat.h", "grid.h")]
+    lines.append("namespace metal_on_cpu {")
+    for kernel, arguments in t.arguments.items():
+        for number, (_, expression) in enumerate(t.instances):
+            if expression.partition("<")[0] == kernel:
+                lines.append(f"static Argument arguments_{number}[] = {{")
+                for a in arguments:
+                    present = f"&{a.present}" if a.present else "nullptr"
+                    slot = f"int({a.slot or -1})"
+                    lines.append(f'  {{"{a.name}", Kind::{a.attribute}, {slot}, {present}}},')
+                lines.append("};")
+    lines += ["const Library& library() {", "  static const Library the_library = {"]
+    lines += [f'    R"metal({source})metal",', "    {"]
+    for number, (name, expression) in enumerate(t.instances):
+        lines.append(f"      make_kernel<&{expression}>({json.dumps(name)}, arguments_{number}),")
+    lines.append("    }, {")
+    lines += [f'      {{"{name}", {index}, &{name}}},' for name, index in t.constants.items()]
+    lines += ["    }};", "  return the_library;", "}", "}"]
+    return "\n".join(lines) + "\n"
+
+
+# ---- check -----------------------------------------------------------------------
+
+
+def nodes(
+    tree: dict[str, Any], inside_function: bool = False
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Every node of the source in clang's tree, and whether it is inside a function."""
+    if tree.get("isImplicit"):
+        return
+    yield tree, inside_function
+    inside_function = inside_function or tree.get("kind") in ("FunctionDecl", "CXXMethodDecl")
+    for child in tree.get("inner", []):
+        yield from nodes(child, inside_function)
+
+
+ADDRESS_SPACE = r"\b(device|constant|threadgroup|address_space)\b"
+FORBIDDEN = {
+    "CXXNewExpr": "new",
+    "CXXDeleteExpr": "delete",
+    "CXXThrowExpr": "throw",
+    "CXXTryStmt": "try",
+    "GotoStmt": "goto",
+    "LambdaExpr": "a lambda",
+    "CXXDynamicCastExpr": "dynamic_cast",
+}
+
+
+def broken_rules(tree: dict[str, Any]) -> Iterator[str]:
+    """What Metal refuses although C++ allows it."""
+    for node, inside_function in nodes(tree):
+        kind = node.get("kind", "")
+        type_name = node.get("type", {}).get("qualType", "")
+        what = f"'{node.get('name', kind)}' of type '{type_name}'"
+        if kind in FORBIDDEN:
+            yield f"{FORBIDDEN[kind]} does not exist in Metal"
+        if re.search(r"\b(long )?double\b", type_name):
+            yield f"{what}: Metal has no double (a literal without f?)"
+        if kind in ("VarDecl", "ParmVarDecl", "FieldDecl"):
+            if re.search(r"[*&]", type_name) and not re.search(ADDRESS_SPACE, type_name):
+                yield f"{what}: a pointer or reference without an address space"
+        if kind == "VarDecl" and (not inside_function or node.get("storageClass") == "static"):
+            # (Function constants have become plain bools.)
+            if not re.search(ADDRESS_SPACE, type_name) and type_name != "bool":
+                yield f"{what}: a global variable must be constant"
+
+
+def checked(path: Path, version: str) -> Translation:
+    t = translated(preprocessed(path, version))
+    undefine = "\n".join(f"#undef {w}" for w in ("device", "constant", "threadgroup", "thread"))
+    uses = "\n".join(f"auto use_{i} = &{e};" for i, (_, e) in enumerate(t.instances))
+    command = [CLANG, "-x", "c++", "-std=c++17", "-fsyntax-only", "-nostdinc", "-fno-exceptions"]
+    command += ["-fno-rtti", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes"]
+    command += ["-Wno-unused-function", "-Wno-duplicate-decl-specifier", "-DMETAL_ADDRESS_SPACES"]
+    source = f"{t.text}\n{undefine}\nnamespace instances {{\n{uses}\n}}\n"
+    plain = subprocess.run([*command, "-"], input=source, text=True)
+    if plain.returncode:
+        fail(f"{path.name}, Metal {version}: does not compile")
+    dump = [*command, "-Xclang", "-ast-dump=json", "-Xclang", "-ast-dump-filter=", "-"]
+    tree = subprocess.run(dump, input=source, text=True, capture_output=True, check=True)
+    # Our checks' own variables are not part of the source.
+    declarations = json.loads(tree.stdout)
+    declarations["inner"] = [
+        d for d in declarations["inner"] if d.get("name") not in ("instances", "metal")
+    ]
+    problems = sorted(set(broken_rules(declarations)))
+    if problems:
+        fail(f"{path.name}, Metal {version}:\n  " + "\n  ".join(problems))
+    return t
+
+
+def main() -> None:
+    mode, source = sys.argv[1], Path(sys.argv[2])
+    text = source.read_bytes()
+    if not text.isascii():
+        fail(f"{source.name}: MLX hands the source to Metal as ASCII")
+    if mode == "check":
+        for version in LANGUAGE_VERSIONS:
+            t = checked(source, version)
+        print(f"{source.name}: {len(t.arguments)} kernels, {len(t.instances)} instances: ok")
+    else:
+        t = translated(preprocessed(source, LANGUAGE_VERSIONS[-1]))
+        Path(sys.argv[3]).write_text(as_program(text.decode(), t))
+
+
+if __name__ == "__main__":
+    main()

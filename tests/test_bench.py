@@ -1,0 +1,193 @@
+"""The benchmark: its data, its verification, its files, and that the report is current."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import peers  # noqa: E402
+import report  # noqa: E402
+import shapes  # noqa: E402
+import timing  # noqa: E402
+import training  # noqa: E402
+
+SMALL = shapes.Work(
+    "small", "small", (("a.0.w", (3, 700)), ("a.0.b", (33,)), ("a.1.w", ()), ("b", (1, 1)))
+)
+
+
+@pytest.mark.parametrize("name", shapes.MODELS)
+def test_model_data_is_complete(name):
+    data = json.loads((shapes.DATA / f"{name}.json").read_text())
+    work = shapes.load(name)
+    assert work.elements == data["elements"]
+    assert len(work.parameters) == data["tensors"]
+    assert len(dict(work.parameters)) == data["tensors"]  # no path twice
+
+
+def test_least_bytes():
+    work = shapes.load("448x16x1024")
+    assert work.elements == 448 * 16 * 1024
+    assert work.least_bytes("float32") == 5 * 4 * work.elements
+    assert work.least_bytes("bfloat16") == 5 * 2 * work.elements
+
+
+def test_unknown_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"\[shapes\] no such work: got '5M', allowed 16M"):
+        shapes.load("5M")
+
+
+# ---- Verification ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", shapes.ITEMSIZE)
+@pytest.mark.parametrize("name", peers.available())
+def test_peers_take_the_same_steps(name, dtype):
+    if name == "torch fused" and dtype == "bfloat16":
+        pytest.skip("torch's fused CPU step skips whole vectors in half precision")
+    options = peers.Options(dtype=dtype)
+    peers.verify(name, peers.PEERS[name][1](SMALL, options), SMALL, options, steps=10)
+
+
+@pytest.mark.parametrize("dtype", shapes.ITEMSIZE)
+@pytest.mark.parametrize(
+    "change",
+    [{"momentum": 0.8}, {"weight_decay": 0.0}, {"init": 0.15}, {"scheduled": False}],
+    ids=lambda change: next(iter(change)),
+)
+def test_verification_sees_another_step(change, dtype):
+    right = peers.Options(dtype=dtype, weight_decay=0.1, decay_rate=0.9)
+    wrong = peers.MlxPeer(SMALL, replace(right, **change), mlx.optimizers, compiled=False)
+    with pytest.raises(peers.WrongResultError, match=r"\[verify\] 'mlx' is wrong in 'a\.0\.w'"):
+        peers.verify("mlx", wrong, SMALL, right, steps=10)
+
+
+def test_verification_sees_a_part_left_out():
+    class Idle(peers.MlxPeer):
+        """Leaves the last tensor as it was."""
+
+        def step(self):
+            last = self.parameters["b"] + 0
+            super().step()
+            self.parameters["b"] = last
+
+    options = peers.Options()
+    idle = Idle(SMALL, options, mlx.optimizers, compiled=False)
+    with pytest.raises(peers.WrongResultError, match="wrong in 'b'"):
+        peers.verify("idle", idle, SMALL, options)
+
+
+# ---- Timing ----------------------------------------------------------------------
+
+
+def test_candidates_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.time_in_turns(steps, seconds=0)
+    turn = timing.WARM_STEPS + timing.STEPS
+    assert calls == (["a"] * turn + ["b"] * turn) * timing.FEWEST_TURNS
+    for time in times.values():
+        assert time["steps"] == timing.FEWEST_TURNS * timing.STEPS
+        assert 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+
+
+@pytest.mark.parametrize("name", ["ours", "ours compiled"])
+def test_a_donated_step_needs_no_new_memory(name):
+    work = shapes.load("448x64")
+    peer = peers.PEERS[name][1](work, peers.Options())
+    for _ in range(3):
+        peer.step()
+    # The counter and the three numbers of the step are fresh, and MLX rounds sizes up;
+    # parameters or momentum would be 100 KiB.
+    assert timing.new_bytes(peer.step) <= 1024
+
+
+def test_new_bytes_sees_an_allocation():
+    held = []
+    assert timing.new_bytes(lambda: held.append(mx.eval(mx.ones(1 << 16)))) >= 1 << 18
+
+
+def test_training_steps_move_the_parameters():
+    work, rows = training.lora_work(quick=True, device="cpu")
+    loss = training.lora_loss(work, rows, mx.float32)
+    made = training.candidates(work, peers.Options(), loss)
+    before = loss(made["ours"].parameters).item()
+    for _ in range(3):
+        for candidate in made.values():
+            candidate.step()
+    after = {name: loss(candidate.parameters).item() for name, candidate in made.items()}
+    assert after["gradients alone"] == after["gradients alone compiled"] == before
+    for name in ("ours", "ours compiled", "mlx", "mlx compiled"):
+        assert after[name] < before
+        # The same steps: apart from roundings, which the chain of layers amplifies.
+        assert after[name] == pytest.approx(after["mlx"], rel=1e-4)
+
+
+# ---- Files -----------------------------------------------------------------------
+
+
+def bench(*arguments):
+    command = [sys.executable, str(BENCH / "bench.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_quick_run_writes_json_and_png(tmp_path):
+    files = {"--json": tmp_path / "new" / "run.json", "--png": tmp_path / "new" / "run.png"}
+    result = bench(
+        "--quick", "--device", "cpu", "--shapes", "448x64,lora_training",
+        "--peers", "ours,ours constant,mlx compiled", *(x for pair in files.items() for x in pair),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert files["--png"].read_bytes().startswith(b"\x89PNG")
+    run = json.loads(files["--json"].read_text())
+    assert run["machine"]["cores"] >= 1
+    assert run["versions"]["mlx"] == mx.__version__
+    step, lora = run["results"]
+    assert (step["kind"], step["tensors"], step["wrong"]) == ("step", 448, {})
+    assert list(step["candidates"]) == ["ours", "ours constant", "mlx compiled"]
+    assert lora["kind"] == "training"
+    assert {"gradients alone", "ours", "mlx compiled"} <= set(lora["candidates"])
+    for time in (*step["candidates"].values(), *lora["candidates"].values()):
+        assert 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+    # Such a run can be reported.
+    text = report.report({"run": run})
+    assert "448 tensors of 64" in text
+    assert "Scheduled against constant rate, ours:" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "5M"], "--shapes: got '5M', allowed 16M"),
+        (["--peers", "apex"], "--peers: got 'apex', here are ours"),
+        (["--dtype", "float64"], "invalid choice: 'float64'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = bench(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.9, False), (1.1, True)])
+def test_report_tells_a_busy_machine(load, told):
+    machine = {"processor": "any", "cores": 2, "load": load, "system": "Linux"}
+    run = {"date": "", "machine": machine, "versions": {}, "dtype": "float32", "results": []}
+    assert ("busy with other work" in report.report({"run": run})) == told
+
+
+def test_report_is_current():
+    runs = report.load()
+    assert runs, "bench/results has no run"
+    assert report.REPORT.read_text() == report.report(runs), "run python bench/report.py"

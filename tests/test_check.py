@@ -1,0 +1,60 @@
+"""``python -m mlx_fused_optim.check``: it says yes where all holds, and no where not."""
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_fused_optim import check, reference
+
+
+@pytest.fixture(autouse=True)
+def same_device():
+    before = mx.default_device()
+    yield
+    mx.set_default_device(before)
+
+
+def test_all_held(capsys):
+    assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| yes |") == 4 and "| no |" not in out and "All held, in" in out
+    assert "| mlx | 0.32.4 |" in out and "| device | Device(cpu, 0)" in out
+
+
+def test_speed_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(check, "MODELS", [check.Model("two small tensors", [(3,), (4, 5)])])
+    assert check.main(["--seconds", "0.05"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "two small" in line]
+    assert row.count(" ms ") == 3
+
+
+def test_a_wrong_step_is_found(capsys, monkeypatch):
+    right = reference.sgd_step
+
+    def no_decay(*arguments, weight_decay=0.0, **options):
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(reference, "sgd_step", no_decay)
+    assert check.main(["--seconds", "0"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "NOT ALL HELD" in out and "- bits of float32 arithmetic, rounded once: weight decay" in out
+    )
+    assert out.count("| no |") == 1
+
+
+def test_an_exception_is_an_answer(capsys, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(check.optim.SGD, "apply_gradients", broken)
+    assert check.main(["--seconds", "0"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("| no |") == 4 and "RuntimeError: no such kernel" in out
+
+
+def test_as_a_program():
+    command = [sys.executable, "-m", "mlx_fused_optim.check", "--help"]
+    help_text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "print a table for an issue" in help_text
