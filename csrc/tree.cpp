@@ -119,6 +119,9 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) 
   if (is_array(gradients)) {
     leaf(gradients, parameters, path);
   } else if (nb::isinstance<nb::dict>(gradients)) {
+    if (!exact_ && nb::len(gradients) == 0) {
+      return; // a place without gradients, as mlx.utils.tree_unflatten fills lists with
+    }
     if (!nb::isinstance<nb::dict>(parameters)) {
       refuse(
           op_,
@@ -205,7 +208,8 @@ void Tree::leaf(nb::handle gradient, nb::handle parameter, const std::string& pa
     }
     return a;
   };
-  auto& g = array(gradient, "gradient");
+  // One tree for both is the tree of parameters that a state is made for.
+  auto& g = array(gradient, gradient.is(parameter) ? "parameter" : "gradient");
   auto& p = array(parameter, "parameter");
   if (g.shape() != p.shape()) {
     refuse(

@@ -164,7 +164,8 @@ void UPDATE(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint
     const float* g = read(tensor.gradient, at, n, gradient_block);
     const float* v = has_momentum ? read(tensor.velocity, at, n, velocity_block) : nullptr;
     float* p_out = direct ? static_cast<float*>(tensor.parameter_out) + at : parameter_block;
-    float* v_out = direct ? static_cast<float*>(tensor.velocity_out) + at : velocity_block;
+    float* v_out =
+        direct && has_momentum ? static_cast<float*>(tensor.velocity_out) + at : velocity_block;
     update(p, g, v, p_out, v_out, n, hyper);
     if (!direct) {
       write(type, tensor.parameter_out, at, n, p_out);

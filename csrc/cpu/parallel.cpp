@@ -13,10 +13,9 @@ namespace mlx_fused_optim::cpu {
 namespace {
 
 size_t thread_count() {
-  if (const char* text = std::getenv("MLX_FUSED_OPTIM_NUM_THREADS")) {
-    return std::clamp<long>(std::strtol(text, nullptr, 10), 1, 1024);
-  }
-  return std::max(1u, std::thread::hardware_concurrency());
+  const char* text = std::getenv("MLX_FUSED_OPTIM_NUM_THREADS");
+  const long wanted = text ? std::strtol(text, nullptr, 10) : 0;
+  return wanted > 0 ? std::min(wanted, 1024L) : std::max(1u, std::thread::hardware_concurrency());
 }
 
 /// The other threads. Never destroyed: at exit a stream may still be running.
@@ -44,6 +43,7 @@ void parallel_for(size_t size, size_t grain, const std::function<void(size_t, si
     }
   };
   std::vector<std::future<void>> done;
+  done.reserve(threads - 1);
   for (size_t i = 1; i < threads; ++i) {
     done.push_back(helpers(available - 1).enqueue(work));
   }

@@ -34,6 +34,16 @@ from .schedules import (
     warmup_stable_decay,
 )
 
+
+def __getattr__(name: str) -> object:
+    """What else ``mlx.optimizers`` has (Adam, MultiOptimizer, clip_grad_norm, ...), as it is."""
+    import mlx.optimizers
+
+    if not name.startswith("_") and hasattr(mlx.optimizers, name):
+        return getattr(mlx.optimizers, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
 __version__ = "0.1.0"
 __all__ = [
     "SGD",

@@ -17,6 +17,7 @@ step that needs such a tensor moves it into an arena.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +27,6 @@ from . import _ext
 
 State = dict[str, Any]
 
-_SCALAR_KEYS = ("step", "learning_rate", "momentum", "weight_decay")
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _layouts: dict[str, _ext.Layout] = {}
 
@@ -111,7 +111,9 @@ def packed(state: State, tree: _ext.Tree, op: str) -> State:
         "table": _encode(layout),
         "momentum": _fill_arenas(layout, list(velocities.values())),
     }
-    return _with_loose({**_scalars(state), "arenas": entries}, found, op)
+    # Copies: a view would keep the old arena, of which it may be a small part.
+    left = {path: velocity * mx.array(1, velocity.dtype) for path, velocity in found.items()}
+    return _with_loose({**_scalars(state), "arenas": entries}, left, op)
 
 
 def unpacked(state: State, op: str) -> State:
@@ -241,9 +243,10 @@ def _checked_layout(key: str, entry: Any, op: str) -> _ext.Layout:
 def _fill_arenas(layout: _ext.Layout, velocities: list[mx.array]) -> list[mx.array]:
     arenas = []
     for dtype, shape, tensors, offsets in layout.arenas:
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
+        if size == velocities[tensors[0]].size:  # flat would be too long for one axis
+            arenas.append(velocities[tensors[0]].reshape(shape))
+            continue
         pieces, at = [], 0
         for tensor, offset in zip(tensors, offsets, strict=True):
             if offset > at:
@@ -256,8 +259,9 @@ def _fill_arenas(layout: _ext.Layout, velocities: list[mx.array]) -> list[mx.arr
 
 
 def _scalars(state: State) -> State:
-    """Step, learning rate and scheduled hyperparameters; modules of these names are dicts."""
-    return {key: state[key] for key in _SCALAR_KEYS if isinstance(state.get(key), mx.array)}
+    """Step, learning rate, and what else is scheduled or was put beside them. Modules of
+    these names are dicts; an array 'v' is the momentum of a tree that is one array."""
+    return {k: v for k, v in state.items() if isinstance(v, mx.array) and k != "v"}
 
 
 def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:

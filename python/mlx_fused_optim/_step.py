@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from . import _ext, _packing
 from .schedules import Schedule
+from .schedules._checks import LARGEST_FLOAT32
 
 Scheduled = Schedule | Callable[[mx.array], Any]
 LearningRate = float | mx.array | Scheduled
@@ -40,6 +41,8 @@ def _as_float(value: Any) -> float | None:
         return None
     try:
         return float(value)
+    except OverflowError:  # an integer beyond float64
+        return math.inf
     except (TypeError, ValueError):
         return None
 
@@ -69,16 +72,17 @@ def checked_hyperparameters(
     return hyper
 
 
-def _checked_factor(op: str, name: str, value: Any, at_most: float = math.inf) -> float:
+def _checked_factor(op: str, name: str, value: Any, at_most: float = LARGEST_FLOAT32) -> float:
     number = _as_float(value)
     if number is None:
         allowed = "a float" if name == "dampening" else "a float, a schedule or a callable"
         raise TypeError(
             f"[{op}] {name} must be a number: got {type(value).__name__}, allowed {allowed}."
         )
-    if not 0 <= number <= at_most or math.isinf(number):
-        allowed = "0 or more, finite" if at_most == math.inf else f"0 to {at_most:g}"
-        raise ValueError(f"[{op}] {name} is out of range: got {number}, allowed {allowed}.")
+    if not 0 <= number <= at_most:
+        raise ValueError(
+            f"[{op}] {name} is out of range: got {number}, allowed 0 to {at_most:g}, finite."
+        )
     return number
 
 
@@ -91,11 +95,12 @@ def checked_scalar(op: str, name: str, value: Any) -> mx.array:
                 f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
             )
-        if not number >= 0 or math.isinf(number):
+        if not 0 <= number <= LARGEST_FLOAT32:
             raise ValueError(
-                f"[{op}] {name} is out of range: got {number}, allowed 0 or more, finite."
+                f"[{op}] {name} is out of range: got {number}, allowed 0 to "
+                f"{LARGEST_FLOAT32:g}, finite."
             )
-        return mx.array(value if isinstance(value, (int, float)) else number)
+        return mx.array(number)
     if value.ndim != 0:
         raise ValueError(
             f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "

@@ -78,16 +78,45 @@ class SGD(Optimizer):
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
-        if not callable(learning_rate):
-            learning_rate = checked_scalar("SGD", "learning_rate", learning_rate)
-        self._maybe_schedule("learning_rate", learning_rate)  # type: ignore[arg-type]
-        # A callable may have returned a plain number.
-        rate = checked_scalar("SGD", "learning_rate", self.state["learning_rate"])
-        self.state["learning_rate"] = rate
+        self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
         self.nesterov = nesterov
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("init_single", "apply_single"):
+            if name in vars(cls):
+                raise TypeError(
+                    f"[SGD] a subclass cannot change the step of one tensor: got {name} in "
+                    f"{cls.__name__}, allowed apply_gradients, or mlx.optimizers.SGD as the base."
+                )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state. One that is assigned is copied (not its arrays), so that
+        whoever it came from keeps its own."""
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._initialized = False
+        self._state = dict(state) if isinstance(state, dict) else state
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate: the one to come, or of the last step when it is scheduled."""
+        return self.state["learning_rate"]
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: LearningRate) -> None:
+        if callable(learning_rate):
+            first = checked_scalar("SGD", "learning_rate", learning_rate(self.step))
+            self._schedulers["learning_rate"] = learning_rate
+            learning_rate = first
+        # A schedule goes on, as in mlx.optimizers: the next step sets the rate again.
+        self.state["learning_rate"] = checked_scalar("SGD", "learning_rate", learning_rate)
 
     @property
     def momentum(self) -> Any:

@@ -17,7 +17,11 @@ LARGEST_LENGTH = 2**60
 def as_float(op: str, name: str, value: SupportsFloat) -> float:
     """A finite float in float32's range."""
     try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
         number = float(value)
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
     except (TypeError, ValueError):
         raise TypeError(
             f"[{op}] {name} must be a number: got {type(value).__name__}, allowed a float."
