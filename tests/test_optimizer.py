@@ -732,3 +732,91 @@ def test_fused_sgd_init_goes_on_from_other_states():
     assert optimizer.unpacked_state()["a"]["v"].tolist() == [1.0, 2.0]
     assert optimizer.unpacked_state()["b"]["v"].tolist() == [1.5]
     assert state["step"].item() == 3
+
+
+# ---- What a subclass, an owner of a state and a migration may expect -------------------
+
+
+def test_a_state_that_is_assigned_stays_its_owners():
+    parameters = {"w": mx.ones(3)}
+    theirs = mlx.optimizers.SGD(0.5, momentum=0.5)
+    theirs.apply_gradients(parameters, parameters)
+    ours = optim.SGD(0.5, momentum=0.5)
+    ours.state = theirs.state
+    a = ours.apply_gradients(parameters, parameters)
+    b = theirs.apply_gradients(parameters, parameters)
+    assert mx.array_equal(a["w"], b["w"])
+    assert ours.step.item() == theirs.step.item() == 2
+
+
+@pytest.mark.parametrize("name", ["init_single", "apply_single"])
+def test_a_subclass_cannot_change_the_step_of_one_tensor(name):
+    with pytest.raises(TypeError, match=rf"\[SGD\] .*got {name} in Mine, allowed"):
+        type("Mine", (optim.SGD,), {name: lambda *arguments: None})
+
+
+def test_a_subclass_may_schedule_what_it_likes():
+    class Mine(optim.SGD):
+        def __init__(self):
+            super().__init__(0.5, momentum=0.5)
+            self._maybe_schedule("temperature", lambda step: 1.0 * (step + 1))
+
+    optimizer, parameters = Mine(), {"w": mx.ones(3)}
+    for step in range(3):
+        parameters = optimizer.apply_gradients(parameters, parameters)
+        assert optimizer.state["temperature"].item() == step + 1
+    assert optimizer.unpacked_state()["temperature"].item() == 3
+
+
+def test_multi_optimizer_over_a_list_of_arrays():
+    def run(module):
+        sgd = module.SGD(0.5, momentum=0.5)
+        filters = [lambda path, array: path.endswith("1")]
+        optimizer = optim.MultiOptimizer([sgd, module.SGD(0.25)], filters)
+        parameters = {"l": [mx.ones(2), mx.ones(2)]}
+        for _ in range(2):
+            parameters = optimizer.apply_gradients(parameters, parameters)
+        return parameters["l"]
+
+    for ours, theirs in zip(run(optim), run(mlx.optimizers), strict=True):
+        assert mx.array_equal(ours, theirs)
+
+
+def test_the_rest_of_mlx_optimizers_is_here():
+    for name in ("Adam", "MultiOptimizer", "Optimizer", "clip_grad_norm"):
+        assert getattr(optim, name) is getattr(mlx.optimizers, name)
+    assert optim.SGD is not mlx.optimizers.SGD
+    with pytest.raises(AttributeError, match="no attribute 'Sgd'"):
+        optim.Sgd  # noqa: B018
+
+
+def test_learning_rate_can_become_a_schedule():
+    optimizer, parameters = optim.SGD(1.0), {"w": mx.ones(1)}
+    optimizer.learning_rate = optim.exponential_decay(0.5, 0.5)
+    rates = []
+    for _ in range(2):
+        parameters = optimizer.apply_gradients(parameters, parameters)
+        rates.append(optimizer.learning_rate.item())
+    assert rates == [0.5, 0.25]
+    for rate in (-0.5, float("nan"), 1e39, 10**400):
+        with pytest.raises(ValueError, match=r"\[SGD\] learning_rate is out of range"):
+            optimizer.learning_rate = rate
+
+
+def test_frozen_momentum_leaves_its_arena():
+    """A few numbers that are frozen do not keep the arena that they were in."""
+    parameters = {"large": mx.ones(1 << 20), "small": mx.ones(4)}
+    optimizer = optim.SGD(0.5, momentum=0.5)
+    parameters = optimizer.apply_gradients(parameters, parameters)
+    parameters = {
+        **parameters,
+        **optimizer.apply_gradients({"large": parameters["large"]}, parameters),
+    }
+    mx.eval(parameters, optimizer.state)
+    before = mx.get_active_memory()
+    small = optimizer.state["small"]["v"]
+    optimizer.state["small"]["v"] = 1 * small
+    mx.eval(optimizer.state)
+    del small
+    mx.synchronize()
+    assert abs(mx.get_active_memory() - before) < 1024
