@@ -333,20 +333,20 @@ def _cpu_backends() -> list[Backend]:
 
 
 def _gpu_backends() -> list[Backend]:
-    """The GPU; without one Metal's host code and kernels, run by the CPU (docs/metal.md).
+    """The GPU, and Metal's host code and kernels run by the CPU (docs/metal.md).
 
     METAL_ON_CPU is the folder with the two builds that tools/metal_check.sh makes.
     """
+    rows: list[Backend] = []
     if mx.is_available(mx.gpu):
-        return [InProcess("metal" if mx.metal.is_available() else "cuda", mx.gpu)]
+        rows.append(InProcess("metal" if mx.metal.is_available() else "cuda", mx.gpu))
     builds = os.environ.get("METAL_ON_CPU")
     if not builds:
-        return []
+        return rows
     plain, checked = (
         {"PYTHONPATH": str(Path(builds, name, "package").resolve())}
         for name in ("metal_on_cpu", "metal_on_cpu_asan")
     )
-    rows: list[Backend] = []
     for order, threads in (("forward", "1024"), ("reverse", "96"), ("shuffled", "32")):
         settings = {"METAL_ON_CPU_ORDER": order, "METAL_ON_CPU_MAX_THREADS": threads}
         rows.append(Subprocess(f"metal-{order}-{threads}", {**plain, **settings}))

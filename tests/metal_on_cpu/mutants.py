@@ -154,7 +154,7 @@ def caught_by() -> tuple[str, str]:
         "more": [
             "tests/test_holding.py",
             "tests/test_schedules_step.py",
-            "tests/test_schedules_exact.py",
+            "tests/test_exponential_decay.py",
         ],
     }
     for name, arguments in tests.items():
