@@ -354,13 +354,14 @@ def test_more_than_int32_elements():
 
 def test_out_of_memory_changes_nothing():
     driver = ctypes.CDLL("libcuda.so.1")
-    parameters = [random((1 << 24,), seed=i) + 0 for i in range(16)]  # 64 MiB each, two an arena
+    parameters = [mx.random.normal((1 << 24,)) for _ in range(16)]  # 64 MiB each, two an arena
     gradients = [p * 0.5 for p in parameters]
     state = optim.fused_sgd_init(parameters, momentum=0.9)
-    mx.eval(parameters, gradients, state)
-    before = copied(parameters)
+    before = [p * 1 for p in parameters]
+    mx.eval(parameters, gradients, state, before)
     mx.synchronize()
     mx.clear_cache()
+    assert driver.cuCtxSynchronize() == 0  # only then has the driver taken it back
 
     free, total, hog = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
     assert driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0

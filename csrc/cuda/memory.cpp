@@ -53,6 +53,38 @@ void free_what_can_be_freed(mx::Stream stream) {
   check(cuCtxSynchronize(), "cuCtxSynchronize"); // MLX frees in the order of a stream
 }
 
+size_t free_memory() {
+  size_t free = 0, total = 0;
+  check(cuMemGetInfo(&free, &total), "cuMemGetInfo");
+  return free;
+}
+
+[[noreturn]] void refuse_memory(size_t bytes) {
+  mx::clear_cache(); // what was tried
+  throw std::runtime_error(
+      "[fused_sgd_step] out of device memory: needed " + std::to_string(bytes >> 20) +
+      " MiB for new parameters or momentum, the device has " + std::to_string(free_memory() >> 20) +
+      " MiB left; nothing has been changed.");
+}
+
+/// Throws if the device has no room, before MLX asks it: a call that fails would
+/// leave an error in MLX's CUDA runtime, where every later mx.eval finds it.
+void require_room(size_t bytes, mx::Stream stream) {
+  // The driver hands out memory in coarse pieces.
+  constexpr size_t kSlack = size_t(64) << 20;
+  // Asked only where MLX's cache cannot have the block: it costs a system call.
+  if (mx::get_cache_memory() >= bytes || free_memory() >= bytes + kSlack) {
+    return;
+  }
+  free_what_can_be_freed(stream);
+  if (free_memory() < bytes + kSlack) {
+    refuse_memory(bytes);
+  }
+}
+
+/// Less than this is not worth a question to the driver.
+constexpr size_t kLarge = size_t(16) << 20;
+
 } // namespace
 
 mx::allocator::Data allocate(size_t bytes, mx::Stream stream) {
@@ -63,6 +95,9 @@ mx::allocator::Data allocate(size_t bytes, mx::Stream stream) {
   if (bytes > kRow) { // two dimensions: int32 counts to 2 GiB only
     shape = {static_cast<int>((bytes + kRow - 1) / kRow), static_cast<int>(kRow)};
   }
+  if (bytes >= kLarge) {
+    require_room(bytes, stream);
+  }
   if (auto memory = device_memory(shape, stream)) {
     return std::move(*memory);
   }
@@ -70,13 +105,7 @@ mx::allocator::Data allocate(size_t bytes, mx::Stream stream) {
   if (auto memory = device_memory(shape, stream)) {
     return std::move(*memory);
   }
-  mx::clear_cache();
-  size_t free = 0, total = 0;
-  check(cuMemGetInfo(&free, &total), "cuMemGetInfo");
-  throw std::runtime_error(
-      "[fused_sgd_step] out of device memory: needed " + std::to_string(bytes >> 20) +
-      " MiB for new parameters or momentum, the device has " + std::to_string(free >> 20) +
-      " MiB left; nothing has been changed.");
+  refuse_memory(bytes);
 }
 
 } // namespace mlx_fused_optim::cuda
