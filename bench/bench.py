@@ -163,17 +163,17 @@ def main(arguments: list[str] | None = None) -> None:
         "results": [],
     }
     console.print(f"{run['machine']}\n{run['versions']}\n{chosen.device}, {chosen.dtype}")
+    for path in (chosen.json, chosen.png):
+        path.parent.mkdir(parents=True, exist_ok=True)
     for name in chosen.shapes:
         for result in results_of(name, chosen, options, seconds):
             console.print(table(result))
             for error in result.get("wrong", {}).values():
                 console.print(f"Left out: {error}")
             run["results"].append(result)
+            chosen.json.write_text(json.dumps(run, indent=1) + "\n")  # what is had is had
             gc.collect()
             mx.clear_cache()
-    for path in (chosen.json, chosen.png):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(run, indent=1) + "\n")
     chart.draw(run, chosen.png)
     console.print(f"Written: {chosen.json} and {chosen.png}.")
 
