@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the runs in bench/results.
+"""Write docs/benchmarks.md, and the table in README.md, from the runs in bench/results.
 
 python bench/bench.py --json bench/results/NAME.json
 python bench/report.py
@@ -13,6 +13,8 @@ import training
 
 RESULTS = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+README = Path(__file__).parent.parent / "README.md"
+MARKS = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
 
 # A load average above this, for each core, is somebody else's work.
 BUSY = 0.5
@@ -47,12 +49,38 @@ def load() -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
+def readme(text: str, runs: dict[str, dict]) -> str:
+    """README.md with its table of medians renewed: every work, wins and losses alike."""
+    begin = text.index(MARKS[0]) + len(MARKS[0])
+    end = text.index(MARKS[1])
+    lines = [
+        "",
+        "Medians of whole steps, ms: momentum, weight decay and a decaying learning rate.",
+        "",
+        "| | ours | compiled | mlx compiled | torch fused | optax jit |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    peers = ("ours", "ours compiled", "mlx compiled", "torch fused", "optax jit")
+    for run in runs.values():
+        lines.append(f"| **{_device(run)}, {run['dtype']}** | | | | | |")
+        for result in run["results"]:
+            times = result["candidates"]
+            cells = [f"{times[p]['median_ms']:.2f}" if p in times else "" for p in peers]
+            title = _in_training(result) if result["kind"] == "training" else result["title"]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return text[:begin] + "\n".join([*lines, ""]) + "\n" + text[end:]
+
+
+def _device(run: dict) -> str:
+    machine = run["machine"]
+    return machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+
+
 def _run(name: str, run: dict) -> str:
     machine, versions = run["machine"], run["versions"]
-    device = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     lines = [
-        f"## {device}, {run['dtype']}",
+        f"## {_device(run)}, {run['dtype']}",
         "",
         f"{run['date']}, {machine['system']}, {packages}. Load average at the start: "
         f"{machine['load']}. From `bench/results/{name}.json`.",
@@ -139,4 +167,5 @@ def _ratios(times: dict) -> list[str]:
 if __name__ == "__main__":
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(report(load()))
-    print(f"Written: {REPORT}")
+    README.write_text(readme(README.read_text(), load()))
+    print(f"Written: {REPORT} and {README}")

@@ -191,3 +191,5 @@ def test_report_is_current():
     runs = report.load()
     assert runs, "bench/results has no run"
     assert report.REPORT.read_text() == report.report(runs), "run python bench/report.py"
+    text = report.README.read_text()
+    assert text == report.readme(text, runs), "run python bench/report.py"

@@ -12,6 +12,9 @@ from bits import of_mlx, same
 from mlx.utils import tree_flatten
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": (), "d": (0, 3)}
+if mx.is_available(mx.gpu) and not mx.metal.is_available():
+    # MLX 0.32.4 on CUDA divides by zero where it compiles operations on an empty array.
+    del SHAPES["d"]
 OPTIONS = [
     {},
     {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
