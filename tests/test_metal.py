@@ -231,6 +231,16 @@ def test_other_strides_are_packed_first_and_side_by_side():
     assert [d["barrier"] for d in log] == [False, False, True, False]
 
 
+def test_more_elements_are_packed_than_there_are_threads():
+    (shape,) = shapes = [(3, 5, 70001)]
+    training = Training(shapes, momentum=0, place=lambda g: mx.contiguous(g.T).T)
+    expected = training.parameters[0] - mx.array(0.1) * training.gradients[0]
+    mx.eval(expected)
+    log = dispatches(training.step)
+    assert log[0]["kernel"] == "pack_4" and log[0]["threads"] == 2**20 < math.prod(shape)
+    assert same(training.parameters[0], expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_unaligned_memory_is_read_element_by_element(dtype):
     """One element into a buffer: the harness refuses a wide access there."""
@@ -242,6 +252,17 @@ def test_unaligned_memory_is_read_element_by_element(dtype):
     log = dispatches(training.step)
     # Parameters in and out stay wide; each gradient now takes one access an element.
     assert bytes_of(log, "source")["accesses"] == aligned - 2 * 64 / 4 + 2 * 64
+
+
+def test_rows_that_begin_unaligned_are_read_element_by_element():
+    """The left part of a matrix whose rows are 9 long: aligned in the first row only."""
+    training = Training([(16, 8)], place=lambda g: mx.pad(g, [(0, 0), (0, 1)])[:, :8])
+    training.step()
+    log = dispatches(training.step)
+    assert [d["kernel"] for d in log] == ["sgd_step_float32_float32", "sgd_counters"]
+    gradient = bytes_of(log, "source1")
+    assert (gradient["read"], gradient["accesses"]) == (4 * 16 * 8, 16 * 8)
+    assert bytes_of(log, "velocities")["accesses"] == 2 * 16 * 8 / 4
 
 
 def test_the_memory_between_tensors_is_zero():
