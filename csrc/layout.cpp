@@ -87,6 +87,12 @@ Layout make_layout(std::vector<TensorSpec> tensors) {
 
   Layout layout{std::move(tensors), {}};
   for (auto& arena : arenas) {
+    Fingerprint fingerprint;
+    for (int t : arena.tensors) {
+      auto& spec = layout.tensors[t];
+      fingerprint.add(spec.path, spec.shape, spec.dtype);
+    }
+    arena.fingerprint = fingerprint.number();
     layout.arenas.push_back(std::make_shared<const Arena>(std::move(arena)));
   }
   return layout;

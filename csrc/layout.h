@@ -36,6 +36,7 @@ struct Arena {
   std::vector<int> tensors = {}; // indices into Layout::tensors
   std::vector<mx::Shape> shapes = {}; // of each of `tensors`
   std::vector<size_t> offsets = {}; // elements, likewise
+  uint64_t fingerprint = 0; // of its tensors
 };
 
 struct Layout {
@@ -55,6 +56,7 @@ mx::Shape arena_shape(const Arena& arena);
 class Fingerprint {
  public:
   void add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype);
+  uint64_t number() const { return hash_; }
   std::string hex() const;
 
  private:

@@ -1,6 +1,7 @@
 // The fused SGD step: the operation (checks, graph) and its primitive.
 #pragma once
 
+#include <array>
 #include <variant>
 #include <vector>
 
@@ -13,35 +14,76 @@ namespace mlx_fused_optim {
 
 using fused_math::SgdControl;
 
+/// What the state keeps of every element, each in arenas of its own that are laid
+/// out like the parameters'.
+enum SgdSlot : int {
+  kVelocity = 0, // with kMomentum; any of the three dtypes
+  kMasterCopy = 1, // float32; of half types only
+  kCompensation = 2, // the parameter's dtype; of half types only
+  kMovingAverage = 3, // float32
+  kSlots = 4,
+};
+
+/// The tensors of a layout that differ from the others. Made once for a layout.
+struct SgdGroups {
+  std::vector<uint32_t> group_of; // of each tensor of the layout: its row of numbers
+  std::vector<uint32_t> flags_of; // of each group: which of kTensorFlags it has
+};
+
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.
 struct SgdPlan {
   std::shared_ptr<const Arena> arena;
-  SgdControl control;
+  std::shared_ptr<const SgdGroups> groups; // null without kGroups
+  SgdControl control; // its flags are those that this arena's dtype has a use for
+  mx::Dtype velocity_dtype;
   bool writes_step; // the next counter and the numbers used are outputs too
 
   size_t tensor_count() const { return arena->tensors.size(); }
-  /// Whether this arena has momentum: one without tensors has none.
-  bool has_momentum() const { return control.flags & fused_math::kMomentum && tensor_count() > 0; }
+  uint32_t flags() const { return control.flags; }
+  /// Whether the plain kernels can do it.
+  bool is_plain() const {
+    return !(flags() & ~fused_math::kPlainFlags) && velocity_dtype == arena->dtype;
+  }
+  bool is_measured() const { return flags() & fused_math::kMeasuredFlags; }
+  /// Whether this arena has a slot: one without tensors has none.
+  bool has(int slot) const {
+    using namespace fused_math;
+    constexpr uint32_t flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
+    return this->flags() & flags[slot] && tensor_count() > 0;
+  }
+  mx::Dtype slot_dtype(int slot) const {
+    return slot == kVelocity ? velocity_dtype
+        : slot == kCompensation ? arena->dtype
+                                : mx::float32;
+  }
+  /// Of the arena's tensor `i`: its row of numbers, and its flags.
+  uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }
+  uint32_t tensor_flags(size_t i) const {
+    return flags() & (groups ? groups->flags_of[group(i)] | ~fused_math::kTensorFlags : ~0u);
+  }
   std::vector<mx::Shape> output_shapes() const;
   std::vector<mx::Dtype> output_dtypes() const;
 };
 
 /// Names for the positions in a primitive's inputs and outputs:
-/// inputs  = parameters..., gradients..., [momentum], step, [given scalars]
-/// outputs = [parameter arena], [momentum], [step, used scalars]
+/// inputs  = parameters..., gradients..., [slots...], step, [given scalars],
+///           [measured], [group numbers]
+/// outputs = [parameter arena, slots...], [step, used scalars]
 struct SgdInputs {
   SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays);
   const mx::array* parameters;
   const mx::array* gradients;
-  const mx::array* momentum; // null without momentum
-  const mx::array& step; // uint64
+  std::array<const mx::array*, kSlots> slots; // null where the arena has none
+  const mx::array* step; // uint64
   const mx::array* given; // float32, see SgdControl; null when nothing is given
+  const mx::array* measured; // float32, see SgdMeasured; null without kMeasuredFlags
+  const mx::array* groups; // float32 {groups, kGroupNumbers}; null without kGroups
 };
 struct SgdOutputs {
   SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays);
   mx::array* parameters; // null when the arena has no tensors
-  mx::array* momentum;
+  std::array<mx::array*, kSlots> slots;
   mx::array* step; // null unless plan.writes_step
   mx::array* used; // likewise; float32 {kScalars}
 };
@@ -51,35 +93,48 @@ using SgdScalarSource = std::variant<Schedule, mx::array>;
 
 /// The options of a step.
 struct SgdOptions {
-  SgdScalarSource learning_rate;
-  SgdScalarSource momentum; // used with kMomentum
-  SgdScalarSource weight_decay; // used with kWeightDecay
+  std::array<SgdScalarSource, fused_math::kScalars> scalars; // by SgdScalar
   double dampening;
   uint32_t flags; // fused_math::SgdFlags
+  float clip_value; // used with kClipValue, as the next ones with theirs
+  float clip_norm;
+  float trust_coefficient;
+  double ema_decay;
+  uint64_t seed;
+  std::optional<mx::Dtype> momentum_dtype; // by default the parameter's
+  std::shared_ptr<const SgdGroups> groups;
+  std::optional<mx::array> group_numbers; // float32 {groups, kGroupNumbers}
+  std::optional<mx::array> skipped; // uint64 scalar: steps skipped so far
 };
+
+/// The state's arenas, for each slot one for each of the layout's arenas that has it.
+using SgdSlots = std::array<std::vector<mx::array>, kSlots>;
 
 /// One step of a whole layout.
 struct SgdStep {
   std::vector<mx::array> parameters; // views into the new arenas
-  std::vector<mx::array> momentum; // one flat array an arena; none without momentum
-  std::vector<mx::array> counters; // step + 1 (uint64) and the scalars used (float32 {3})
+  SgdSlots slots;
+  std::vector<mx::array> counters; // step + 1 (uint64) and the scalars used (float32 {4})
+  // With kMeasuredFlags: see SgdMeasured, and steps skipped so far (uint64).
+  std::vector<mx::array> measured;
 };
 
 /// The update of every tensor of `layout`:
 ///   g         = gradient + weight_decay * parameter
 ///   velocity  = momentum * velocity + (1 - dampening) * g
 ///   parameter = parameter - lr * (nesterov ? g + momentum * velocity : velocity)
-/// where `flags` leave out velocity and weight decay. Each parameter keeps its
+/// where `flags` leave out velocity and weight decay, or add what csrc/math/sgd.h calls
+/// the full element. Each parameter keeps its
 /// shape and dtype (float32, float16 or bfloat16); a gradient has the parameter's
-/// shape and any of these dtypes; momentum has the parameter's dtype. The maths
+/// shape and any of these dtypes. The maths
 /// is float32, rounded once on the store. `step` is a uint64 scalar, at which
-/// schedules are evaluated. Parameters and momentum are updated in place when
+/// schedules are evaluated. Parameters and slots are updated in place when
 /// nobody else holds them. Throws std::invalid_argument before any change.
 SgdStep sgd_step(
     const Layout& layout,
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
-    const std::vector<mx::array>& momentum,
+    const SgdSlots& slots,
     const mx::array& step,
     const SgdOptions& options,
     mx::StreamOrDevice s = {});

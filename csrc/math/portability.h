@@ -2,7 +2,7 @@
 // (CPU), nvcc (CUDA) and Apple's Metal compiler. Everything here works on plain
 // values in float32 and 32/64-bit integers, because Metal has no double.
 //
-// Addition, multiplication, division and fma round correctly in all three.
+// Addition, multiplication, division, square root and fma round correctly in all three.
 // Contraction must be off in all of them (-ffp-contract=off, --fmad=false,
 // Metal's math mode "safe"): the formulas name each rounding.
 #pragma once
@@ -17,15 +17,18 @@ using namespace metal;
 #pragma STDC FP_CONTRACT OFF
 #endif
 #define MATH_FN inline
+#define MATH_MEMBER static inline
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)
 #include <cstdint>
 #define MATH_FN __host__ __device__ inline
+#define MATH_MEMBER static __host__ __device__ inline
 #define MATH_CONSTANT const
 #else
 #include <cstdint>
 // Inlined before the vectoriser looks: structs by value must have become registers.
 #define MATH_FN static inline __attribute__((always_inline))
+#define MATH_MEMBER MATH_FN
 #define MATH_CONSTANT const
 #endif
 
@@ -35,18 +38,21 @@ namespace fused_math {
 MATH_FN float fma_float(float a, float b, float c) { return metal::fma(a, b, c); }
 MATH_FN float rint_float(float x) { return metal::rint(x); }
 MATH_FN float divide_float(float a, float b) { return a / b; }
+MATH_FN float sqrt_float(float x) { return precise::sqrt(x); }
 MATH_FN float bits_to_float(uint32_t bits) { return as_type<float>(bits); }
 MATH_FN uint32_t float_to_bits(float x) { return as_type<uint32_t>(x); }
 #elif defined(__CUDA_ARCH__)
 MATH_FN float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MATH_FN float rint_float(float x) { return rintf(x); }
 MATH_FN float divide_float(float a, float b) { return __fdiv_rn(a, b); }
+MATH_FN float sqrt_float(float x) { return __fsqrt_rn(x); }
 MATH_FN float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 MATH_FN uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 #else
 MATH_FN float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MATH_FN float rint_float(float x) { return __builtin_rintf(x); }
 MATH_FN float divide_float(float a, float b) { return a / b; }
+MATH_FN float sqrt_float(float x) { return __builtin_sqrtf(x); }
 MATH_FN float bits_to_float(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, sizeof(x));

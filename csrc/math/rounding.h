@@ -1,0 +1,141 @@
+// Rounding float32 to the numbers of a narrower format, in integers: to nearest
+// even, or up or down at random with the mean of the number itself. The result is
+// still a float32, which the backend then stores without another rounding.
+#pragma once
+
+#include "portability.h"
+
+namespace fused_math {
+
+enum Format : uint32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+/// The bits of a float; the CPU kernel adds those of its vectors.
+template <typename T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+  MATH_MEMBER type of(float x) { return float_to_bits(x); }
+  MATH_MEMBER float to(type bits) { return bits_to_float(bits); }
+};
+
+template <typename T>
+MATH_FN T magnitude_of(T x) {
+  return Bits<T>::to(Bits<T>::of(x) & 0x7fffffffu);
+}
+
+/// To nearest even.
+template <typename T>
+MATH_FN T nearest_bfloat16(T x) {
+  using U = typename Bits<T>::type;
+  const U bits = Bits<T>::of(x);
+  const U rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  const U nan = bits | 0x400000u;
+  return Bits<T>::to(((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded) & 0xffff0000u);
+}
+
+/// Up with the probability of the part that is cut off: the low 16 bits decide,
+/// against 16 random ones.
+template <typename T>
+MATH_FN T random_bfloat16(T x, typename Bits<T>::type random) {
+  using U = typename Bits<T>::type;
+  const U bits = Bits<T>::of(x);
+  const U rounded = bits + (random & 0xffffu);
+  const U nan = bits | 0x400000u;
+  return Bits<T>::to(((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded) & 0xffff0000u);
+}
+
+/// float16 has 13 bits less than float32 down to 2^-14, and below that multiples
+/// of 2^-24; from `infinite` on it has no more numbers.
+template <typename T>
+MATH_FN T as_float16(
+    typename Bits<T>::type bits,
+    typename Bits<T>::type rounded,
+    T subnormal,
+    uint32_t infinite) {
+  using U = typename Bits<T>::type;
+  const U magnitude = bits & 0x7fffffffu;
+  const U sign = bits & 0x80000000u;
+  const U zero = bits & 0u;
+  U result = magnitude < 0x38800000u ? Bits<T>::of(subnormal) : (rounded & 0xffffe000u);
+  result = magnitude >= infinite || result >= 0x47800000u ? zero + 0x7f800000u : result;
+  const U nan = (magnitude | 0x400000u) & 0xffffe000u;
+  result = magnitude > 0x7f800000u ? nan : result;
+  return Bits<T>::to(result | sign);
+}
+
+template <typename T>
+MATH_FN T nearest_float16(T x) {
+  using U = typename Bits<T>::type;
+  const U magnitude = Bits<T>::of(x) & 0x7fffffffu;
+  // The last bit of 0.5 is 2^-24.
+  const T subnormal = (magnitude_of(x) + 0.5f) - 0.5f;
+  return as_float16<T>(
+      Bits<T>::of(x), magnitude + 0xfffu + (magnitude >> 13 & 1u), subnormal, 0x477ff000u);
+}
+
+template <typename T>
+MATH_FN T random_float16(T x, typename Bits<T>::type random) {
+  using U = typename Bits<T>::type;
+  const U magnitude = Bits<T>::of(x) & 0x7fffffffu;
+  // In units of 2^-24, below 2^10: whole ones, and the rest against a random
+  // fraction, made of 16 bits as a number in [1, 2).
+  const T units = magnitude_of(x) * 16777216.0f;
+  const T nearest = (units + 8388608.0f) - 8388608.0f;
+  const T whole = nearest > units ? nearest - 1.0f : nearest;
+  const T fraction = Bits<T>::to(((random & 0xffffu) << 7) | 0x3f800000u) - 1.0f;
+  const T up = whole + 1.0f;
+  const T subnormal = (units - whole > fraction ? up : whole) * 5.9604644775390625e-8f;
+  return as_float16<T>(
+      Bits<T>::of(x), magnitude + (random & 0x1fffu), subnormal, 0x47800000u);
+}
+
+template <typename T>
+MATH_FN T round_nearest(T x, uint32_t format) {
+  return format == kFloat32 ? x : format == kFloat16 ? nearest_float16(x) : nearest_bfloat16(x);
+}
+
+/// `random` has 16 bits that count.
+template <typename T>
+MATH_FN T round_random(T x, uint32_t format, typename Bits<T>::type random) {
+  return format == kFloat32 ? x
+      : format == kFloat16  ? random_float16(x, random)
+                            : random_bfloat16(x, random);
+}
+
+// ---- Random bits from a counter ----------------------------------------------
+
+/// Which random numbers a step uses.
+struct RandomKey {
+  uint32_t first, second;
+};
+
+/// The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+MATH_FN uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+/// One key for a seed, a step and a place (the arena).
+MATH_FN RandomKey random_key(uint64_t seed, uint64_t step, uint64_t place) {
+  const uint64_t key = mix64(mix64(mix64(seed + 0x9e3779b97f4a7c15u) ^ step) ^ place);
+  return {uint32_t(key), uint32_t(key >> 32)};
+}
+
+/// The finaliser of MurmurHash3: a bijection that spreads every bit.
+template <typename U>
+MATH_FN U mix32(U x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+/// 32 random bits for the element at a position; one number for each position
+/// below 2^32, so that over all of them none is more frequent than another.
+template <typename U>
+MATH_FN U random_bits(U position, RandomKey key) {
+  return mix32(mix32(position + key.first) ^ key.second);
+}
+
+} // namespace fused_math

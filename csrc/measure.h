@@ -1,0 +1,81 @@
+// The measurement that clipping, skipping and trust ratios need before the step: norms
+// of all gradients, without the host. See csrc/math/norm.h for the order of the sums.
+#pragma once
+
+#include "math/sgd.h"
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace mlx_fused_optim {
+
+namespace mx = mlx::core;
+
+/// What a measurement does, apart from its arrays.
+struct MeasurePlan {
+  fused_math::SgdControl control; // flags, clip_value, the scale of the gradients
+  size_t gradient_count; // gradients of the whole layout
+  bool has_parameters; // with kTrustRatio: the norms of the parameters too
+
+  size_t array_count() const { return gradient_count * (1 + has_parameters); }
+  mx::Shape measured_shape() const;
+};
+
+/// inputs  = gradients..., [parameters...], step, skipped, [given scalars]
+/// outputs = measured (float32, see SgdMeasured), skipped (uint64)
+struct MeasureInputs {
+  MeasureInputs(const MeasurePlan& plan, const std::vector<mx::array>& arrays);
+  const mx::array* arrays; // plan.array_count() of them
+  const mx::array* step;
+  const mx::array* skipped;
+  const mx::array* given; // null when nothing is given
+};
+
+/// How an array is read for its norm. The order of a sum is that of memory where the
+/// elements fill a stretch of it in any order of the axes (a transposed matrix), else
+/// that of the indices.
+bool fills_memory(const mx::array& a);
+
+/// Evaluation is in csrc/{cpu,metal,cuda}/measure.cpp.
+class MeasureGradients : public mx::Primitive {
+ public:
+  MeasureGradients(mx::Stream stream, MeasurePlan plan)
+      : mx::Primitive(stream), plan_(std::move(plan)) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+
+  std::vector<mx::array> jvp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& tangents,
+      const std::vector<int>& argnums) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
+      const std::vector<mx::array>& inputs,
+      const std::vector<int>& axes) override;
+
+  DEFINE_NAME(MeasureGradients)
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override {
+    return {plan_.measured_shape(), {}};
+  }
+
+ private:
+  MeasurePlan plan_;
+};
+
+/// {measured, skipped}: see MeasureInputs.
+std::vector<mx::array> measure_gradients(
+    const MeasurePlan& plan,
+    const std::vector<mx::array>& inputs,
+    mx::Stream stream);
+
+/// The same in MLX operations; its sums may differ in the last bits.
+std::vector<mx::array> measure_composed(
+    const MeasurePlan& plan,
+    const std::vector<mx::array>& inputs,
+    mx::Stream stream);
+
+} // namespace mlx_fused_optim
