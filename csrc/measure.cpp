@@ -21,6 +21,24 @@ ComposedOperation composed_operation(const MeasurePlan& plan, mx::Stream s) {
       {1}};
 }
 
+/// The sum of the squares, in rows: one sum over everything errs by 15 % at 1e8 elements
+/// in MLX 0.32.4 on the CPU, as it adds in few lanes.
+mx::array sum_of_squares(const mx::array& x, mx::Stream s) {
+  constexpr int kRow = 512;
+  auto values = mx::flatten(mx::square(x, s), s);
+  while (values.size() > kRow) {
+    const int size = static_cast<int>(values.size());
+    values = mx::pad(
+        values,
+        std::pair<int, int>{0, (kRow - size % kRow) % kRow},
+        mx::array(0.0f),
+        "constant",
+        s);
+    values = mx::sum(mx::reshape(values, {-1, kRow}, s), -1, false, s);
+  }
+  return mx::sum(values, s);
+}
+
 } // namespace
 
 std::vector<mx::array> measure_gradients(
@@ -51,7 +69,6 @@ std::vector<mx::array> measure_composed(
                                 : mx::take(*in.given, int(kGradScaleFactor), 0, s);
     unscale = mx::divide(unscale, scale, s);
   }
-  auto squares = [&](const mx::array& x) { return mx::sum(mx::square(x, s), s); };
 
   auto total = mx::array(0.0f);
   auto finite = mx::array(true);
@@ -68,11 +85,12 @@ std::vector<mx::array> measure_composed(
       g = mx::where(mx::greater(g, limit, s), limit, g, s);
       g = mx::where(mx::less(g, least, s), least, g, s);
     }
-    const auto sum = squares(g);
+    const auto sum = sum_of_squares(g, s);
     total = mx::add(total, sum, s);
     if (plan.has_parameters) {
       sums.push_back(sum);
-      sums.push_back(squares(mx::astype(in.arrays[plan.gradient_count + i], mx::float32, s)));
+      const auto& parameter = in.arrays[plan.gradient_count + i];
+      sums.push_back(sum_of_squares(mx::astype(parameter, mx::float32, s), s));
     }
   }
   const auto norm = mx::sqrt(total, s);

@@ -45,9 +45,7 @@ struct SgdPlan {
     return this->flags() & flags[slot] && tensor_count() > 0;
   }
   mx::Dtype slot_dtype(int slot) const {
-    return slot == kVelocity ? velocity_dtype
-        : slot == kCompensation ? arena->dtype
-                                : mx::float32;
+    return slot == kVelocity ? velocity_dtype : slot == kCompensation ? arena->dtype : mx::float32;
   }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
   uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }

@@ -85,8 +85,7 @@ Numbers ComposedStep::numbers() const {
   }
   if (plan_.flags() & kClipNorm) {
     const auto norm = add(measured(kMeasuredNorm), number(1e-6f));
-    n.clip_factor = mx::minimum(
-        mx::divide(number(control_.clip_norm), norm, s_), number(1), s_);
+    n.clip_factor = mx::minimum(mx::divide(number(control_.clip_norm), norm, s_), number(1), s_);
   }
   return n;
 }
@@ -178,8 +177,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   }
   if (flags & kMomentum) {
     const auto velocity = add(
-        multiply(n.momentum, wide(*old[kVelocity])),
-        multiply(number(control_.gradient_weight), u));
+        multiply(n.momentum, wide(*old[kVelocity])), multiply(number(control_.gradient_weight), u));
     u = flags & kNesterov ? add(u, multiply(n.momentum, velocity)) : velocity;
     std::optional<mx::array> bits;
     if (random) {
@@ -199,8 +197,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
     exact = add(w, change);
     const auto rounded = nearest_composed(exact, arena.dtype, s_);
     next.parameter = mx::astype(rounded, arena.dtype, s_);
-    next.slots[kCompensation] =
-        mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s_);
+    next.slots[kCompensation] = mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s_);
   } else {
     const bool at_random = (flags & kStochastic) && !(flags & kMaster);
     next.parameter = stored(exact, arena.dtype, at_random, random ? &*random : nullptr);
@@ -311,8 +308,7 @@ std::vector<mx::array> FusedSGD::vjp(
 std::pair<std::vector<mx::array>, std::vector<int>> FusedSGD::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
-  return composed_vmap(
-      composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
+  return composed_vmap(composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
 }
 
 } // namespace mlx_fused_optim
