@@ -3,7 +3,7 @@
 #include "composed.h"
 #include "composed_transforms.h"
 #include "mlx/transforms.h"
-#include "schedule.h"
+#include "sgd.h"
 
 namespace mlx_fused_optim {
 
@@ -63,10 +63,7 @@ std::vector<mx::array> measure_composed(
   const uint32_t flags = plan.control.flags;
   auto unscale = mx::array(1.0f);
   if (flags & kGradScale) {
-    const auto scale = !(plan.control.given >> kGradScaleFactor & 1)
-        ? evaluate_schedule(plan.control.schedules[kGradScaleFactor], *in.step, s)
-        : in.given->ndim() == 0 ? *in.given
-                                : mx::take(*in.given, int(kGradScaleFactor), 0, s);
+    const auto scale = composed_scalar(plan.control, kGradScaleFactor, *in.step, in.given, s);
     unscale = mx::divide(unscale, scale, s);
   }
 

@@ -163,4 +163,16 @@ std::vector<mx::array> sgd_step_composed(
     const std::vector<mx::array>& inputs,
     mx::Stream stream);
 
+/// The tensors of an arena, and a number of the step, likewise.
+std::vector<mx::array> composed_tensors(
+    const mx::array& arena,
+    const Arena& layout,
+    mx::Stream stream);
+mx::array composed_scalar(
+    const SgdControl& control,
+    fused_math::SgdScalar i,
+    const mx::array& step,
+    const mx::array* given,
+    mx::Stream stream);
+
 } // namespace mlx_fused_optim

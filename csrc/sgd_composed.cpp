@@ -10,8 +10,14 @@ namespace {
 
 using namespace fused_math;
 
+/// A tensor of an arena. In slices, which MLX can also export.
 mx::array tensor_of(const mx::array& arena, const mx::Shape& shape, size_t offset, mx::Stream s) {
-  return arena_view(mx::contiguous(arena, false, s), shape, offset, s);
+  if (arena.ndim() > 1) { // too long for one axis: it has one tensor
+    return mx::reshape(arena, shape, s);
+  }
+  const int begin = static_cast<int>(offset);
+  const int end = static_cast<int>(offset + element_count(shape));
+  return mx::reshape(mx::slice(arena, {begin}, {end}, s), shape, s);
 }
 
 mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::Stream s) {
@@ -65,11 +71,7 @@ class ComposedStep {
 };
 
 mx::array ComposedStep::scalar(SgdScalar i) const {
-  if (!(control_.given >> i & 1)) {
-    return evaluate_schedule(control_.schedules[i], *in_.step, s_);
-  }
-  // A scalar alone, or one of several.
-  return in_.given->ndim() == 0 ? *in_.given : mx::take(*in_.given, int(i), 0, s_);
+  return composed_scalar(control_, i, *in_.step, in_.given, s_);
 }
 
 Numbers ComposedStep::numbers() const {
@@ -282,6 +284,31 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
 }
 
 } // namespace
+
+mx::array composed_scalar(
+    const SgdControl& control,
+    SgdScalar i,
+    const mx::array& step,
+    const mx::array* given,
+    mx::Stream s) {
+  if (!(control.given >> i & 1)) {
+    auto& schedule = control.schedules[i];
+    if (schedule.count == 1 && schedule.segments[0].kind == kConstant) {
+      return number(schedule_value(schedule, 0));
+    }
+    return evaluate_schedule(schedule, step, s);
+  }
+  // A scalar alone, or one of several.
+  return given->ndim() == 0 ? *given : mx::take(*given, int(i), 0, s);
+}
+
+std::vector<mx::array> composed_tensors(const mx::array& arena, const Arena& layout, mx::Stream s) {
+  std::vector<mx::array> tensors;
+  for (size_t i = 0; i < layout.shapes.size(); ++i) {
+    tensors.push_back(tensor_of(arena, layout.shapes[i], layout.offsets[i], s));
+  }
+  return tensors;
+}
 
 std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,
