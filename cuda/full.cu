@@ -38,13 +38,7 @@ compute_numbers(const FullCommon& common, const FullTensor* tensor, SgdHyper& sh
   const uint64_t step = *common.step;
   const SgdHyper hyper = sgd_full_hyper(control, step, common.given, common.measured);
   if (common.step_out && blockIdx.x == 0) {
-    *common.step_out = step + hyper.apply;
-    common.used_out[kLearningRate] = hyper.learning_rate;
-    common.used_out[kMomentumFactor] = hyper.momentum;
-    common.used_out[kWeightDecayFactor] = hyper.weight_decay;
-    common.used_out[kGradScaleFactor] = control.flags & kGradScale
-        ? sgd_scalar(control, kGradScaleFactor, step, common.given)
-        : 1.0f;
+    sgd_counters(control, hyper, step, common.given, common.step_out, common.used_out);
   }
   if (tensor) {
     shared = sgd_tensor_hyper(

@@ -203,7 +203,7 @@ extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_fold(
     if (launch.norms) {
       const bool is_parameter = array >= launch.gradient_count;
       const uint64_t tensor = is_parameter ? array - launch.gradient_count : array;
-      launch.norms[2 * tensor + is_parameter] = sqrt_float(folded(mine.sum));
+      launch.norms[2 * tensor + is_parameter] = sgd_norm(mine.sum);
     }
   }
 }
@@ -216,7 +216,7 @@ extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_finish(
   }
   mine = fold_lanes(mine, launch.gradient_count);
   if (threadIdx.x == 0) {
-    const float norm = sqrt_float(folded(mine.sum));
+    const float norm = sgd_norm(mine.sum);
     const bool apply = sgd_applies(launch.flags, mine.peak, norm);
     launch.measured[kMeasuredNorm] = norm;
     launch.measured[kMeasuredApply] = apply ? 1.0f : 0.0f;
