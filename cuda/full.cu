@@ -22,15 +22,17 @@ constexpr uint32_t kFlagsOf<float> = ~uint32_t(kMaster | kCompensated);
 
 template <typename T>
 __device__ uint32_t slot_format(const FullCommon& common, int slot) {
-  return slot == kVelocity     ? common.control.velocity_format
+  return slot == kVelocity    ? common.control.velocity_format
       : slot == kCompensation ? kFormatOf<T>
                               : uint32_t(kFloat32);
 }
 
 /// One thread computes the numbers of the step, for this block's tensor, if it has one.
 /// None may be used before the next barrier.
-__device__ void
-compute_numbers(const FullCommon& common, const FullTensor* tensor, SgdHyper& shared) {
+__device__ void compute_numbers(
+    const FullCommon& common,
+    const FullTensor* tensor,
+    SgdHyper& shared) {
   if (threadIdx.x != 0) {
     return;
   }
@@ -108,27 +110,25 @@ struct Quads {
 };
 
 template <typename T, bool whole>
-__device__ void
-load(Quads& quads, const FullCommon& common, const Tiled& tensor, uint64_t first, uint32_t count) {
+__device__ void load(
+    Quads& quads,
+    const FullCommon& common,
+    const Tiled& tensor,
+    uint64_t first,
+    uint32_t count) {
   load<whole>(quads.parameter, tensor.parameter, kFormatOf<T>, first, 1, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const void* data = common.slots[slot].data;
     if (data) {
       load<whole>(
-          quads.slots[slot],
-          data,
-          slot_format<T>(common, slot),
-          tensor.offset + first,
-          1,
-          count);
+          quads.slots[slot], data, slot_format<T>(common, slot), tensor.offset + first, 1, count);
     }
   }
 }
 
 template <typename T, bool whole>
-__device__ void
-store(const Quads& quads, const FullCommon& common, uint64_t at, uint32_t count) {
+__device__ void store(const Quads& quads, const FullCommon& common, uint64_t at, uint32_t count) {
   store<whole>(common.parameters_out, kFormatOf<T>, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -281,14 +281,14 @@ __device__ void update(const Launch<FullStrided>& launch) {
 
 // ---- Entry points: sgd_full_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them -------
 
-#define KERNELS(T, name)                                                            \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_tiled_##name(     \
-      const __grid_constant__ Launch<Tiled> launch) {                               \
-    update<T>(launch);                                                              \
-  }                                                                                 \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##name(   \
-      const __grid_constant__ Launch<FullStrided> launch) {                         \
-    update<T>(launch);                                                              \
+#define KERNELS(T, name)                                                          \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_tiled_##name(   \
+      const __grid_constant__ Launch<Tiled> launch) {                             \
+    update<T>(launch);                                                            \
+  }                                                                               \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##name( \
+      const __grid_constant__ Launch<FullStrided> launch) {                       \
+    update<T>(launch);                                                            \
   }
 KERNELS(float, float32)
 KERNELS(__half, float16)

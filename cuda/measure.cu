@@ -24,8 +24,7 @@ struct Lanes {
   uint32_t peak;
 };
 
-__device__ void
-add_square(Lanes& lanes, int k, float x, const SgdHyper& hyper, uint32_t flags) {
+__device__ void add_square(Lanes& lanes, int k, float x, const SgdHyper& hyper, uint32_t flags) {
   lanes.peak = peak_of(lanes.peak, x);
   x = sgd_gradient(x, hyper, flags);
   lanes.sums[k] = lanes.sums[k] + x * x;
@@ -63,8 +62,7 @@ struct Chunk {
 };
 
 __device__ Chunk find_chunk(const Dense& array) {
-  const uint32_t number =
-      (blockIdx.x - array.first_block) * kChunksPerBlock + threadIdx.x / kWarp;
+  const uint32_t number = (blockIdx.x - array.first_block) * kChunksPerBlock + threadIdx.x / kWarp;
   return {number, uint64_t(number) * kChunk, threadIdx.x % kWarp};
 }
 

@@ -70,8 +70,12 @@ __device__ inline void load(
 }
 
 template <bool whole>
-__device__ inline void
-store(void* data, uint32_t format, uint64_t at, const Quad& quad, uint32_t count = kQuad) {
+__device__ inline void store(
+    void* data,
+    uint32_t format,
+    uint64_t at,
+    const Quad& quad,
+    uint32_t count = kQuad) {
   auto& words = quad.words;
   if (format == kFloat32) {
     auto* to = static_cast<uint32_t*>(data) + at;

@@ -25,9 +25,7 @@ void set_inputs(mx::cu::CommandEncoder& encoder, const mx::array* arrays, size_t
   }
 }
 
-void set_inputs(
-    mx::cu::CommandEncoder& encoder,
-    std::initializer_list<const mx::array*> arrays) {
+void set_inputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays) {
   for (auto* array : arrays) {
     if (array) {
       encoder.set_input_array(*array);
@@ -35,9 +33,7 @@ void set_inputs(
   }
 }
 
-void set_outputs(
-    mx::cu::CommandEncoder& encoder,
-    std::initializer_list<const mx::array*> arrays) {
+void set_outputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays) {
   for (auto* array : arrays) {
     if (array) {
       encoder.set_output_array(*array);

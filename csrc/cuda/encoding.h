@@ -33,12 +33,8 @@ T* pointer(const mx::array* a) {
 void set_inputs(mx::cu::CommandEncoder& encoder, const mx::array* arrays, size_t count);
 
 /// Likewise the arrays that are there.
-void set_inputs(
-    mx::cu::CommandEncoder& encoder,
-    std::initializer_list<const mx::array*> arrays);
-void set_outputs(
-    mx::cu::CommandEncoder& encoder,
-    std::initializer_list<const mx::array*> arrays);
+void set_inputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays);
+void set_outputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays);
 
 /// Launches a kernel whose one argument is this struct.
 template <typename Arguments>

@@ -7,14 +7,18 @@
 #include <vector>
 
 // cuda/{sgd,full,measure}.cu, compiled: cuda/backend.cmake names the folder.
-#define FATBIN(name)                                            \
-  asm(".section .rodata\n"                                      \
-      ".balign 16\n"                                            \
-      ".global mlx_fused_optim_" #name "\n"                     \
-      ".hidden mlx_fused_optim_" #name "\n"                     \
-      "mlx_fused_optim_" #name ":\n"                            \
-      ".incbin \"" MLX_FUSED_OPTIM_FATBINS "/" #name ".fatbin\"\n" \
-      ".previous\n");                                           \
+#define FATBIN(name)                                 \
+  asm(".section .rodata\n"                           \
+      ".balign 16\n"                                 \
+      ".global mlx_fused_optim_" #name               \
+      "\n"                                           \
+      ".hidden mlx_fused_optim_" #name               \
+      "\n"                                           \
+      "mlx_fused_optim_" #name                       \
+      ":\n"                                          \
+      ".incbin \"" MLX_FUSED_OPTIM_FATBINS "/" #name \
+      ".fatbin\"\n"                                  \
+      ".previous\n");                                \
   extern "C" const unsigned char mlx_fused_optim_##name[];
 FATBIN(sgd)
 FATBIN(full)
@@ -34,8 +38,8 @@ constexpr const char* kStepNames[kKinds][kTypes] = {
     {"sgd_full_tiled_float32", "sgd_full_tiled_float16", "sgd_full_tiled_bfloat16"},
     {"sgd_full_strided_float32", "sgd_full_strided_float16", "sgd_full_strided_bfloat16"}};
 constexpr int kOthers = 5;
-constexpr const char* kOtherNames[kOthers] = {
-    "evaluate_schedule", "measure_dense", "measure_sparse", "measure_fold", "measure_finish"};
+constexpr const char* kOtherNames[kOthers] =
+    {"evaluate_schedule", "measure_dense", "measure_sparse", "measure_fold", "measure_finish"};
 
 struct Kernels {
   CUfunction step[kKinds][kTypes];
@@ -106,7 +110,6 @@ CUfunction step_kernel(Kind kind, Type type, int device) {
 CUfunction other_kernel(Other kernel, int device) {
   return kernels(device).other[static_cast<int>(kernel)];
 }
-
 
 void check(CUresult result, const char* what) {
   if (result != CUDA_SUCCESS) {

@@ -65,8 +65,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
 void MeasureGradients::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  cuda::backend().measure(
-      {plan_, MeasureInputs(plan_, inputs), outputs[0], outputs[1], stream()});
+  cuda::backend().measure({plan_, MeasureInputs(plan_, inputs), outputs[0], outputs[1], stream()});
 }
 
 void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {

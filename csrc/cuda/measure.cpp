@@ -26,8 +26,7 @@ MeasureBatches sort_arrays(const MeasurePlan& plan, const MeasureInputs& in) {
   MeasureBatches batches;
   for (size_t i = 0; i < plan.array_count(); ++i) {
     auto& a = in.arrays[i];
-    batches.add(
-        a.ndim(), a.shape().data(), source(a), i < plan.gradient_count, fills_memory(a));
+    batches.add(a.ndim(), a.shape().data(), source(a), i < plan.gradient_count, fills_memory(a));
   }
   return batches;
 }
@@ -69,9 +68,8 @@ void launch_folds(
   auto folds = std::make_unique<FoldLaunch>();
   folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
   folds->sums = mx::gpu_ptr<ArraySum>(sums);
-  folds->norms = plan.has_parameters
-      ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors
-      : nullptr;
+  folds->norms =
+      plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
   const size_t arrays = batches.arrays();
   const size_t launches = divide_up(arrays, FoldLaunch::kCapacity);
