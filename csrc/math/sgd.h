@@ -138,10 +138,15 @@ MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step
 /// The numbers of a plain step.
 template <typename Given>
 MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
+  // In a loop: one copy of a schedule's code, where three cost the CUDA kernels registers.
+  float values[kWeightDecayFactor + 1];
+  for (int i = 0; i <= kWeightDecayFactor; ++i) {
+    values[i] = sgd_scalar(control, i, step, given);
+  }
   SgdHyper hyper = {};
-  hyper.learning_rate = sgd_scalar(control, kLearningRate, step, given);
-  hyper.momentum = sgd_scalar(control, kMomentumFactor, step, given);
-  hyper.weight_decay = sgd_scalar(control, kWeightDecayFactor, step, given);
+  hyper.learning_rate = values[kLearningRate];
+  hyper.momentum = values[kMomentumFactor];
+  hyper.weight_decay = values[kWeightDecayFactor];
   hyper.gradient_weight = control.gradient_weight;
   hyper.apply = 1;
   return hyper;
