@@ -1,5 +1,7 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
@@ -69,29 +71,75 @@ SgdScalarSource source(const Number& number) {
 nb::tuple step_of_tree(
     const Tree& tree,
     const Layout& layout,
-    const std::vector<mx::array>& momentum_arenas,
+    const SgdSlots& slots,
     const mx::array& step,
     const Number& learning_rate,
     const Number& momentum,
     const Number& weight_decay,
+    const Number& grad_scale,
     double dampening,
-    bool has_momentum,
-    bool nesterov,
-    bool has_weight_decay,
+    uint32_t flags,
+    float clip_value,
+    float clip_norm,
+    float trust_coefficient,
+    double ema_decay,
+    uint64_t seed,
+    std::optional<mx::Dtype> momentum_dtype,
+    std::shared_ptr<SgdGroups> groups,
+    std::optional<mx::array> group_numbers,
+    std::optional<mx::array> skipped,
     mx::StreamOrDevice stream) {
-  using namespace fused_math;
-  const uint32_t flags =
-      has_momentum * kMomentum | nesterov * kNesterov | has_weight_decay * kWeightDecay;
-  auto result = sgd_step(
-      layout,
-      tree.parameters(),
-      tree.gradients(),
-      momentum_arenas,
-      step,
-      {source(learning_rate), source(momentum), source(weight_decay), dampening, flags},
-      stream);
+  SgdOptions options{
+      {source(learning_rate), source(momentum), source(weight_decay), source(grad_scale)},
+      dampening,
+      flags,
+      clip_value,
+      clip_norm,
+      trust_coefficient,
+      ema_decay,
+      seed,
+      momentum_dtype,
+      groups,
+      group_numbers,
+      skipped};
+  auto result =
+      sgd_step(layout, tree.parameters(), tree.gradients(), slots, step, options, stream);
+  auto measured = nb::make_tuple(nb::none(), nb::none());
+  if (!result.measured.empty()) {
+    measured = nb::make_tuple(result.measured[0], result.measured[1]);
+  }
   return nb::make_tuple(
-      tree.unflatten(result.parameters), result.momentum, result.counters[0], result.counters[1]);
+      tree.unflatten(result.parameters),
+      result.slots,
+      result.counters[0],
+      result.counters[1],
+      measured[0],
+      measured[1]);
+}
+
+nb::dict flags() {
+  using namespace fused_math;
+  const std::pair<const char*, SgdFlags> named[] = {
+      {"momentum", kMomentum},
+      {"nesterov", kNesterov},
+      {"weight_decay", kWeightDecay},
+      {"maximize", kMaximize},
+      {"grad_scale", kGradScale},
+      {"clip_value", kClipValue},
+      {"clip_norm", kClipNorm},
+      {"skip_nonfinite", kSkipNonfinite},
+      {"trust_ratio", kTrustRatio},
+      {"groups", kGroups},
+      {"decoupled", kDecoupled},
+      {"master_weights", kMaster},
+      {"compensated", kCompensated},
+      {"stochastic", kStochastic},
+      {"ema", kAverage}};
+  nb::dict bits;
+  for (auto [name, bit] : named) {
+    bits[name] = static_cast<uint32_t>(bit);
+  }
+  return bits;
 }
 
 } // namespace
@@ -186,22 +234,47 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       "A tensor of a flat arena, without a copy.");
 
+  nb::class_<SgdGroups>(m, "Groups", "Tensors that differ from the others: see csrc/sgd.h.")
+      .def(
+          "__init__",
+          [](SgdGroups* self, std::vector<uint32_t> group_of, std::vector<uint32_t> flags_of) {
+            for (auto group : group_of) {
+              if (group >= flags_of.size()) {
+                throw nb::index_error("[Groups] a tensor's group does not exist.");
+              }
+            }
+            new (self) SgdGroups{std::move(group_of), std::move(flags_of)};
+          },
+          "group_of"_a,
+          "flags_of"_a);
+  m.attr("FLAGS") = flags();
+  m.attr("GROUP_NUMBERS") = int(fused_math::kGroupNumbers);
+
   m.def(
       "sgd_step",
       &step_of_tree,
       "tree"_a,
       "layout"_a,
-      "momentum_arenas"_a,
+      "slots"_a,
       "step"_a,
       nb::kw_only(),
       "learning_rate"_a,
       "momentum"_a,
       "weight_decay"_a,
+      "grad_scale"_a,
       "dampening"_a,
-      "has_momentum"_a,
-      "nesterov"_a,
-      "has_weight_decay"_a,
+      "flags"_a,
+      "clip_value"_a,
+      "clip_norm"_a,
+      "trust_coefficient"_a,
+      "ema_decay"_a,
+      "seed"_a,
+      "momentum_dtype"_a.none(),
+      "groups"_a.none(),
+      "group_numbers"_a.none(),
+      "skipped"_a.none(),
       "stream"_a = nb::none(),
-      "One step of every tensor: (parameters, momentum arenas, step, used scalars). Each of\n"
-      "learning_rate, momentum and weight_decay is a float, a Schedule or a scalar array.");
+      "One step of every tensor: (parameters, slots, step, used scalars, measured or None,\n"
+      "steps skipped or None). Each of learning_rate, momentum, weight_decay and grad_scale is\n"
+      "a float, a Schedule or a scalar array.");
 }

@@ -77,11 +77,15 @@ void give_memory(
       arena.set_data(allocate(arena.nbytes()));
     }
   }
-  if (out.momentum) {
-    if (in.momentum->is_donatable() && in.momentum->flags().row_contiguous) {
-      out.momentum->copy_shared_buffer(*in.momentum);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (!out.slots[slot]) {
+      continue;
+    }
+    auto& old = *in.slots[slot];
+    if (old.is_donatable() && old.flags().row_contiguous) {
+      out.slots[slot]->copy_shared_buffer(old);
     } else {
-      out.momentum->set_data(allocate(out.momentum->nbytes()));
+      out.slots[slot]->set_data(allocate(out.slots[slot]->nbytes()));
     }
   }
   for (auto* scalar : {out.step, out.used}) {

@@ -10,7 +10,7 @@ namespace mlx_fused_optim {
 /// Gives every output of a step its memory: that of the inputs where nobody else
 /// can ever look at it again, else fresh from `allocate`. Shared by all backends.
 ///
-/// - Momentum is one array: MLX's own test for donation serves.
+/// - Momentum, and each other slot, is one array: MLX's own test for donation serves.
 /// - Parameters are many arrays in one buffer. They are written in place when
 ///   they lie in it exactly as the arena wants them, when each of them has no
 ///   other holder, and when the buffer has no holder besides them.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "math/sgd.h"
+#include "memory_order.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -17,25 +18,28 @@ struct MeasurePlan {
   bool has_parameters; // with kTrustRatio: the norms of the parameters too
 
   size_t array_count() const { return gradient_count * (1 + has_parameters); }
-  mx::Shape measured_shape() const;
+  mx::Shape measured_shape() const {
+    const size_t tensors = has_parameters ? 2 * gradient_count : 0;
+    return {static_cast<int>(fused_math::kMeasuredTensors + tensors)};
+  }
 };
 
 /// inputs  = gradients..., [parameters...], step, skipped, [given scalars]
 /// outputs = measured (float32, see SgdMeasured), skipped (uint64)
 struct MeasureInputs {
-  MeasureInputs(const MeasurePlan& plan, const std::vector<mx::array>& arrays);
+  MeasureInputs(const MeasurePlan& plan, const std::vector<mx::array>& inputs)
+      : arrays(inputs.data()),
+        step(arrays + plan.array_count()),
+        skipped(step + 1),
+        given(plan.control.given ? step + 2 : nullptr) {}
   const mx::array* arrays; // plan.array_count() of them
   const mx::array* step;
   const mx::array* skipped;
   const mx::array* given; // null when nothing is given
 };
 
-/// How an array is read for its norm. The order of a sum is that of memory where the
-/// elements fill a stretch of it in any order of the axes (a transposed matrix), else
-/// that of the indices.
-bool fills_memory(const mx::array& a);
-
-/// Evaluation is in csrc/{cpu,metal,cuda}/measure.cpp.
+/// Arrays that fill memory (see memory_order.h) are summed in memory's order, others in
+/// that of their indices. Evaluation is in csrc/{cpu,metal,cuda}/measure.cpp.
 class MeasureGradients : public mx::Primitive {
  public:
   MeasureGradients(mx::Stream stream, MeasurePlan plan)

@@ -4,6 +4,7 @@
 
 #include "composed.h"
 #include "errors.h"
+#include "measure.h"
 
 #include "mlx/transforms.h"
 
@@ -13,15 +14,91 @@ namespace {
 
 constexpr const char* kOp = "fused_sgd_step";
 
+uint32_t format_of(mx::Dtype dtype) {
+  return dtype == mx::float32 ? fused_math::kFloat32
+      : dtype == mx::float16  ? fused_math::kFloat16
+                              : fused_math::kBfloat16;
+}
+
 bool is_supported(mx::Dtype dtype) {
   return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+}
+
+/// The flags that dtypes have a use for: float32 loses nothing that a master, a
+/// compensation or rounding at random could keep.
+uint32_t flags_for(mx::Dtype parameter, mx::Dtype velocity, uint32_t flags) {
+  using namespace fused_math;
+  if (parameter == mx::float32) {
+    flags &= ~(kMaster | kCompensated);
+    flags &= velocity == mx::float32 ? ~kStochastic : ~0u;
+  }
+  return flags;
+}
+
+SgdPlan make_plan(
+    std::shared_ptr<const Arena> arena,
+    const SgdOptions& options,
+    SgdControl control,
+    bool writes_step) {
+  const auto velocity = options.momentum_dtype.value_or(arena->dtype);
+  control.flags = flags_for(arena->dtype, velocity, options.flags);
+  control.place = arena->fingerprint;
+  control.parameter_format = format_of(arena->dtype);
+  control.velocity_format = format_of(velocity);
+  return {std::move(arena), options.groups, control, velocity, writes_step};
+}
+
+constexpr const char* kSlotNames[kSlots] = {"momentum", "master", "compensation", "ema"};
+
+void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& options) {
+  for (int slot = 0; slot < kSlots; ++slot) {
+    size_t count = 0;
+    for (auto& arena : layout.arenas) {
+      const auto plan = make_plan(arena, options, {}, false);
+      if (!plan.has(slot)) {
+        continue;
+      }
+      const auto shape = arena_shape(*arena);
+      const auto dtype = plan.slot_dtype(slot);
+      if (count < slots[slot].size()) {
+        auto& array = slots[slot][count];
+        if (array.shape() != shape || array.dtype() != dtype) {
+          refuse(
+              kOp,
+              kSlotNames[slot],
+              " of arena ",
+              count,
+              " does not fit the parameters: got ",
+              array.dtype(),
+              " of shape ",
+              array.shape(),
+              ", expected ",
+              dtype,
+              " of shape ",
+              shape,
+              ".");
+        }
+      }
+      ++count;
+    }
+    if (slots[slot].size() != count) {
+      refuse(
+          kOp,
+          kSlotNames[slot],
+          " has the wrong number of arenas: got ",
+          slots[slot].size(),
+          ", expected ",
+          count,
+          ".");
+    }
+  }
 }
 
 void check(
     const Layout& layout,
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
-    const std::vector<mx::array>& momentum,
+    const SgdSlots& slots,
     const mx::array& step,
     const SgdOptions& options) {
   const size_t n = layout.tensors.size();
@@ -54,43 +131,14 @@ void check(
           ".");
     }
   }
-  const size_t arenas = options.flags & fused_math::kMomentum ? layout.arenas.size() : 0;
-  if (momentum.size() != arenas) {
-    refuse(
-        kOp,
-        "momentum has the wrong number of arenas: got ",
-        momentum.size(),
-        ", expected ",
-        arenas,
-        ".");
-  }
-  for (size_t a = 0; a < arenas; ++a) {
-    auto shape = arena_shape(*layout.arenas[a]);
-    if (momentum[a].shape() != shape || momentum[a].dtype() != layout.arenas[a]->dtype) {
-      refuse(
-          kOp,
-          "momentum of arena ",
-          a,
-          " does not fit the parameters: got ",
-          momentum[a].dtype(),
-          " of shape ",
-          momentum[a].shape(),
-          ", expected ",
-          layout.arenas[a]->dtype,
-          " of shape ",
-          shape,
-          ".");
-    }
-  }
+  check_slots(layout, slots, options);
   if (step.ndim() != 0 || step.dtype() != mx::uint64) {
     refuse(
         kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
   }
-  const SgdScalarSource* sources[] = {
-      &options.learning_rate, &options.momentum, &options.weight_decay};
-  const char* names[] = {"learning_rate", "momentum", "weight_decay"};
+  const char* names[] = {"learning_rate", "momentum", "weight_decay", "grad_scale"};
   for (int i = 0; i < fused_math::kScalars; ++i) {
-    auto* array = std::get_if<mx::array>(sources[i]);
+    auto* array = std::get_if<mx::array>(&options.scalars[i]);
     if (array && array->ndim() != 0) {
       refuse(
           kOp,
@@ -98,6 +146,24 @@ void check(
           " must be a scalar: got an array of shape ",
           array->shape(),
           ", allowed ().");
+    }
+  }
+  if (options.skipped && (options.skipped->ndim() != 0 || options.skipped->dtype() != mx::uint64)) {
+    refuse(
+        kOp,
+        "skipped must be a uint64 scalar: got ",
+        options.skipped->dtype(),
+        " of shape ",
+        options.skipped->shape(),
+        ".");
+  }
+  if (options.flags & fused_math::kGroups) {
+    const auto rows = static_cast<int>(options.groups ? options.groups->flags_of.size() : 0);
+    const mx::Shape expected{rows, fused_math::kGroupNumbers};
+    if (!options.groups || options.groups->group_of.size() != n || !options.group_numbers ||
+        options.group_numbers->shape() != expected ||
+        options.group_numbers->dtype() != mx::float32) {
+      refuse(kOp, "the groups do not fit: got other numbers of tensors or groups than the layout.");
     }
   }
 }
@@ -123,19 +189,22 @@ std::pair<SgdControl, std::vector<mx::array>> make_control(
     const SgdOptions& options,
     mx::Stream stream) {
   SgdControl control{};
-  control.flags = options.flags;
+  control.seed = options.seed;
   control.gradient_weight = static_cast<float>(1 - options.dampening);
-  const SgdScalarSource* sources[] = {
-      &options.learning_rate, &options.momentum, &options.weight_decay};
+  control.clip_value = options.clip_value;
+  control.clip_norm = options.clip_norm;
+  control.trust_coefficient = options.trust_coefficient;
+  control.average_weight = static_cast<float>(1 - options.ema_decay);
+  control.flags = options.flags;
   std::vector<mx::array> values;
   for (int i = 0; i < fused_math::kScalars; ++i) {
-    if (auto* array = std::get_if<mx::array>(sources[i])) {
+    if (auto* array = std::get_if<mx::array>(&options.scalars[i])) {
       control.given |= 1u << i;
       values.resize(i, mx::array(0.0f)); // those before it that are not given
       values.push_back(
           array->dtype() == mx::float32 ? *array : mx::astype(*array, mx::float32, stream));
     } else {
-      control.schedules[i] = std::get<Schedule>(*sources[i]);
+      control.schedules[i] = std::get<Schedule>(options.scalars[i]);
     }
   }
   // A scalar alone needs no copy, and is the usual case: a constant rate.
@@ -145,23 +214,52 @@ std::pair<SgdControl, std::vector<mx::array>> make_control(
   return {control, values};
 }
 
+std::vector<mx::array> measure(
+    const SgdControl& control,
+    const std::vector<mx::array>& given,
+    const std::vector<mx::array>& parameters,
+    const std::vector<mx::array>& gradients,
+    const mx::array& step,
+    const std::optional<mx::array>& skipped,
+    mx::Stream stream) {
+  MeasurePlan plan{control, gradients.size(), (control.flags & fused_math::kTrustRatio) != 0};
+  auto inputs = gradients;
+  if (plan.has_parameters) {
+    inputs.insert(inputs.end(), parameters.begin(), parameters.end());
+  }
+  inputs.push_back(step);
+  inputs.push_back(skipped.value_or(mx::array(uint64_t(0), mx::uint64)));
+  inputs.insert(inputs.end(), given.begin(), given.end());
+  return measure_gradients(plan, inputs, stream);
+}
+
 } // namespace
 
 SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()),
       gradients(arrays.data() + plan.tensor_count()),
-      momentum(plan.has_momentum() ? arrays.data() + 2 * plan.tensor_count() : nullptr),
-      step(arrays[2 * plan.tensor_count() + plan.has_momentum()]),
-      given(plan.control.given ? &step + 1 : nullptr) {}
+      slots{},
+      given(nullptr),
+      measured(nullptr),
+      groups(nullptr) {
+  auto* next = arrays.data() + 2 * plan.tensor_count();
+  for (int slot = 0; slot < kSlots; ++slot) {
+    slots[slot] = plan.has(slot) ? next++ : nullptr;
+  }
+  step = next++;
+  given = plan.control.given ? next++ : nullptr;
+  measured = plan.is_measured() ? next++ : nullptr;
+  groups = plan.flags() & fused_math::kGroups ? next++ : nullptr;
+}
 
 SgdOutputs::SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays)
-    : parameters(nullptr), momentum(nullptr), step(nullptr), used(nullptr) {
+    : parameters(nullptr), slots{}, step(nullptr), used(nullptr) {
   auto* next = arrays.data();
   if (plan.tensor_count() > 0) {
     parameters = next++;
   }
-  if (plan.has_momentum()) {
-    momentum = next++;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    slots[slot] = plan.has(slot) ? next++ : nullptr;
   }
   if (plan.writes_step) {
     step = next++;
@@ -172,7 +270,12 @@ SgdOutputs::SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays)
 std::vector<mx::Shape> SgdPlan::output_shapes() const {
   std::vector<mx::Shape> shapes;
   if (tensor_count() > 0) {
-    shapes.assign(1 + has_momentum(), arena_shape(*arena));
+    shapes.push_back(arena_shape(*arena));
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (has(slot)) {
+      shapes.push_back(arena_shape(*arena));
+    }
   }
   if (writes_step) {
     shapes.push_back({});
@@ -184,7 +287,12 @@ std::vector<mx::Shape> SgdPlan::output_shapes() const {
 std::vector<mx::Dtype> SgdPlan::output_dtypes() const {
   std::vector<mx::Dtype> dtypes;
   if (tensor_count() > 0) {
-    dtypes.assign(1 + has_momentum(), arena->dtype);
+    dtypes.push_back(arena->dtype);
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (has(slot)) {
+      dtypes.push_back(slot_dtype(slot));
+    }
   }
   if (writes_step) {
     dtypes.push_back(mx::uint64);
@@ -197,37 +305,57 @@ SgdStep sgd_step(
     const Layout& layout,
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
-    const std::vector<mx::array>& momentum,
+    const SgdSlots& slots,
     const mx::array& step,
     const SgdOptions& options,
     mx::StreamOrDevice s) {
-  check(layout, parameters, gradients, momentum, step, options);
+  check(layout, parameters, gradients, slots, step, options);
   auto stream = mx::to_stream(s);
   const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, stream);
 
+  std::vector<mx::array> readable;
+  readable.reserve(gradients.size());
+  for (size_t t = 0; t < gradients.size(); ++t) {
+    readable.push_back(readable_gradient(gradients[t], layout.tensors[t], stream));
+  }
+
   SgdStep result;
   result.parameters = parameters; // each is replaced below
+  if (options.flags & fused_math::kMeasuredFlags) {
+    result.measured = measure(control, given, parameters, readable, step, options.skipped, stream);
+  }
+
   // With no tensor at all, an empty arena still counts the step.
   static const auto no_tensors = std::make_shared<const Arena>(Arena{mx::float32});
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
+  std::array<size_t, kSlots> used_slots{};
   for (size_t a = 0; a < arenas; ++a) {
-    SgdPlan plan{a < layout.arenas.size() ? layout.arenas[a] : no_tensors, control, a == 0};
+    const auto plan = make_plan(
+        a < layout.arenas.size() ? layout.arenas[a] : no_tensors, options, control, a == 0);
     const auto& tensors = plan.arena->tensors;
 
     std::vector<mx::array> inputs;
-    inputs.reserve(2 * tensors.size() + 3);
+    inputs.reserve(2 * tensors.size() + kSlots + 4);
     for (int t : tensors) {
       inputs.push_back(parameters[t]);
     }
     for (int t : tensors) {
-      inputs.push_back(readable_gradient(gradients[t], layout.tensors[t], stream));
+      inputs.push_back(std::move(readable[t]));
     }
-    if (plan.has_momentum()) {
-      inputs.push_back(momentum[a]);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (plan.has(slot)) {
+        inputs.push_back(slots[slot][used_slots[slot]++]);
+      }
     }
     inputs.push_back(step);
     inputs.insert(inputs.end(), given.begin(), given.end());
+    if (plan.is_measured()) {
+      inputs.push_back(result.measured[0]);
+    }
+    if (plan.flags() & fused_math::kGroups) {
+      inputs.push_back(*options.group_numbers);
+    }
 
     auto outputs = composed ? sgd_step_composed(plan, inputs, stream)
                             : mx::array::make_arrays(
@@ -242,8 +370,10 @@ SgdStep sgd_step(
         result.parameters[tensors[i]] = std::move(views[i]);
       }
     }
-    if (out.momentum) {
-      result.momentum.push_back(*out.momentum);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (out.slots[slot]) {
+        result.slots[slot].push_back(*out.slots[slot]);
+      }
     }
     if (plan.writes_step) {
       result.counters = {*out.step, *out.used};

@@ -14,15 +14,7 @@ namespace mlx_fused_optim {
 
 using fused_math::SgdControl;
 
-/// What the state keeps of every element, each in arenas of its own that are laid
-/// out like the parameters'.
-enum SgdSlot : int {
-  kVelocity = 0, // with kMomentum; any of the three dtypes
-  kMasterCopy = 1, // float32; of half types only
-  kCompensation = 2, // the parameter's dtype; of half types only
-  kMovingAverage = 3, // float32
-  kSlots = 4,
-};
+using enum fused_math::SgdSlot;
 
 /// The tensors of a layout that differ from the others. Made once for a layout.
 struct SgdGroups {

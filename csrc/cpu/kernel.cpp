@@ -1,82 +1,11 @@
-// The CPU kernel: blocks that fit the first-level cache go through float32, and
-// the loop over a block is csrc/math's element on vectors.
-// UPDATE names the function; each build of this file has its own instruction set.
-#include "cpu/kernel.h"
-
-#include "cpu/half.h"
+// The CPU kernel of a plain step: the loop over a block is csrc/math's element on
+// vectors. Each build of this file has its own instruction set, which ISA names.
+#include "cpu/blocks.h"
 
 namespace mlx_fused_optim::cpu {
 namespace {
 
 using fused_math::SgdHyper;
-
-// Three buffers of this many float32 are 6 KiB.
-constexpr size_t kBlock = 512;
-
-float read_at(const Source& source, int64_t at) {
-  if (source.type == Type::float32) {
-    return static_cast<const float*>(source.data)[at];
-  }
-  const uint16_t half = static_cast<const uint16_t*>(source.data)[at];
-  return source.type == Type::float16 ? widen_float16(half) : widen_bfloat16(half);
-}
-
-/// The elements [begin, begin + n) of a strided array into `buffer`, a run along
-/// its last axis at a time.
-void gather(const Source& source, size_t begin, size_t n, float* buffer) {
-  const Strided& s = *source.strided;
-  const size_t last = s.dimensions - 1;
-  for (size_t done = 0; done < n;) {
-    size_t rest = s.first + begin + done;
-    int64_t at = 0;
-    size_t run = n - done;
-    for (size_t d = last + 1; d-- > 0;) {
-      const size_t length = s.shape[d];
-      const size_t index = rest % length;
-      if (d == last && length - index < run) {
-        run = length - index;
-      }
-      at += int64_t(index) * s.strides[d];
-      rest /= length;
-    }
-    for (size_t i = 0; i < run; ++i) {
-      buffer[done + i] = read_at(source, at + int64_t(i) * s.strides[last]);
-    }
-    done += run;
-  }
-}
-
-/// The elements [begin, begin + n) of `source` as float32: in place if they
-/// already are, else in `buffer`.
-const float* read(const Source& source, size_t begin, size_t n, float* buffer) {
-  if (source.strided) {
-    gather(source, begin, n, buffer);
-    return buffer;
-  }
-  if (source.type == Type::float32) {
-    return static_cast<const float*>(source.data) + begin;
-  }
-  auto* half = static_cast<const uint16_t*>(source.data) + begin;
-  source.type == Type::float16 ? widen_float16(half, buffer, n) : widen_bfloat16(half, buffer, n);
-  return buffer;
-}
-
-void write(Type type, void* data, size_t begin, size_t n, const float* values) {
-  auto* half = static_cast<uint16_t*>(data) + begin;
-  type == Type::float16 ? narrow_float16(values, half, n) : narrow_bfloat16(values, half, n);
-}
-
-// The widest vector of this instruction set, spelled in the compiler's vector
-// extension: g++'s own vectoriser gave up on this loop, at half the speed.
-#if defined(__AVX512F__)
-constexpr size_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr size_t kVectorBytes = 32;
-#else
-constexpr size_t kVectorBytes = 16;
-#endif
-typedef float Vector __attribute__((vector_size(kVectorBytes)));
-constexpr size_t kWidth = kVectorBytes / sizeof(float);
 
 // The loop goes by cache lines of float32 and asks for the one that it will want
 // kAhead elements later. The hardware's prefetchers stop at every page, and five
@@ -138,7 +67,7 @@ void update_block(
 
 } // namespace
 
-void UPDATE(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint32_t flags) {
+void KERNEL(update)(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint32_t flags) {
   alignas(64) float parameter_block[kBlock], gradient_block[kBlock], velocity_block[kBlock];
   const Type type = tensor.parameter.type;
   const bool direct = type == Type::float32;

@@ -39,18 +39,71 @@ struct Tensor {
   void* velocity_out;
 };
 
-/// Updates the elements [begin, end) of a tensor.
-using UpdateFunction = void (*)(
-    const Tensor& tensor,
-    size_t begin,
-    size_t end,
-    fused_math::SgdHyper hyper,
-    uint32_t flags); // fused_math::SgdFlags
+/// One tensor's share of a full step. Slots have the types of their sources, and
+/// likewise may be written to the memory they are read from.
+struct FullTensor {
+  size_t size;
+  size_t position; // of its first element in the arena
+  Source parameter;
+  Source gradient;
+  Source slots[fused_math::kSlots]; // data null where the step has none
+  void* parameter_out;
+  void* slots_out[fused_math::kSlots];
+};
 
-void update_baseline(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t);
+struct Formats {
+  uint32_t parameter, velocity; // fused_math::Format
+};
+
+/// The sum of the squares of a chunk, in the order of csrc/math/norm.h, and the largest
+/// magnitude.
+struct Chunk {
+  float sum;
+  uint32_t peak;
+};
+
+/// The kernels for one instruction set.
+struct Kernels {
+  /// Updates the elements [begin, end) of a tensor.
+  void (*update)(
+      const Tensor& tensor,
+      size_t begin,
+      size_t end,
+      fused_math::SgdHyper hyper,
+      uint32_t flags); // fused_math::SgdFlags
+
+  void (*update_full)(
+      const FullTensor& tensor,
+      size_t begin,
+      size_t end,
+      fused_math::SgdHyper hyper,
+      uint32_t flags,
+      Formats formats);
+
+  /// The elements [begin, begin + n) of an array, n <= fused_math::kChunk; a gradient
+  /// goes through sgd_gradient with these `flags`.
+  Chunk (*measure)(
+      const Source& source,
+      size_t begin,
+      size_t n,
+      fused_math::SgdHyper hyper,
+      uint32_t flags);
+};
+
+// ISA is that of the file that is compiled.
+#define KERNEL_NAME(name, isa) name##_##isa
+#define KERNEL_OF(name, isa) KERNEL_NAME(name, isa)
+#define KERNEL(name) KERNEL_OF(name, ISA)
+#define DECLARE_KERNELS(isa)                                                              \
+  void update_##isa(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t);       \
+  void update_full_##isa(                                                                 \
+      const FullTensor&, size_t, size_t, fused_math::SgdHyper, uint32_t, Formats);        \
+  Chunk measure_##isa(const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t);     \
+  constexpr Kernels kKernels_##isa = {update_##isa, update_full_##isa, measure_##isa};
+DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
-void update_avx2(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t);
-void update_avx512(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t);
+DECLARE_KERNELS(avx2)
+DECLARE_KERNELS(avx512)
 #endif
 
 } // namespace mlx_fused_optim::cpu

@@ -57,6 +57,16 @@ struct SgdHyper {
   RandomKey key;
 };
 
+/// What the state keeps of every element, each in arenas of its own that are laid
+/// out like the parameters'.
+enum SgdSlot : int {
+  kVelocity = 0, // with kMomentum; any of the three dtypes
+  kMasterCopy = 1, // with kMaster; float32, of half types only
+  kCompensation = 2, // with kCompensated; the parameter's dtype, of half types only
+  kMovingAverage = 3, // with kAverage; float32
+  kSlots = 4,
+};
+
 /// The numbers that may change from step to step, and their positions in the
 /// arrays of given and of used values.
 enum SgdScalar : int {
@@ -96,6 +106,9 @@ enum SgdMeasured : uint32_t {
   kMeasuredTensors = 2,
 };
 
+/// The norm of a sum of squares.
+MATH_FN float sgd_norm(Real sum) { return sqrt_float(folded(sum)); }
+
 /// Whether the step is to be done: `peak` is of all gradients as they were given.
 MATH_FN bool sgd_applies(uint32_t flags, uint32_t peak, float norm) {
   return !(flags & kSkipNonfinite) ||
@@ -130,7 +143,26 @@ MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Giv
   hyper.momentum = sgd_scalar(control, kMomentumFactor, step, given);
   hyper.weight_decay = sgd_scalar(control, kWeightDecayFactor, step, given);
   hyper.gradient_weight = control.gradient_weight;
+  hyper.apply = 1;
   return hyper;
+}
+
+/// The next counter, and the scalars that were used: by one thread, once a step.
+template <typename Given, typename StepOut, typename UsedOut>
+MATH_FN void sgd_counters(
+    MATH_CONSTANT SgdControl& control,
+    SgdHyper hyper,
+    uint64_t step,
+    Given given,
+    StepOut step_out,
+    UsedOut used_out) {
+  step_out[0] = step + hyper.apply;
+  used_out[kLearningRate] = hyper.learning_rate;
+  used_out[kMomentumFactor] = hyper.momentum;
+  used_out[kWeightDecayFactor] = hyper.weight_decay;
+  used_out[kGradScaleFactor] = control.flags & kGradScale
+      ? sgd_scalar(control, kGradScaleFactor, step, given)
+      : 1.0f;
 }
 
 /// What the measurement of the gradients needs: their scale.

@@ -146,18 +146,30 @@ def take_step(
     if hyper.has_momentum and len(tree) > 0:
         state = _packing.packed(state, tree, op)
         arenas = _packing.momentum_arenas(state, tree, op) or []
-    parameters, arenas, step, used = _ext.sgd_step(
+    flags = _ext.FLAGS
+    parameters, slots, step, used, _, _ = _ext.sgd_step(
         tree,
         layout,
-        arenas,
+        [arenas, [], [], []],
         state["step"],
         **options,
+        grad_scale=1.0,
         dampening=hyper.dampening,
-        has_momentum=hyper.has_momentum,
-        nesterov=hyper.nesterov,
-        has_weight_decay=hyper.has_weight_decay,
+        flags=hyper.has_momentum * flags["momentum"]
+        | hyper.nesterov * flags["nesterov"]
+        | hyper.has_weight_decay * flags["weight_decay"],
+        clip_value=0.0,
+        clip_norm=0.0,
+        trust_coefficient=0.0,
+        ema_decay=0.0,
+        seed=0,
+        momentum_dtype=None,
+        groups=None,
+        group_numbers=None,
+        skipped=None,
         stream=stream,
     )
+    arenas = slots[0]
     if arenas:
         state = _packing.with_momentum(state, arenas, tree)
     for name, position in in_kernel:

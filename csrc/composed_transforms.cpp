@@ -1,0 +1,107 @@
+#include "composed_transforms.h"
+
+#include <algorithm>
+
+#include "mlx/transforms.h"
+
+namespace mlx_fused_optim {
+
+namespace {
+
+bool contains(const std::vector<int>& numbers, int number) {
+  return std::find(numbers.begin(), numbers.end(), number) != numbers.end();
+}
+
+std::vector<mx::array> without(
+    const std::vector<int>& positions,
+    const std::vector<mx::array>& arrays) {
+  std::vector<mx::array> rest;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    if (!contains(positions, i)) {
+      rest.push_back(arrays[i]);
+    }
+  }
+  return rest;
+}
+
+mx::array no_derivative() { return mx::array(uint64_t(0), mx::uint64); }
+
+/// The operation as a function of some inputs alone, and without its counters.
+struct Differentiable {
+  Differentiable(
+      const ComposedOperation& operation,
+      const std::vector<mx::array>& primals,
+      const std::vector<int>& asked)
+      : operation(operation), inputs(primals) {
+    for (size_t i = 0; i < asked.size(); ++i) {
+      if (!contains(operation.input_counters, asked[i])) {
+        argnums.push_back(asked[i]);
+        positions.push_back(i);
+        values.push_back(primals[asked[i]]);
+      }
+    }
+  }
+
+  std::vector<mx::array> operator()(const std::vector<mx::array>& replaced) const {
+    auto all = inputs;
+    for (size_t i = 0; i < replaced.size(); ++i) {
+      all[argnums[i]] = replaced[i];
+    }
+    return without(operation.output_counters, operation.function(all));
+  }
+
+  const ComposedOperation& operation;
+  std::vector<mx::array> inputs, values;
+  std::vector<int> argnums;
+  std::vector<int> positions; // of these among those that were asked for
+};
+
+} // namespace
+
+std::vector<mx::array> composed_jvp(
+    const ComposedOperation& operation,
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& tangents,
+    const std::vector<int>& argnums) {
+  Differentiable function(operation, primals, argnums);
+  std::vector<mx::array> directions;
+  for (int position : function.positions) {
+    directions.push_back(tangents[position]);
+  }
+  auto result = mx::jvp(function, function.values, directions).second;
+  for (int counter : operation.output_counters) { // in increasing order
+    result.insert(result.begin() + counter, no_derivative());
+  }
+  return result;
+}
+
+std::vector<mx::array> composed_vjp(
+    const ComposedOperation& operation,
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& cotangents,
+    const std::vector<int>& argnums) {
+  Differentiable function(operation, primals, argnums);
+  auto found =
+      mx::vjp(function, function.values, without(operation.output_counters, cotangents)).second;
+  std::vector<mx::array> result(argnums.size(), no_derivative());
+  for (size_t i = 0; i < found.size(); ++i) {
+    result[function.positions[i]] = found[i];
+  }
+  return result;
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> composed_vmap(
+    const ComposedOperation& operation,
+    const std::vector<mx::array>& inputs,
+    const std::vector<int>& axes,
+    const std::vector<mx::Shape>& shapes) {
+  auto outputs = mx::vmap(operation.function, axes)(inputs);
+  // An output that depends on no vectorised input has no batch axis.
+  std::vector<int> output_axes;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    output_axes.push_back(outputs[i].ndim() > shapes[i].size() ? 0 : -1);
+  }
+  return {std::move(outputs), std::move(output_axes)};
+}
+
+} // namespace mlx_fused_optim

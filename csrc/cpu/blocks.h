@@ -1,0 +1,82 @@
+// What the CPU kernels share: blocks that fit the first-level cache go through float32,
+// and the vector of the instruction set that the file is compiled for.
+#pragma once
+
+#include "cpu/half.h"
+#include "cpu/kernel.h"
+
+namespace mlx_fused_optim::cpu {
+namespace {
+
+// Six buffers of this many float32 are 12 KiB.
+constexpr size_t kBlock = 512;
+
+float read_at(const Source& source, int64_t at) {
+  if (source.type == Type::float32) {
+    return static_cast<const float*>(source.data)[at];
+  }
+  const uint16_t half = static_cast<const uint16_t*>(source.data)[at];
+  return source.type == Type::float16 ? widen_float16(half) : widen_bfloat16(half);
+}
+
+/// The elements [begin, begin + n) of a strided array into `buffer`, a run along
+/// its last axis at a time.
+void gather(const Source& source, size_t begin, size_t n, float* buffer) {
+  const Strided& s = *source.strided;
+  const size_t last = s.dimensions - 1;
+  for (size_t done = 0; done < n;) {
+    size_t rest = s.first + begin + done;
+    int64_t at = 0;
+    size_t run = n - done;
+    for (size_t d = last + 1; d-- > 0;) {
+      const size_t length = s.shape[d];
+      const size_t index = rest % length;
+      if (d == last && length - index < run) {
+        run = length - index;
+      }
+      at += int64_t(index) * s.strides[d];
+      rest /= length;
+    }
+    for (size_t i = 0; i < run; ++i) {
+      buffer[done + i] = read_at(source, at + int64_t(i) * s.strides[last]);
+    }
+    done += run;
+  }
+}
+
+/// The elements [begin, begin + n) of `source` as float32: in place if they
+/// already are, else in `buffer`.
+const float* read(const Source& source, size_t begin, size_t n, float* buffer) {
+  if (source.strided) {
+    gather(source, begin, n, buffer);
+    return buffer;
+  }
+  if (source.type == Type::float32) {
+    return static_cast<const float*>(source.data) + begin;
+  }
+  auto* half = static_cast<const uint16_t*>(source.data) + begin;
+  source.type == Type::float16 ? widen_float16(half, buffer, n) : widen_bfloat16(half, buffer, n);
+  return buffer;
+}
+
+void write(Type type, void* data, size_t begin, size_t n, const float* values) {
+  auto* half = static_cast<uint16_t*>(data) + begin;
+  type == Type::float16 ? narrow_float16(values, half, n) : narrow_bfloat16(values, half, n);
+}
+
+// The widest vector of this instruction set, spelled in the compiler's vector
+// extension: g++'s own vectoriser gave up on this loop, at half the speed.
+#if defined(__AVX512F__)
+constexpr size_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr size_t kVectorBytes = 32;
+#else
+constexpr size_t kVectorBytes = 16;
+#endif
+typedef float Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VectorBits __attribute__((vector_size(kVectorBytes)));
+constexpr size_t kWidth = kVectorBytes / sizeof(float);
+
+
+} // namespace
+} // namespace mlx_fused_optim::cpu

@@ -1,0 +1,114 @@
+#include "measure.h"
+
+#include "composed.h"
+#include "composed_transforms.h"
+#include "mlx/transforms.h"
+#include "schedule.h"
+
+namespace mlx_fused_optim {
+
+namespace {
+
+using namespace fused_math;
+
+ComposedOperation composed_operation(const MeasurePlan& plan, mx::Stream s) {
+  const int step = static_cast<int>(plan.array_count());
+  return {
+      [&plan, s](const std::vector<mx::array>& inputs) {
+        return measure_composed(plan, inputs, s);
+      },
+      {step, step + 1},
+      {1}};
+}
+
+} // namespace
+
+std::vector<mx::array> measure_gradients(
+    const MeasurePlan& plan,
+    const std::vector<mx::array>& inputs,
+    mx::Stream stream) {
+  if (composed_is_asked_for()) {
+    return measure_composed(plan, inputs, stream);
+  }
+  return mx::array::make_arrays(
+      {plan.measured_shape(), {}},
+      {mx::float32, mx::uint64},
+      std::make_shared<MeasureGradients>(stream, plan),
+      inputs);
+}
+
+std::vector<mx::array> measure_composed(
+    const MeasurePlan& plan,
+    const std::vector<mx::array>& inputs,
+    mx::Stream s) {
+  MeasureInputs in(plan, inputs);
+  const uint32_t flags = plan.control.flags;
+  auto unscale = mx::array(1.0f);
+  if (flags & kGradScale) {
+    const auto scale = !(plan.control.given >> kGradScaleFactor & 1)
+        ? evaluate_schedule(plan.control.schedules[kGradScaleFactor], *in.step, s)
+        : in.given->ndim() == 0 ? *in.given
+                                : mx::take(*in.given, int(kGradScaleFactor), 0, s);
+    unscale = mx::divide(unscale, scale, s);
+  }
+  auto squares = [&](const mx::array& x) { return mx::sum(mx::square(x, s), s); };
+
+  auto total = mx::array(0.0f);
+  auto finite = mx::array(true);
+  std::vector<mx::array> sums; // of squares, for each tensor: gradient and parameter
+  for (size_t i = 0; i < plan.gradient_count; ++i) {
+    auto g = mx::astype(in.arrays[i], mx::float32, s);
+    finite = mx::logical_and(finite, mx::all(mx::isfinite(g, s), s), s);
+    if (flags & kGradScale) {
+      g = mx::multiply(g, unscale, s);
+    }
+    if (flags & kClipValue) {
+      const auto limit = mx::array(plan.control.clip_value);
+      const auto least = mx::negative(limit, s);
+      g = mx::where(mx::greater(g, limit, s), limit, g, s);
+      g = mx::where(mx::less(g, least, s), least, g, s);
+    }
+    const auto sum = squares(g);
+    total = mx::add(total, sum, s);
+    if (plan.has_parameters) {
+      sums.push_back(sum);
+      sums.push_back(squares(mx::astype(in.arrays[plan.gradient_count + i], mx::float32, s)));
+    }
+  }
+  const auto norm = mx::sqrt(total, s);
+  if (flags & kClipNorm) {
+    finite = mx::logical_and(finite, mx::isfinite(norm, s), s);
+  }
+  const auto apply = flags & kSkipNonfinite ? finite : mx::array(true);
+
+  // In front of the tensors' norms: the root of 1 and of 0 is itself.
+  sums.insert(sums.begin(), {total, mx::astype(apply, mx::float32, s)});
+  const auto measured = mx::sqrt(mx::stack(sums, 0, s), s);
+  const auto skipped =
+      mx::add(*in.skipped, mx::astype(mx::logical_not(apply, s), mx::uint64, s), s);
+  return {measured, skipped};
+}
+
+std::vector<mx::array> MeasureGradients::jvp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& tangents,
+    const std::vector<int>& argnums) {
+  return composed_jvp(composed_operation(plan_, stream()), primals, tangents, argnums);
+}
+
+std::vector<mx::array> MeasureGradients::vjp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& cotangents,
+    const std::vector<int>& argnums,
+    const std::vector<mx::array>&) {
+  return composed_vjp(composed_operation(plan_, stream()), primals, cotangents, argnums);
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> MeasureGradients::vmap(
+    const std::vector<mx::array>& inputs,
+    const std::vector<int>& axes) {
+  return composed_vmap(
+      composed_operation(plan_, stream()), inputs, axes, {plan_.measured_shape(), {}});
+}
+
+} // namespace mlx_fused_optim

@@ -1,0 +1,318 @@
+// The step in MLX operations: csrc/math/sgd.h once more, for what MLX can transform.
+#include "composed_transforms.h"
+#include "mlx/transforms.h"
+#include "rounding_composed.h"
+#include "sgd.h"
+
+namespace mlx_fused_optim {
+
+namespace {
+
+using namespace fused_math;
+
+mx::array tensor_of(const mx::array& arena, const mx::Shape& shape, size_t offset, mx::Stream s) {
+  return arena_view(mx::contiguous(arena, false, s), shape, offset, s);
+}
+
+mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::Stream s) {
+  return mx::reshape(pack_arena(tensors, arena.offsets, arena.size, s), arena_shape(arena), s);
+}
+
+mx::array number(float value) { return mx::array(value); }
+
+/// The numbers of a step, as scalars.
+struct Numbers {
+  mx::array learning_rate, momentum, weight_decay;
+  mx::array unscale, clip_factor, trust_ratio;
+};
+
+class ComposedStep {
+ public:
+  ComposedStep(const SgdPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
+      : plan_(plan), control_(plan.control), in_(plan, inputs), s_(s) {}
+
+  std::vector<mx::array> outputs() const;
+
+ private:
+  struct Tensor {
+    mx::array parameter;
+    std::array<std::optional<mx::array>, kSlots> slots;
+  };
+
+  mx::array scalar(SgdScalar i) const;
+  mx::array measured(int i) const { return mx::take(*in_.measured, i, 0, s_); }
+  Numbers numbers() const;
+  Numbers tensor_numbers(Numbers numbers, size_t i) const;
+  Tensor update(size_t i, const Numbers& numbers) const;
+  mx::array gradient(size_t i, const Numbers& numbers) const;
+  /// Rounded and stored: at random with the 16 bits from `shift` on, else to nearest.
+  mx::array stored(const mx::array& x, mx::Dtype dtype, bool at_random, const mx::array* random)
+      const;
+
+  mx::array add(const mx::array& a, const mx::array& b) const { return mx::add(a, b, s_); }
+  mx::array subtract(const mx::array& a, const mx::array& b) const {
+    return mx::subtract(a, b, s_);
+  }
+  mx::array multiply(const mx::array& a, const mx::array& b) const {
+    return mx::multiply(a, b, s_);
+  }
+  mx::array wide(const mx::array& a) const { return mx::astype(a, mx::float32, s_); }
+
+  const SgdPlan& plan_;
+  const SgdControl& control_;
+  SgdInputs in_;
+  mx::Stream s_;
+};
+
+mx::array ComposedStep::scalar(SgdScalar i) const {
+  if (!(control_.given >> i & 1)) {
+    return evaluate_schedule(control_.schedules[i], *in_.step, s_);
+  }
+  // A scalar alone, or one of several.
+  return in_.given->ndim() == 0 ? *in_.given : mx::take(*in_.given, int(i), 0, s_);
+}
+
+Numbers ComposedStep::numbers() const {
+  Numbers n{
+      scalar(kLearningRate),
+      scalar(kMomentumFactor),
+      scalar(kWeightDecayFactor),
+      number(1),
+      number(1),
+      number(1)};
+  if (plan_.flags() & kGradScale) {
+    n.unscale = mx::divide(number(1), scalar(kGradScaleFactor), s_);
+  }
+  if (plan_.flags() & kClipNorm) {
+    const auto norm = add(measured(kMeasuredNorm), number(1e-6f));
+    n.clip_factor = mx::minimum(
+        mx::divide(number(control_.clip_norm), norm, s_), number(1), s_);
+  }
+  return n;
+}
+
+Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
+  const uint32_t flags = plan_.tensor_flags(i);
+  auto coefficient = number(control_.trust_coefficient);
+  if (flags & kGroups) {
+    const auto row = mx::take(*in_.groups, int(plan_.group(i)), 0, s_);
+    auto own = [&](int i) { return mx::take(row, i, 0, s_); };
+    auto affine = [&](const mx::array& x, int times, int plus) {
+      return add(multiply(own(times), x), own(plus));
+    };
+    n.learning_rate = affine(n.learning_rate, kLearningRateTimes, kLearningRatePlus);
+    n.momentum = affine(n.momentum, kMomentumTimes, kMomentumPlus);
+    n.weight_decay = affine(n.weight_decay, kWeightDecayTimes, kWeightDecayPlus);
+    coefficient = own(kTrustCoefficient);
+  }
+  if (flags & kTrustRatio) {
+    const int at = kMeasuredTensors + 2 * plan_.arena->tensors[i];
+    const auto gradient = measured(at), parameter = measured(at + 1);
+    const bool decays = (flags & kWeightDecay) && !(flags & kDecoupled);
+    const auto ratio = mx::divide(
+        multiply(coefficient, parameter),
+        add(multiply(gradient, n.clip_factor),
+            decays ? multiply(n.weight_decay, parameter) : number(0)),
+        s_);
+    const auto both = mx::logical_and(
+        mx::greater(gradient, number(0), s_), mx::greater(parameter, number(0), s_), s_);
+    n.trust_ratio = mx::where(both, ratio, number(1), s_);
+  }
+  return n;
+}
+
+mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
+  const uint32_t flags = plan_.flags();
+  auto g = wide(in_.gradients[i]);
+  if (flags & kMaximize) {
+    g = mx::negative(g, s_);
+  }
+  if (flags & kGradScale) {
+    g = multiply(g, n.unscale);
+  }
+  if (flags & kClipValue) {
+    const auto limit = number(control_.clip_value);
+    g = mx::where(mx::greater(g, limit, s_), limit, g, s_);
+    g = mx::where(mx::less(g, mx::negative(limit, s_), s_), mx::negative(limit, s_), g, s_);
+  }
+  return flags & kClipNorm ? multiply(g, n.clip_factor) : g;
+}
+
+mx::array ComposedStep::stored(
+    const mx::array& x,
+    mx::Dtype dtype,
+    bool at_random,
+    const mx::array* random) const {
+  return mx::astype(at_random ? random_composed(x, dtype, *random, s_) : x, dtype, s_);
+}
+
+ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
+  const uint32_t flags = plan_.tensor_flags(i);
+  const auto n = tensor_numbers(step, i);
+  const auto& arena = *plan_.arena;
+  std::array<std::optional<mx::array>, kSlots> old;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (in_.slots[slot]) {
+      old[slot] = tensor_of(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s_);
+    }
+  }
+
+  const auto parameter = wide(in_.parameters[i]);
+  auto w = parameter;
+  if (flags & kMaster) {
+    const auto rounded = nearest_composed(*old[kMasterCopy], arena.dtype, s_);
+    w = mx::where(mx::equal(rounded, parameter, s_), *old[kMasterCopy], parameter, s_);
+  }
+  auto u = gradient(i, n);
+  if ((flags & kWeightDecay) && !(flags & kDecoupled)) {
+    u = add(u, multiply(n.weight_decay, w));
+  }
+  if (flags & kTrustRatio) {
+    u = multiply(u, n.trust_ratio);
+  }
+  Tensor next{parameter, old};
+  std::optional<mx::array> random;
+  if (flags & kStochastic) {
+    random = random_bits_composed(
+        arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s_);
+  }
+  if (flags & kMomentum) {
+    const auto velocity = add(
+        multiply(n.momentum, wide(*old[kVelocity])),
+        multiply(number(control_.gradient_weight), u));
+    u = flags & kNesterov ? add(u, multiply(n.momentum, velocity)) : velocity;
+    std::optional<mx::array> bits;
+    if (random) {
+      bits = mx::right_shift(*random, mx::array(16u, mx::uint32), s_);
+    }
+    next.slots[kVelocity] =
+        stored(velocity, plan_.velocity_dtype, bits.has_value(), bits ? &*bits : nullptr);
+  }
+  if ((flags & kWeightDecay) && (flags & kDecoupled)) {
+    u = add(u, multiply(n.weight_decay, w));
+  }
+
+  const auto move = multiply(n.learning_rate, u);
+  auto exact = subtract(w, move);
+  if (flags & kCompensated) {
+    const auto change = subtract(wide(*old[kCompensation]), move);
+    exact = add(w, change);
+    const auto rounded = nearest_composed(exact, arena.dtype, s_);
+    next.parameter = mx::astype(rounded, arena.dtype, s_);
+    next.slots[kCompensation] =
+        mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s_);
+  } else {
+    const bool at_random = (flags & kStochastic) && !(flags & kMaster);
+    next.parameter = stored(exact, arena.dtype, at_random, random ? &*random : nullptr);
+    if (flags & kMaster) {
+      next.slots[kMasterCopy] = exact;
+    } else {
+      exact = wide(next.parameter);
+    }
+  }
+  if (flags & kAverage) {
+    const auto& average = *old[kMovingAverage];
+    next.slots[kMovingAverage] =
+        add(average, multiply(number(control_.average_weight), subtract(exact, average)));
+  }
+
+  if (flags & kSkipNonfinite) {
+    const auto apply = mx::not_equal(measured(kMeasuredApply), number(0), s_);
+    next.parameter = mx::where(apply, next.parameter, in_.parameters[i], s_);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (old[slot]) {
+        next.slots[slot] = mx::where(apply, *next.slots[slot], *old[slot], s_);
+      }
+    }
+  }
+  return next;
+}
+
+std::vector<mx::array> ComposedStep::outputs() const {
+  const auto step = numbers();
+  std::vector<mx::array> parameters;
+  std::array<std::vector<mx::array>, kSlots> slots;
+  for (size_t i = 0; i < plan_.tensor_count(); ++i) {
+    auto next = update(i, step);
+    parameters.push_back(next.parameter);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (next.slots[slot]) {
+        slots[slot].push_back(*next.slots[slot]);
+      }
+    }
+  }
+
+  std::vector<mx::array> outputs;
+  if (!parameters.empty()) {
+    outputs.push_back(pack(parameters, *plan_.arena, s_));
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (plan_.has(slot)) {
+      outputs.push_back(pack(slots[slot], *plan_.arena, s_));
+    }
+  }
+  if (plan_.writes_step) {
+    auto one = mx::array(uint64_t(1), mx::uint64);
+    if (plan_.flags() & kSkipNonfinite) {
+      one = mx::astype(measured(kMeasuredApply), mx::uint64, s_);
+    }
+    const auto scale = plan_.flags() & kGradScale ? scalar(kGradScaleFactor) : number(1);
+    outputs.push_back(add(*in_.step, one));
+    outputs.push_back(
+        mx::stack({step.learning_rate, step.momentum, step.weight_decay, scale}, 0, s_));
+  }
+  return outputs;
+}
+
+ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
+  const int slots = [&] {
+    int count = 0;
+    for (int slot = 0; slot < kSlots; ++slot) {
+      count += plan.has(slot);
+    }
+    return count;
+  }();
+  std::vector<int> step_out;
+  if (plan.writes_step) {
+    step_out.push_back((plan.tensor_count() > 0) + slots);
+  }
+  return {
+      [&plan, s](const std::vector<mx::array>& inputs) {
+        return sgd_step_composed(plan, inputs, s);
+      },
+      {int(2 * plan.tensor_count()) + slots},
+      step_out};
+}
+
+} // namespace
+
+std::vector<mx::array> sgd_step_composed(
+    const SgdPlan& plan,
+    const std::vector<mx::array>& inputs,
+    mx::Stream s) {
+  return ComposedStep(plan, inputs, s).outputs();
+}
+
+std::vector<mx::array> FusedSGD::jvp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& tangents,
+    const std::vector<int>& argnums) {
+  return composed_jvp(composed_operation(plan_, stream()), primals, tangents, argnums);
+}
+
+std::vector<mx::array> FusedSGD::vjp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& cotangents,
+    const std::vector<int>& argnums,
+    const std::vector<mx::array>&) {
+  return composed_vjp(composed_operation(plan_, stream()), primals, cotangents, argnums);
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> FusedSGD::vmap(
+    const std::vector<mx::array>& inputs,
+    const std::vector<int>& axes) {
+  return composed_vmap(
+      composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
+}
+
+} // namespace mlx_fused_optim
