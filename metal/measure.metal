@@ -51,7 +51,7 @@ inline float sum_of_lanes(threadgroup float4* quads) {
   return (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
 }
 
-/// The sum and the peak of each chunk. Threadgroups have up to kMostThreads.
+/// The sum and the peak of each chunk.
 [[kernel]] void measure_chunks(
     constant SgdControl& control [[buffer(kControlBuffer)]],
     constant MeasureTable& table [[buffer(kTableBuffer)]],
@@ -116,8 +116,8 @@ inline float sum_of_lanes(threadgroup float4* quads) {
   }
 }
 
-/// The sum of `count` values, and the largest peak, in lanes[0]. Every thread of the
-/// threadgroup calls it.
+/// The sum of `count` values, and the largest peak, in lanes[0], for thread 0. Every
+/// thread of the threadgroup calls it.
 inline void fold_all(
     device const Measure* values,
     uint64_t count,
@@ -144,7 +144,6 @@ inline void fold_all(
           lanes + lane, merged(load_measure(lanes + lane), load_measure(lanes + lane + width)));
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 /// A threadgroup an array: its sum, from its chunks'. Array i has the chunks from
@@ -180,7 +179,7 @@ inline void fold_all(
   fold_all(array_sums, gradient_count, sums, lane, lanes);
   if (lane == 0) {
     const Measure total = load_measure(sums);
-    const float norm = sqrt_float(folded(total.sum));
+    const float norm = sgd_norm(total.sum);
     const bool applies = sgd_applies(control.flags, total.peak, norm);
     measured_out[kMeasuredNorm] = norm;
     measured_out[kMeasuredApply] = applies ? 1.0f : 0.0f;
@@ -189,7 +188,7 @@ inline void fold_all(
   if (has_parameters) {
     for (uint32_t i = lane; i < 2 * gradient_count; i += lanes) {
       const uint32_t from = i % 2 * gradient_count + i / 2;
-      measured_out[kMeasuredTensors + i] = sqrt_float(folded(load_measure(array_sums + from).sum));
+      measured_out[kMeasuredTensors + i] = sgd_norm(load_measure(array_sums + from).sum);
     }
   }
 }

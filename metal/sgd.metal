@@ -91,8 +91,8 @@ template <typename T, typename G>
   }
 }
 
-/// One thread, once a step: the next counter, and the numbers that were used.
-[[kernel]] void sgd_counters(
+/// One thread, once a step, plain or full: the next counter, and the numbers used.
+[[kernel]] void sgd_finish(
     constant SgdControl& control [[buffer(kControlBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
     constant float* given [[buffer(kGivenBuffer)]],
@@ -100,12 +100,7 @@ template <typename T, typename G>
     device uint64_t* step_out [[buffer(kStepOutBuffer)]],
     device float* used_out [[buffer(kUsedOutBuffer)]]) {
   const SgdHyper hyper = sgd_full_hyper(control, step[0], given, measured);
-  step_out[0] = step[0] + (hyper.apply ? 1 : 0);
-  used_out[kLearningRate] = hyper.learning_rate;
-  used_out[kMomentumFactor] = hyper.momentum;
-  used_out[kWeightDecayFactor] = hyper.weight_decay;
-  used_out[kGradScaleFactor] =
-      control.flags & kGradScale ? sgd_scalar(control, kGradScaleFactor, step[0], given) : 1.0f;
+  sgd_counters(control, hyper, step[0], given, step_out, used_out);
 }
 
 /// A schedule at many steps.

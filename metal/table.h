@@ -46,7 +46,7 @@ enum SgdBuffer : uint32_t {
   kFullParameterOutBuffer = 6,
   kFirstSlotBuffer = 7, // of SgdSlot i: 2 * i in, 2 * i + 1 out
   kFirstFullSourceBuffer = 15,
-  // Of sgd_counters, beside kMeasuredBuffer:
+  // Of sgd_finish, beside kMeasuredBuffer:
   kStepOutBuffer = 5,
   kUsedOutBuffer = 6,
 };

@@ -267,9 +267,9 @@ void CommandEncoder::check(const MTL::Size& threads, const MTL::Size& group) con
     require(b.kind != Binding::nothing, where + ": nothing is bound");
     require(!a.writable || b.kind == Binding::output, where + ": written, but not an output");
     require(a.writable || b.kind != Binding::output, where + ": an output, but not written");
-    // Bytes are read as any type: sources have their table.
+    // Bytes are read as any type: sources have their table, sums are structs.
     require(
-        a.element == 1 || a.element == b.element,
+        a.element == 1 || b.element == 1 || a.element == b.element,
         where + ": elements of " + std::to_string(b.element) + " bytes bound, the kernel has " +
             std::to_string(a.element));
     require(
