@@ -365,7 +365,9 @@ SgdStep sgd_step(
                                   inputs);
     SgdOutputs out(plan, outputs);
     if (out.parameters) {
-      auto views = arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);
+      auto views = composed
+          ? composed_tensors(*out.parameters, *plan.arena, stream)
+          : arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
         result.parameters[tensors[i]] = std::move(views[i]);
       }

@@ -45,9 +45,7 @@ struct SgdPlan {
     return this->flags() & flags[slot] && tensor_count() > 0;
   }
   mx::Dtype slot_dtype(int slot) const {
-    return slot == kVelocity ? velocity_dtype
-        : slot == kCompensation ? arena->dtype
-                                : mx::float32;
+    return slot == kVelocity ? velocity_dtype : slot == kCompensation ? arena->dtype : mx::float32;
   }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
   uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }
@@ -163,6 +161,18 @@ class FusedSGD : public mx::Primitive {
 std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,
     const std::vector<mx::array>& inputs,
+    mx::Stream stream);
+
+/// The tensors of an arena, and a number of the step, likewise.
+std::vector<mx::array> composed_tensors(
+    const mx::array& arena,
+    const Arena& layout,
+    mx::Stream stream);
+mx::array composed_scalar(
+    const SgdControl& control,
+    fused_math::SgdScalar i,
+    const mx::array& step,
+    const mx::array* given,
     mx::Stream stream);
 
 } // namespace mlx_fused_optim

@@ -108,13 +108,10 @@ void Task::run() const {
   });
 }
 
-void* at(mx::array& arena, size_t offset) {
-  return arena.data<char>() + offset * arena.itemsize();
-}
+void* at(mx::array& arena, size_t offset) { return arena.data<char>() + offset * arena.itemsize(); }
 
 struct PlainTask : Task {
-  PlainTask(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
-      : Task(plan, in, out) {
+  PlainTask(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) : Task(plan, in, out) {
     tensors.reserve(plan.tensor_count());
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       const size_t offset = plan.arena->offsets[i];
