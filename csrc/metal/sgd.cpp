@@ -36,8 +36,10 @@ struct StepKernels {
   size_t threads = kMostThreads;
 };
 
-MTL::ComputePipelineState*
-kernel_for(mx::metal::Device& device, const SgdPlan& plan, mx::Dtype gradient) {
+MTL::ComputePipelineState* kernel_for(
+    mx::metal::Device& device,
+    const SgdPlan& plan,
+    mx::Dtype gradient) {
   const auto parameter = plan.arena->dtype;
   if (plan.is_plain()) {
     const auto types = metal::name_of(parameter) + "_" + metal::name_of(gradient);
@@ -77,7 +79,7 @@ struct Readable {
     auto together = encoder.start_concurrent(); // the copies, if there are any
     auto flat = [&](const mx::array& a) { return &packer.readable(a, metal::is_contiguous(a)); };
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      parameters.push_back(flat(in.parameters[i]));
+      parameters.push_back(flat(in.parameter(i)));
       auto& gradient = in.gradients[i];
       gradients.push_back(&packer.readable(gradient, metal::matrix_view(gradient).has_value()));
     }
