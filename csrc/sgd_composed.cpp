@@ -50,6 +50,7 @@ class ComposedStep {
   Numbers numbers() const;
   Numbers tensor_numbers(Numbers numbers, size_t i) const;
   Tensor update(size_t i, const Numbers& numbers) const;
+  mx::array parameter(size_t i) const;
   mx::array gradient(size_t i, const Numbers& numbers) const;
   /// Rounded and stored: at random with the 16 bits from `shift` on, else to nearest.
   mx::array stored(const mx::array& x, mx::Dtype dtype, bool at_random, const mx::array* random)
@@ -122,6 +123,12 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
   return n;
 }
 
+mx::array ComposedStep::parameter(size_t i) const {
+  auto& arena = *plan_.arena;
+  return in_.whole ? tensor_of(in_.parameters[0], arena.shapes[i], arena.offsets[i], s_)
+                   : in_.parameters[i];
+}
+
 mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
   const uint32_t flags = plan_.flags();
   auto g = wide(in_.gradients[i]);
@@ -158,7 +165,8 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
     }
   }
 
-  const auto parameter = wide(in_.parameters[i]);
+  const auto given = this->parameter(i);
+  const auto parameter = wide(given);
   auto w = parameter;
   if (flags & kMaster) {
     const auto rounded = nearest_composed(*old[kMasterCopy], arena.dtype, s_);
@@ -217,7 +225,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
 
   if (flags & kSkipNonfinite) {
     const auto apply = mx::not_equal(measured(kMeasuredApply), number(0), s_);
-    next.parameter = mx::where(apply, next.parameter, in_.parameters[i], s_);
+    next.parameter = mx::where(apply, next.parameter, given, s_);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (old[slot]) {
         next.slots[slot] = mx::where(apply, *next.slots[slot], *old[slot], s_);
@@ -279,7 +287,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
       [&plan, s](const std::vector<mx::array>& inputs) {
         return sgd_step_composed(plan, inputs, s);
       },
-      {int(2 * plan.tensor_count()) + slots},
+      {int(plan.parameter_inputs() + plan.tensor_count()) + slots},
       step_out};
 }
 

@@ -18,8 +18,13 @@ inline Type type_of(mx::Dtype dtype) {
                               : Type::bfloat16;
 }
 
-inline Source source(const mx::array& a) {
-  return {mx::gpu_ptr<void>(a), type_of(a.dtype()), a.flags().row_contiguous, a.strides().data()};
+/// The array; of a contiguous one, from element `begin` on.
+inline Source source(const mx::array& a, size_t begin = 0) {
+  return {
+      mx::gpu_ptr<char>(a) + begin * a.itemsize(),
+      type_of(a.dtype()),
+      a.flags().row_contiguous,
+      a.strides().data()};
 }
 
 /// Null where there is no array.
