@@ -21,9 +21,7 @@ inline void store_measure(Pointer to, Measure from) {
   to->peak = from.peak;
 }
 
-inline Measure merged(Measure a, Measure b) {
-  return {fold(a.sum, b.sum), max(a.peak, b.peak)};
-}
+inline Measure merged(Measure a, Measure b) { return {fold(a.sum, b.sum), max(a.peak, b.peak)}; }
 
 /// The last array that starts at or before `block`.
 inline uint32_t array_of_block(constant MeasureTable& table, uint32_t block) {
