@@ -95,7 +95,7 @@ inline float sum_of_lanes(threadgroup float4* quads) {
       for (uint32_t i = 0; i < count; ++i) {
         const float g = sgd_gradient(x[i], hyper, flags);
         squares[i] = g * g;
-        peak = array.is_gradient ? peak_of(peak, x[i]) : 0;
+        peak = peak_of(peak, x[i]); // of parameters, nobody looks at it
       }
       sums[quad] = sums[quad] + squares;
     }

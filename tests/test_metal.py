@@ -353,26 +353,92 @@ def test_measuring_reads_each_gradient_once():
     np.testing.assert_allclose(measured[2::2], np.sqrt(squares), rtol=7.5e-7)
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
-@pytest.mark.parametrize("threads", [256, 96, 32])
-def test_a_norm_does_not_depend_on_threads(monkeypatch, order, threads):
+def two_sum(a, b):
+    total = a + b
+    seen = total - a
+    return total, (a - (total - seen)) + (b - seen)
+
+
+def fold_of(high, low):
+    """csrc/math/norm.h in NumPy: the sum of numbers in two parts."""
+    rows = math.ceil(len(high) / 1024)
+    high, low = (
+        np.pad(part, (0, rows * 1024 - len(part))).reshape(rows, 1024) for part in (high, low)
+    )
+
+    def fold(a, b):
+        total, rest = two_sum(a[0], b[0])
+        return total, (a[1] + b[1]) + rest
+
+    zero = np.zeros(1024, np.float32)
+    total = zero, zero
+    for row in range(rows):
+        total = fold(total, (high[row], low[row]))
+    half = 512
+    while half:
+        total = fold([t[:half] for t in total], [t[half:] for t in total])
+        half //= 2
+    return total
+
+
+def sum_of_squares(x):
+    chunks = math.ceil(len(x) / CHUNK)
+    x = np.pad(x, (0, chunks * CHUNK - len(x))).reshape(chunks, 16, 128)
+    sums = np.zeros((chunks, 128), np.float32)
+    for row in range(16):
+        sums += x[:, row] * x[:, row]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return fold_of(sums[:, 0], np.zeros(chunks, np.float32))
+
+
+def norm_of(sums):
+    high, low = fold_of(*(np.concatenate(part) for part in zip(*sums, strict=True)))
+    return np.sqrt(high + low)[0]
+
+
+@pytest.mark.parametrize(
+    ("threads", "order"), [(256, "forward"), (256, "reverse"), (96, "shuffled"), (32, "reverse")]
+)
+def test_norms_have_their_bits_whatever_the_threads(monkeypatch, threads, order):
     """Sizes around chunks and around the lanes of a fold, in every dtype."""
-    shapes = [(1025 * CHUNK + 3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (1,), (130,)]
-
-    def norms():
-        mx.random.seed(1)
-        training = FullTraining(shapes, ["clip_norm", "trust_ratio", "grad_scale"])
-        training.gradients = [
-            g.astype(list(DTYPES.values())[i % 3]) for i, g in enumerate(training.gradients)
-        ]
-        mx.eval(training.gradients)
-        training.step()
-        return np.array(training.measured)
-
-    expected = norms()
     monkeypatch.setenv("METAL_ON_CPU_ORDER", order)
     monkeypatch.setenv("METAL_ON_CPU_MAX_THREADS", str(threads))
-    assert (norms() == expected).all() and len(set(expected)) == len(expected)
+    shapes = [(1025 * CHUNK + 3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (1,), (130,), (63, 65)]
+    training = FullTraining(shapes, ["clip_norm", "trust_ratio", "grad_scale", "clip_value"])
+    training.gradients = [
+        (3 * g).astype(list(DTYPES.values())[i % 3]) for i, g in enumerate(training.gradients)
+    ]
+    # The order is that of memory: a transposed matrix, and a stretch that begins anywhere.
+    memory = [np.array(g.astype(mx.float32)).ravel() for g in training.gradients]
+    training.gradients[6] = training.gradients[6].reshape(65, 63).T
+    training.gradients[1] = mx.concatenate([mx.zeros(1, mx.float16), training.gradients[1]])[1:]
+    mx.eval(training.gradients)
+    parameters = [np.array(p).ravel() for p in training.parameters]
+    training.step()
+    gradients = [sum_of_squares(np.clip(g * np.float32(0.25), -0.7, 0.7)) for g in memory]
+    pairs = zip(gradients, map(sum_of_squares, parameters), strict=True)
+    expected = [norm_of(gradients), 1, *(norm_of([s]) for pair in pairs for s in pair)]
+    np.testing.assert_array_equal(np.array(training.measured), np.array(expected, np.float32))
+
+
+def test_unaligned_memory_of_a_full_step_is_read_element_by_element():
+    """One element into a buffer: the harness refuses a wide access there."""
+    training = FullTraining([(64,), (64,)], ["clip_norm", "momentum"])
+    training.step()
+    aligned = dispatches(training.step)
+    training.gradients = [mx.random.normal((65,))[1:] for _ in range(2)]
+    mx.eval(training.gradients)
+    log = dispatches(training.step)
+    for kernel in ("measure_chunks", "sgd_full"):
+        before, after = ([d for d in each if d["kernel"] == kernel] for each in (aligned, log))
+        difference = bytes_of(after, "source")["accesses"] - bytes_of(before, "source")["accesses"]
+        assert difference == 2 * 64 - 2 * 64 / 4
+    training.slots[0] = [mx.random.normal((129,))[1:]]
+    mx.eval(training.slots)
+    log = dispatches(training.step)
+    assert bytes_of(log, "velocities")["accesses"] == 2 * 128
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
