@@ -18,14 +18,25 @@ inline Type type_of(mx::Dtype dtype) {
                               : Type::bfloat16;
 }
 
-inline Source source(const mx::array& a) {
-  return {mx::gpu_ptr<void>(a), type_of(a.dtype()), a.flags().row_contiguous, a.strides().data()};
+/// The array; of a contiguous one, from element `begin` on.
+inline Source source(const mx::array& a, size_t begin = 0) {
+  return {
+      mx::gpu_ptr<char>(a) + begin * a.itemsize(),
+      type_of(a.dtype()),
+      a.flags().row_contiguous,
+      a.strides().data()};
+}
+
+/// The device memory of an output.
+template <typename T>
+T* memory_of(const mx::array& a) {
+  return static_cast<T*>(mx::gpu_ptr<void>(a));
 }
 
 /// Null where there is no array.
 template <typename T>
 T* pointer(const mx::array* a) {
-  return a ? mx::gpu_ptr<T>(*a) : nullptr;
+  return a ? memory_of<T>(*a) : nullptr;
 }
 
 /// Names `count` arrays as inputs of what is launched next: the encoder orders kernels

@@ -45,7 +45,7 @@ void launch_chunks(
   common.control = plan.control;
   common.step = mx::gpu_ptr<uint64_t>(*in.step);
   common.given = pointer<float>(in.given);
-  common.chunks = mx::gpu_ptr<ChunkSum>(chunks);
+  common.chunks = memory_of<ChunkSum>(chunks);
   auto nothing = [] {};
   side_by_side(encoder, batches.launches(), [&] {
     const auto dense = other_kernel(Other::measure_dense, device);
@@ -66,10 +66,10 @@ void launch_folds(
   set_inputs(encoder, {&chunks});
   set_outputs(encoder, {&sums, &measured});
   auto folds = std::make_unique<FoldLaunch>();
-  folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
-  folds->sums = mx::gpu_ptr<ArraySum>(sums);
+  folds->chunks = memory_of<ChunkSum>(chunks);
+  folds->sums = memory_of<ArraySum>(sums);
   folds->norms =
-      plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
+      plan.has_parameters ? memory_of<float>(measured) + fused_math::kMeasuredTensors : nullptr;
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
   const size_t arrays = batches.arrays();
   const size_t launches = divide_up(arrays, FoldLaunch::kCapacity);
@@ -94,10 +94,10 @@ void launch_finish(
   set_inputs(encoder, {&sums, in.skipped});
   set_outputs(encoder, {&measured, &skipped});
   FinishLaunch finish{
-      mx::gpu_ptr<ArraySum>(sums),
+      memory_of<ArraySum>(sums),
       mx::gpu_ptr<uint64_t>(*in.skipped),
-      mx::gpu_ptr<float>(measured),
-      mx::gpu_ptr<uint64_t>(skipped),
+      memory_of<float>(measured),
+      memory_of<uint64_t>(skipped),
       static_cast<uint32_t>(plan.gradient_count),
       plan.control.flags};
   const auto kernel = other_kernel(Other::measure_finish, encoder.device().cuda_device());
