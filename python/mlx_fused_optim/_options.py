@@ -47,12 +47,14 @@ class Options:
 
     @cached_property
     def flags(self) -> int:
-        """Bits of _ext.FLAGS, but for grad_scale, which a step may be given."""
+        """Bits of _ext.FLAGS, but for grad_scale, which a step may be given, and for the terms
+        that only groups have."""
         present = {
             "maximize": self.maximize,
             "clip_value": self.clip_value is not None,
             "clip_norm": self.clip_norm is not None,
             "skip_nonfinite": self.skip_nonfinite,
+            "trust_ratio": self.trust_coefficient is not None,
             "groups": bool(self.groups.members),
             "decoupled": self.decoupled,
             "master_weights": self.master_weights,
@@ -60,16 +62,14 @@ class Options:
             "stochastic": self.rounding == "stochastic",
             "ema": self.ema_decay is not None,
         }
-        bits = sum(_ext.FLAGS[name] for name, is_on in present.items() if is_on)
-        if self.trust_coefficient is not None:
-            bits |= _ext.FLAGS["trust_ratio"]
-        return bits | self.groups.added_flags
+        return sum(_ext.FLAGS[name] for name, is_on in present.items() if is_on)
 
     @cached_property
     def is_measured(self) -> bool:
         """Whether a step needs the norms of the gradients first."""
         names = ("clip_norm", "skip_nonfinite", "trust_ratio")
-        return bool(self.flags & sum(_ext.FLAGS[name] for name in names))
+        flags = self.flags | self.groups.added_flags
+        return bool(flags & sum(_ext.FLAGS[name] for name in names))
 
     @cached_property
     def slots(self) -> tuple[str, ...]:
