@@ -102,8 +102,7 @@ nb::tuple step_of_tree(
       groups,
       group_numbers,
       skipped};
-  auto result =
-      sgd_step(layout, tree.parameters(), tree.gradients(), slots, step, options, stream);
+  auto result = sgd_step(layout, tree.parameters(), tree.gradients(), slots, step, options, stream);
   auto measured = nb::make_tuple(nb::none(), nb::none());
   if (!result.measured.empty()) {
     measured = nb::make_tuple(result.measured[0], result.measured[1]);

@@ -18,8 +18,32 @@ struct HandleCount {
 template struct HandleCount<&mx::array::array_desc_>;
 long handle_count(const mx::array& a);
 
-/// Where the arena would begin in the buffer of the parameters (bytes), if they
-/// are the arena and nobody else holds them; otherwise nothing.
+/// Where an arena would begin in the buffer of its tensors (bytes), if they lie as it
+/// wants them. parameter(i) is that of its tensor `i`.
+template <typename Parameter>
+std::optional<int64_t> arena_begin(const Arena& arena, Parameter parameter) {
+  const mx::array& first = parameter(0);
+  const auto& data = first.data_shared_ptr();
+  if (!data) {
+    return {};
+  }
+  const auto itemsize = static_cast<int64_t>(arena.dtype.size());
+  const int64_t begin = first.offset() - arena.offsets[0] * itemsize;
+  const int64_t end = begin + arena.size * itemsize;
+  if (begin < 0 || begin % kArenaAlignment || end > int64_t(first.buffer_size())) {
+    return {};
+  }
+  for (size_t i = 0; i < arena.tensors.size(); ++i) {
+    const mx::array& p = parameter(i);
+    if (p.data_shared_ptr() != data || p.offset() != begin + int64_t(arena.offsets[i]) * itemsize ||
+        !p.flags().row_contiguous) {
+      return {};
+    }
+  }
+  return begin;
+}
+
+/// Likewise, if nobody else holds them; otherwise nothing.
 std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* parameters) {
   const size_t n = plan.tensor_count();
   const auto& data = parameters[0].data_shared_ptr();
@@ -28,21 +52,34 @@ std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* par
   if (!data || data.use_count() != static_cast<long>(n) || !data->is_owned()) {
     return {};
   }
-  const auto itemsize = static_cast<int64_t>(plan.arena->dtype.size());
-  const int64_t begin = parameters[0].offset() - plan.arena->offsets[0] * itemsize;
-  const int64_t end = begin + plan.arena->size * itemsize;
-  if (begin < 0 || begin % kArenaAlignment || end > int64_t(parameters[0].buffer_size())) {
-    return {};
-  }
   for (size_t i = 0; i < n; ++i) {
-    auto& p = parameters[i];
-    if (p.data_shared_ptr() != data ||
-        p.offset() != begin + int64_t(plan.arena->offsets[i]) * itemsize ||
-        !p.flags().row_contiguous || handle_count(p) != 1) {
+    if (handle_count(parameters[i]) != 1) {
       return {};
     }
   }
-  return begin;
+  return arena_begin(*plan.arena, [&](size_t i) -> const mx::array& { return parameters[i]; });
+}
+
+/// The output shares the memory of an input from `begin` on (bytes).
+void share(mx::array& output, const mx::array& input, int64_t begin) {
+  output.copy_shared_buffer(
+      input,
+      output.strides(),
+      {true, true, output.ndim() == 1},
+      output.size(),
+      (begin - input.offset()) / static_cast<int64_t>(output.itemsize()));
+}
+
+/// The memory of one array, where MLX would give it away.
+void set_output(
+    mx::array& output,
+    const mx::array& input,
+    const std::function<mx::allocator::Data(size_t)>& allocate) {
+  if (input.is_donatable() && input.flags().row_contiguous) {
+    output.copy_shared_buffer(input);
+  } else {
+    output.set_data(allocate(output.nbytes()));
+  }
 }
 
 /// As if nothing had happened: with its inputs, an output can be evaluated again.
@@ -62,30 +99,18 @@ void give_memory(
     const std::function<mx::allocator::Data(size_t)>& allocate) {
   SgdInputs in(plan, inputs);
   SgdOutputs out(plan, outputs);
-  if (out.parameters) {
-    auto& arena = *out.parameters;
+  if (out.parameters && plan.whole) {
+    set_output(*out.parameters, in.parameters[0], allocate);
+  } else if (out.parameters) {
     if (auto begin = donatable_arena(plan, in.parameters)) {
-      const auto itemsize = static_cast<int64_t>(arena.itemsize());
-      const bool flat = arena.ndim() == 1;
-      arena.copy_shared_buffer(
-          in.parameters[0],
-          arena.strides(),
-          {true, true, flat},
-          arena.size(),
-          (*begin - in.parameters[0].offset()) / itemsize);
+      share(*out.parameters, in.parameters[0], *begin);
     } else {
-      arena.set_data(allocate(arena.nbytes()));
+      out.parameters->set_data(allocate(out.parameters->nbytes()));
     }
   }
   for (int slot = 0; slot < kSlots; ++slot) {
-    if (!out.slots[slot]) {
-      continue;
-    }
-    auto& old = *in.slots[slot];
-    if (old.is_donatable() && old.flags().row_contiguous) {
-      out.slots[slot]->copy_shared_buffer(old);
-    } else {
-      out.slots[slot]->set_data(allocate(out.slots[slot]->nbytes()));
+    if (out.slots[slot]) {
+      set_output(*out.slots[slot], *in.slots[slot], allocate);
     }
   }
   for (auto* scalar : {out.step, out.used}) {
@@ -96,6 +121,27 @@ void give_memory(
 }
 
 } // namespace
+
+std::optional<mx::array> whole_arena(const Arena& arena, const std::vector<mx::array>& parameters) {
+  if (arena.tensors.size() < 2) {
+    return {}; // nothing to save
+  }
+  for (int t : arena.tensors) {
+    auto& p = parameters[t];
+    if (p.is_tracer() || !p.is_available()) {
+      return {};
+    }
+  }
+  auto parameter = [&](size_t i) -> const mx::array& { return parameters[arena.tensors[i]]; };
+  const auto begin = arena_begin(arena, parameter);
+  if (!begin) {
+    return {};
+  }
+  mx::array whole(arena_shape(arena), arena.dtype, nullptr, {});
+  share(whole, parameter(0), *begin);
+  whole.set_status(mx::array::Status::available);
+  return whole;
+}
 
 void set_outputs(
     const SgdPlan& plan,

@@ -2,10 +2,18 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
 #include "sgd.h"
 
 namespace mlx_fused_optim {
+
+/// The parameters of an arena as one array that shares their memory, if they are
+/// evaluated and lie there as the arena wants them: hundreds of inputs less for the graph.
+/// Whoever holds a parameter also holds that memory.
+std::optional<mx::array> whole_arena(
+    const Arena& arena,
+    const std::vector<mx::array>& parameters); // of the layout
 
 /// Gives every output of a step its memory: that of the inputs where nobody else
 /// can ever look at it again, else fresh from `allocate`. Shared by all backends.

@@ -3,7 +3,7 @@
 #include "composed.h"
 #include "composed_transforms.h"
 #include "mlx/transforms.h"
-#include "schedule.h"
+#include "sgd.h"
 
 namespace mlx_fused_optim {
 
@@ -19,6 +19,24 @@ ComposedOperation composed_operation(const MeasurePlan& plan, mx::Stream s) {
       },
       {step, step + 1},
       {1}};
+}
+
+/// The sum of the squares, in rows: one sum over everything errs by 15 % at 1e8 elements
+/// in MLX 0.32.4 on the CPU, as it adds in few lanes.
+mx::array sum_of_squares(const mx::array& x, mx::Stream s) {
+  constexpr int kRow = 512;
+  auto values = mx::flatten(mx::square(x, s), s);
+  while (values.size() > kRow) {
+    const int size = static_cast<int>(values.size());
+    values = mx::pad(
+        values,
+        std::pair<int, int>{0, (kRow - size % kRow) % kRow},
+        mx::array(0.0f),
+        "constant",
+        s);
+    values = mx::sum(mx::reshape(values, {-1, kRow}, s), -1, false, s);
+  }
+  return mx::sum(values, s);
 }
 
 } // namespace
@@ -45,13 +63,9 @@ std::vector<mx::array> measure_composed(
   const uint32_t flags = plan.control.flags;
   auto unscale = mx::array(1.0f);
   if (flags & kGradScale) {
-    const auto scale = !(plan.control.given >> kGradScaleFactor & 1)
-        ? evaluate_schedule(plan.control.schedules[kGradScaleFactor], *in.step, s)
-        : in.given->ndim() == 0 ? *in.given
-                                : mx::take(*in.given, int(kGradScaleFactor), 0, s);
+    const auto scale = composed_scalar(plan.control, kGradScaleFactor, *in.step, in.given, s);
     unscale = mx::divide(unscale, scale, s);
   }
-  auto squares = [&](const mx::array& x) { return mx::sum(mx::square(x, s), s); };
 
   auto total = mx::array(0.0f);
   auto finite = mx::array(true);
@@ -68,11 +82,12 @@ std::vector<mx::array> measure_composed(
       g = mx::where(mx::greater(g, limit, s), limit, g, s);
       g = mx::where(mx::less(g, least, s), least, g, s);
     }
-    const auto sum = squares(g);
+    const auto sum = sum_of_squares(g, s);
     total = mx::add(total, sum, s);
     if (plan.has_parameters) {
       sums.push_back(sum);
-      sums.push_back(squares(mx::astype(in.arrays[plan.gradient_count + i], mx::float32, s)));
+      const auto& parameter = in.arrays[plan.gradient_count + i];
+      sums.push_back(sum_of_squares(mx::astype(parameter, mx::float32, s), s));
     }
   }
   const auto norm = mx::sqrt(total, s);

@@ -30,8 +30,8 @@ mx::array mix32(mx::array x, mx::Stream s) {
 /// `rounded`, with the derivative of x.
 mx::array straight_through(const mx::array& x, const mx::array& rounded, mx::Stream s) {
   // The difference is exact, and so is the sum; infinities have none.
-  auto difference = mx::where(
-      mx::equal(x, rounded, s), mx::array(0.0f), mx::subtract(rounded, x, s), s);
+  auto difference =
+      mx::where(mx::equal(x, rounded, s), mx::array(0.0f), mx::subtract(rounded, x, s), s);
   auto sum = mx::add(x, mx::stop_gradient(difference, s), s);
   return mx::where(mx::isfinite(rounded, s), sum, rounded, s);
 }
@@ -55,13 +55,12 @@ mx::array random_composed(
   const auto low = mx::bitwise_and(random, word(0xffffu), s);
   auto rounded = value;
   if (dtype == mx::bfloat16) {
-    rounded = mx::view(
-        mx::bitwise_and(mx::add(bits, low, s), word(0xffff0000u), s), mx::float32, s);
+    rounded =
+        mx::view(mx::bitwise_and(mx::add(bits, low, s), word(0xffff0000u), s), mx::float32, s);
   } else {
     const auto magnitude = mx::abs(value, s);
     const auto normal_bits = mx::bitwise_and(
-        mx::add(
-            mx::view(magnitude, mx::uint32, s), mx::bitwise_and(random, word(0x1fffu), s), s),
+        mx::add(mx::view(magnitude, mx::uint32, s), mx::bitwise_and(random, word(0x1fffu), s), s),
         word(0xffffe000u),
         s);
     auto normal = mx::view(normal_bits, mx::float32, s);
@@ -72,8 +71,7 @@ mx::array random_composed(
         s);
     const auto units = mx::multiply(magnitude, mx::array(0x1p24f), s);
     const auto whole = mx::floor(units, s);
-    const auto fraction =
-        mx::multiply(mx::astype(low, mx::float32, s), mx::array(0x1p-16f), s);
+    const auto fraction = mx::multiply(mx::astype(low, mx::float32, s), mx::array(0x1p-16f), s);
     const auto up = mx::greater(mx::subtract(units, whole, s), fraction, s);
     const auto subnormal = mx::multiply(
         mx::where(up, mx::add(whole, mx::array(1.0f), s), whole, s), mx::array(0x1p-24f), s);
@@ -101,8 +99,7 @@ mx::array random_bits_composed(
     mx::Stream s) {
   const uint64_t start = fused_math::mix64(seed + 0x9e3779b97f4a7c15u);
   const auto key = mix64(
-      mx::bitwise_xor(
-          mix64(mx::bitwise_xor(long_word(start), step, s), s), long_word(place), s),
+      mx::bitwise_xor(mix64(mx::bitwise_xor(long_word(start), step, s), s), long_word(place), s),
       s);
   const auto low = mx::astype(mx::bitwise_and(key, long_word(0xffffffffu), s), mx::uint32, s);
   const auto high = mx::astype(mx::right_shift(key, long_word(32), s), mx::uint32, s);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "composed.h"
+#include "donation.h"
 #include "errors.h"
 #include "measure.h"
 
@@ -39,13 +40,14 @@ SgdPlan make_plan(
     std::shared_ptr<const Arena> arena,
     const SgdOptions& options,
     SgdControl control,
-    bool writes_step) {
+    bool writes_step,
+    bool whole) {
   const auto velocity = options.momentum_dtype.value_or(arena->dtype);
   control.flags = flags_for(arena->dtype, velocity, options.flags);
   control.place = arena->fingerprint;
   control.parameter_format = format_of(arena->dtype);
   control.velocity_format = format_of(velocity);
-  return {std::move(arena), options.groups, control, velocity, writes_step};
+  return {std::move(arena), options.groups, control, velocity, writes_step, whole};
 }
 
 constexpr const char* kSlotNames[kSlots] = {"momentum", "master", "compensation", "ema"};
@@ -54,7 +56,7 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
   for (int slot = 0; slot < kSlots; ++slot) {
     size_t count = 0;
     for (auto& arena : layout.arenas) {
-      const auto plan = make_plan(arena, options, {}, false);
+      const auto plan = make_plan(arena, options, {}, false, false);
       if (!plan.has(slot)) {
         continue;
       }
@@ -237,12 +239,13 @@ std::vector<mx::array> measure(
 
 SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()),
-      gradients(arrays.data() + plan.tensor_count()),
+      whole(plan.whole),
+      gradients(arrays.data() + plan.parameter_inputs()),
       slots{},
       given(nullptr),
       measured(nullptr),
       groups(nullptr) {
-  auto* next = arrays.data() + 2 * plan.tensor_count();
+  auto* next = gradients + plan.tensor_count();
   for (int slot = 0; slot < kSlots; ++slot) {
     slots[slot] = plan.has(slot) ? next++ : nullptr;
   }
@@ -331,14 +334,19 @@ SgdStep sgd_step(
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
   std::array<size_t, kSlots> used_slots{};
   for (size_t a = 0; a < arenas; ++a) {
-    const auto plan = make_plan(
-        a < layout.arenas.size() ? layout.arenas[a] : no_tensors, options, control, a == 0);
-    const auto& tensors = plan.arena->tensors;
+    const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
+    const auto whole = whole_arena(*arena, parameters);
+    const auto plan = make_plan(arena, options, control, a == 0, whole.has_value());
+    const auto& tensors = arena->tensors;
 
     std::vector<mx::array> inputs;
     inputs.reserve(2 * tensors.size() + kSlots + 4);
-    for (int t : tensors) {
-      inputs.push_back(parameters[t]);
+    if (whole) {
+      inputs.push_back(*whole);
+    } else {
+      for (int t : tensors) {
+        inputs.push_back(parameters[t]);
+      }
     }
     for (int t : tensors) {
       inputs.push_back(std::move(readable[t]));
@@ -365,7 +373,9 @@ SgdStep sgd_step(
                                   inputs);
     SgdOutputs out(plan, outputs);
     if (out.parameters) {
-      auto views = arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);
+      auto views = composed
+          ? composed_tensors(*out.parameters, *plan.arena, stream)
+          : arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
         result.parameters[tensors[i]] = std::move(views[i]);
       }
@@ -385,17 +395,22 @@ SgdStep sgd_step(
 std::vector<mx::Shape> FusedSGD::output_shapes(const std::vector<mx::array>& inputs) {
   // A shapeless compiled graph calls this with new inputs. The arena was laid
   // out for the shapes of the trace, so only the batch may have changed.
-  const size_t n = plan_.tensor_count();
-  for (size_t i = 0; i < 2 * n; ++i) {
-    if (inputs[i].shape() != plan_.arena->shapes[i % n]) {
+  auto check = [&](size_t input, size_t tensor) {
+    if (inputs[input].shape() != plan_.arena->shapes[tensor]) {
       refuse(
           kOp,
           "a shapeless compiled step cannot change the shapes of its parameters: got ",
-          inputs[i].shape(),
+          inputs[input].shape(),
           ", traced with ",
-          plan_.arena->shapes[i % n],
+          plan_.arena->shapes[tensor],
           ".");
     }
+  };
+  for (size_t i = 0; i < plan_.tensor_count(); ++i) {
+    if (!plan_.whole) {
+      check(i, i);
+    }
+    check(plan_.parameter_inputs() + i, i);
   }
   return plan_.output_shapes();
 }

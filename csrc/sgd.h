@@ -30,8 +30,13 @@ struct SgdPlan {
   SgdControl control; // its flags are those that this arena's dtype has a use for
   mx::Dtype velocity_dtype;
   bool writes_step; // the next counter and the numbers used are outputs too
+  bool whole; // the parameters come as one array, which is the arena
 
   size_t tensor_count() const { return arena->tensors.size(); }
+  size_t parameter_inputs() const { return whole ? 1 : tensor_count(); }
+  /// Where the arena's tensor `i` begins in its SgdInputs::parameter (elements).
+  size_t parameter_begin(size_t i) const { return whole ? arena->offsets[i] : 0; }
+  size_t tensor_size(size_t i) const { return element_count(arena->shapes[i]); }
   uint32_t flags() const { return control.flags; }
   /// Whether the plain kernels can do it.
   bool is_plain() const {
@@ -45,9 +50,7 @@ struct SgdPlan {
     return this->flags() & flags[slot] && tensor_count() > 0;
   }
   mx::Dtype slot_dtype(int slot) const {
-    return slot == kVelocity ? velocity_dtype
-        : slot == kCompensation ? arena->dtype
-                                : mx::float32;
+    return slot == kVelocity ? velocity_dtype : slot == kCompensation ? arena->dtype : mx::float32;
   }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
   uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }
@@ -59,12 +62,15 @@ struct SgdPlan {
 };
 
 /// Names for the positions in a primitive's inputs and outputs:
-/// inputs  = parameters..., gradients..., [slots...], step, [given scalars],
+/// inputs  = parameters... (or one arena), gradients..., [slots...], step, [given scalars],
 ///           [measured], [group numbers]
 /// outputs = [parameter arena, slots...], [step, used scalars]
 struct SgdInputs {
   SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays);
+  /// The array with the arena's tensor `i`; a whole arena has it at parameter_begin(i).
+  const mx::array& parameter(size_t i) const { return parameters[whole ? 0 : i]; }
   const mx::array* parameters;
+  bool whole;
   const mx::array* gradients;
   std::array<const mx::array*, kSlots> slots; // null where the arena has none
   const mx::array* step; // uint64
@@ -163,6 +169,18 @@ class FusedSGD : public mx::Primitive {
 std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,
     const std::vector<mx::array>& inputs,
+    mx::Stream stream);
+
+/// The tensors of an arena, and a number of the step, likewise.
+std::vector<mx::array> composed_tensors(
+    const mx::array& arena,
+    const Arena& layout,
+    mx::Stream stream);
+mx::array composed_scalar(
+    const SgdControl& control,
+    fused_math::SgdScalar i,
+    const mx::array& step,
+    const mx::array* given,
     mx::Stream stream);
 
 } // namespace mlx_fused_optim

@@ -10,8 +10,14 @@ namespace {
 
 using namespace fused_math;
 
+/// A tensor of an arena. In slices, which MLX can also export.
 mx::array tensor_of(const mx::array& arena, const mx::Shape& shape, size_t offset, mx::Stream s) {
-  return arena_view(mx::contiguous(arena, false, s), shape, offset, s);
+  if (arena.ndim() > 1) { // too long for one axis: it has one tensor
+    return mx::reshape(arena, shape, s);
+  }
+  const int begin = static_cast<int>(offset);
+  const int end = static_cast<int>(offset + element_count(shape));
+  return mx::reshape(mx::slice(arena, {begin}, {end}, s), shape, s);
 }
 
 mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::Stream s) {
@@ -44,6 +50,7 @@ class ComposedStep {
   Numbers numbers() const;
   Numbers tensor_numbers(Numbers numbers, size_t i) const;
   Tensor update(size_t i, const Numbers& numbers) const;
+  mx::array parameter(size_t i) const;
   mx::array gradient(size_t i, const Numbers& numbers) const;
   /// Rounded and stored: at random with the 16 bits from `shift` on, else to nearest.
   mx::array stored(const mx::array& x, mx::Dtype dtype, bool at_random, const mx::array* random)
@@ -65,11 +72,7 @@ class ComposedStep {
 };
 
 mx::array ComposedStep::scalar(SgdScalar i) const {
-  if (!(control_.given >> i & 1)) {
-    return evaluate_schedule(control_.schedules[i], *in_.step, s_);
-  }
-  // A scalar alone, or one of several.
-  return in_.given->ndim() == 0 ? *in_.given : mx::take(*in_.given, int(i), 0, s_);
+  return composed_scalar(control_, i, *in_.step, in_.given, s_);
 }
 
 Numbers ComposedStep::numbers() const {
@@ -85,8 +88,7 @@ Numbers ComposedStep::numbers() const {
   }
   if (plan_.flags() & kClipNorm) {
     const auto norm = add(measured(kMeasuredNorm), number(1e-6f));
-    n.clip_factor = mx::minimum(
-        mx::divide(number(control_.clip_norm), norm, s_), number(1), s_);
+    n.clip_factor = mx::minimum(mx::divide(number(control_.clip_norm), norm, s_), number(1), s_);
   }
   return n;
 }
@@ -119,6 +121,12 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
     n.trust_ratio = mx::where(both, ratio, number(1), s_);
   }
   return n;
+}
+
+mx::array ComposedStep::parameter(size_t i) const {
+  auto& arena = *plan_.arena;
+  return in_.whole ? tensor_of(in_.parameters[0], arena.shapes[i], arena.offsets[i], s_)
+                   : in_.parameters[i];
 }
 
 mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
@@ -157,7 +165,8 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
     }
   }
 
-  const auto parameter = wide(in_.parameters[i]);
+  const auto given = this->parameter(i);
+  const auto parameter = wide(given);
   auto w = parameter;
   if (flags & kMaster) {
     const auto rounded = nearest_composed(*old[kMasterCopy], arena.dtype, s_);
@@ -178,8 +187,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   }
   if (flags & kMomentum) {
     const auto velocity = add(
-        multiply(n.momentum, wide(*old[kVelocity])),
-        multiply(number(control_.gradient_weight), u));
+        multiply(n.momentum, wide(*old[kVelocity])), multiply(number(control_.gradient_weight), u));
     u = flags & kNesterov ? add(u, multiply(n.momentum, velocity)) : velocity;
     std::optional<mx::array> bits;
     if (random) {
@@ -199,8 +207,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
     exact = add(w, change);
     const auto rounded = nearest_composed(exact, arena.dtype, s_);
     next.parameter = mx::astype(rounded, arena.dtype, s_);
-    next.slots[kCompensation] =
-        mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s_);
+    next.slots[kCompensation] = mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s_);
   } else {
     const bool at_random = (flags & kStochastic) && !(flags & kMaster);
     next.parameter = stored(exact, arena.dtype, at_random, random ? &*random : nullptr);
@@ -218,7 +225,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
 
   if (flags & kSkipNonfinite) {
     const auto apply = mx::not_equal(measured(kMeasuredApply), number(0), s_);
-    next.parameter = mx::where(apply, next.parameter, in_.parameters[i], s_);
+    next.parameter = mx::where(apply, next.parameter, given, s_);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (old[slot]) {
         next.slots[slot] = mx::where(apply, *next.slots[slot], *old[slot], s_);
@@ -280,11 +287,36 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
       [&plan, s](const std::vector<mx::array>& inputs) {
         return sgd_step_composed(plan, inputs, s);
       },
-      {int(2 * plan.tensor_count()) + slots},
+      {int(plan.parameter_inputs() + plan.tensor_count()) + slots},
       step_out};
 }
 
 } // namespace
+
+mx::array composed_scalar(
+    const SgdControl& control,
+    SgdScalar i,
+    const mx::array& step,
+    const mx::array* given,
+    mx::Stream s) {
+  if (!(control.given >> i & 1)) {
+    auto& schedule = control.schedules[i];
+    if (schedule.count == 1 && schedule.segments[0].kind == kConstant) {
+      return number(schedule_value(schedule, 0));
+    }
+    return evaluate_schedule(schedule, step, s);
+  }
+  // A scalar alone, or one of several.
+  return given->ndim() == 0 ? *given : mx::take(*given, int(i), 0, s);
+}
+
+std::vector<mx::array> composed_tensors(const mx::array& arena, const Arena& layout, mx::Stream s) {
+  std::vector<mx::array> tensors;
+  for (size_t i = 0; i < layout.shapes.size(); ++i) {
+    tensors.push_back(tensor_of(arena, layout.shapes[i], layout.offsets[i], s));
+  }
+  return tensors;
+}
 
 std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,
@@ -311,8 +343,7 @@ std::vector<mx::array> FusedSGD::vjp(
 std::pair<std::vector<mx::array>, std::vector<int>> FusedSGD::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
-  return composed_vmap(
-      composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
+  return composed_vmap(composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
 }
 
 } // namespace mlx_fused_optim

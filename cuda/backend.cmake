@@ -24,25 +24,33 @@ message(STATUS "CUDA backend: built with ${CUDAToolkit_NVCC_EXECUTABLE} ${CUDATo
 # Machine code for the generations that are out, and PTX of the oldest, which the
 # driver compiles for those that come later. --fmad=false: csrc/math names every
 # rounding.
-set(fatbin ${CMAKE_CURRENT_BINARY_DIR}/sgd.fatbin)
 set(architectures)
 foreach(number 80 90 100 120)
   list(APPEND architectures -gencode=arch=compute_${number},code=sm_${number})
 endforeach()
-add_custom_command(
-  OUTPUT ${fatbin}
-  COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -fatbin -std=c++17 --fmad=false ${architectures}
-          -gencode=arch=compute_80,code=compute_80 -I${CMAKE_CURRENT_SOURCE_DIR}/csrc
-          -MD -MF ${fatbin}.d ${CMAKE_CURRENT_SOURCE_DIR}/cuda/sgd.cu -o ${fatbin}
-  DEPENDS cuda/sgd.cu
-  DEPFILE ${fatbin}.d
-  COMMENT "Compiling the CUDA kernels"
-  VERBATIM)
+set(fatbins)
+foreach(name sgd full measure)
+  set(fatbin ${CMAKE_CURRENT_BINARY_DIR}/${name}.fatbin)
+  add_custom_command(
+    OUTPUT ${fatbin}
+    COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -fatbin -std=c++17 --fmad=false ${architectures}
+            -gencode=arch=compute_80,code=compute_80 -I${CMAKE_CURRENT_SOURCE_DIR}/csrc
+            -MD -MF ${fatbin}.d ${CMAKE_CURRENT_SOURCE_DIR}/cuda/${name}.cu -o ${fatbin}
+    DEPENDS cuda/${name}.cu
+    DEPFILE ${fatbin}.d
+    COMMENT "Compiling the CUDA kernels of ${name}.cu"
+    VERBATIM)
+  list(APPEND fatbins ${fatbin})
+endforeach()
 
 add_library(mlx_fused_optim_cuda SHARED
-  csrc/cuda/batches.cpp csrc/cuda/kernels.cpp csrc/cuda/memory.cpp csrc/cuda/sgd.cpp)
+  csrc/cuda/batches.cpp csrc/cuda/encoding.cpp csrc/cuda/full_batches.cpp
+  csrc/cuda/full_step.cpp csrc/cuda/kernels.cpp csrc/cuda/measure.cpp
+  csrc/cuda/measure_batches.cpp csrc/cuda/memory.cpp csrc/cuda/packing.cpp
+  csrc/cuda/plain_step.cpp csrc/cuda/schedule.cpp csrc/cuda/sgd.cpp)
 set_source_files_properties(csrc/cuda/kernels.cpp PROPERTIES
-  COMPILE_DEFINITIONS "MLX_FUSED_OPTIM_FATBIN=\"${fatbin}\"" OBJECT_DEPENDS ${fatbin})
+  COMPILE_DEFINITIONS "MLX_FUSED_OPTIM_FATBINS=\"${CMAKE_CURRENT_BINARY_DIR}\""
+  OBJECT_DEPENDS "${fatbins}")
 target_include_directories(mlx_fused_optim_cuda PRIVATE
   csrc csrc/cuda/include ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_options(mlx_fused_optim_cuda PRIVATE -Wall -Wextra)

@@ -1,9 +1,7 @@
-// The CUDA kernels: indexing around csrc/math. Compiled to a fatbin without host
-// code, see cmake/cuda.cmake; csrc/cuda loads it with the driver's interface.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/launch.h"
+// The kernels of the plain step: indexing around csrc/math. Compiled to a fatbin
+// without host code, as all of them, see cuda/backend.cmake; csrc/cuda loads it with
+// the driver's interface.
+#include "common.cuh"
 
 namespace mlx_fused_optim::cuda {
 namespace {
@@ -11,43 +9,8 @@ namespace {
 using fused_math::SgdElement;
 using fused_math::SgdHyper;
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float(float x) {
-  return x;
-}
-template <>
-__device__ __half from_float(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
-
 template <typename T>
 constexpr uint32_t kTile = tile_elements(sizeof(T));
-
-/// The tensor that this block works on: the last that begins at or before it.
-template <typename T>
-__device__ const T& find_tensor(const Launch<T>& launch) {
-  uint32_t low = 0;
-  uint32_t high = launch.common.count - 1;
-  while (low < high) {
-    const uint32_t middle = (low + high + 1) / 2;
-    if (launch.tensors[middle].first_block <= blockIdx.x) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return launch.tensors[low];
-}
 
 /// One thread computes the numbers of the step, while the others go on: none may be
 /// used before the next barrier.
@@ -60,19 +23,8 @@ __device__ void compute_numbers(const Common& common, SgdHyper& shared) {
       common.used_out[fused_math::kLearningRate] = shared.learning_rate;
       common.used_out[fused_math::kMomentumFactor] = shared.momentum;
       common.used_out[fused_math::kWeightDecayFactor] = shared.weight_decay;
+      common.used_out[fused_math::kGradScaleFactor] = 1.0f;
     }
-  }
-}
-
-/// Calls function(x) with x of the gradient's type.
-template <typename Function>
-__device__ void with_type(Type type, Function function) {
-  if (type == Type::float32) {
-    function(float());
-  } else if (type == Type::float16) {
-    function(__half());
-  } else {
-    function(__nv_bfloat16());
   }
 }
 
@@ -350,21 +302,13 @@ __device__ void update(const Launch<Strided>& launch) {
   const uint64_t begin = uint64_t(tile) * kTile<T>;
   const uint64_t end = min(begin + kTile<T>, tensor.size);
   for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    int64_t parameter_at = 0;
-    int64_t gradient_at = 0;
-    uint64_t rest = i;
-    for (int d = tensor.dimensions - 1; d >= 0; --d) {
-      const int64_t index = rest % tensor.shape[d];
-      rest /= tensor.shape[d];
-      parameter_at += index * tensor.parameter_strides[d];
-      gradient_at += index * tensor.gradient_strides[d];
-    }
+    const Place place = find_element(tensor, i);
     float gradient;
     with_type(tensor.gradient_type, [&](auto g) {
-      gradient = to_float(static_cast<const decltype(g)*>(tensor.gradient)[gradient_at]);
+      gradient = to_float(static_cast<const decltype(g)*>(tensor.gradient)[place.gradient]);
     });
     const uint64_t at = tensor.offset + i;
-    SgdElement e = {to_float(parameter[parameter_at]), 0.0f};
+    SgdElement e = {to_float(parameter[place.parameter]), 0.0f};
     if (velocity) {
       e.velocity = to_float(
           velocity

@@ -1,7 +1,11 @@
 // The step on the GPU: indexing around csrc/math. The host gives each dispatch a
 // table of tensors (metal/table.h); threadgroup b works on the tensor whose
-// blocks contain b.
+// blocks contain b. This file is the plain step's; it joins the others.
+#include "full.metal"
 #include "math/sgd.h"
+#include "measure.metal"
+#include "quads.h"
+#include "sources.h"
 #include "table.h"
 
 using namespace fused_math;
@@ -16,107 +20,7 @@ inline uint32_t sgd_flags() {
       (has_weight_decay ? kWeightDecay : 0);
 }
 
-// ---- Where a thread works ------------------------------------------------------
-
-/// The last tensor that starts at or before `block`.
-inline uint32_t tensor_of_block(constant SgdTable& table, uint32_t block) {
-  uint32_t found = 0;
-  for (uint32_t stride = 32; stride > 0; stride /= 2) {
-    const uint32_t next = found + stride;
-    if (next < table.count && table.tensors[next].first_block <= block) {
-      found = next;
-    }
-  }
-  return found;
-}
-
-/// Up to kQuad neighbours in a tensor.
-struct Piece {
-  uint64_t first; // in row-major order
-  int64_t gradient; // where its first gradient is, in elements
-  uint32_t count; // 0: nothing left for this thread
-};
-
-inline Piece piece_of_thread(
-    constant SgdTensor& tensor,
-    uint32_t block,
-    uint32_t pass,
-    uint32_t lane,
-    uint32_t lanes) {
-  if (tensor.columns == 0) {
-    const uint64_t first = ((uint64_t(block) * kPasses + pass) * lanes + lane) * kQuad;
-    if (first >= tensor.size) {
-      return {0, 0, 0};
-    }
-    const uint64_t left = tensor.size - first;
-    return {
-        first,
-        int64_t(first) * tensor.column_stride,
-        left < kQuad ? uint32_t(left) : uint32_t(kQuad)};
-  }
-  const uint32_t tiles = (tensor.columns + kTileColumns - 1) / kTileColumns;
-  const uint32_t column = block % tiles * kTileColumns + lane % kTileLanes * kQuad;
-  const uint64_t row =
-      (uint64_t(block / tiles) * kPasses + pass) * (lanes / kTileLanes) + lane / kTileLanes;
-  const uint64_t first = row * tensor.columns + column;
-  if (column >= tensor.columns || first >= tensor.size) {
-    return {0, 0, 0};
-  }
-  const uint32_t left = tensor.columns - column;
-  return {
-      first,
-      int64_t(row) * tensor.row_stride + int64_t(column) * tensor.column_stride,
-      left < kQuad ? left : uint32_t(kQuad)};
-}
-
-// ---- Memory --------------------------------------------------------------------
-
-/// `count` elements as float32, in one access where `wide`; the rest are zero.
-template <typename T>
-inline float4 load_quad(device const T* from, int64_t stride, uint32_t count, bool wide) {
-  float4 values = float4(0.0f);
-  if (wide) {
-    const vec<T, 4> quad = *(device const vec<T, 4>*)from;
-    for (uint32_t i = 0; i < kQuad; ++i) {
-      values[i] = float(quad[i]);
-    }
-  } else {
-    for (uint32_t i = 0; i < count; ++i) {
-      values[i] = float(from[int64_t(i) * stride]);
-    }
-  }
-  return values;
-}
-
-/// The one rounding.
-template <typename T>
-inline void store_quad(device T* to, float4 values, uint32_t count, bool wide) {
-  if (wide) {
-    vec<T, 4> quad;
-    for (uint32_t i = 0; i < kQuad; ++i) {
-      quad[i] = T(values[i]);
-    }
-    *(device vec<T, 4>*)to = quad;
-  } else {
-    for (uint32_t i = 0; i < count; ++i) {
-      to[i] = T(values[i]);
-    }
-  }
-}
-
 // ---- Kernels -------------------------------------------------------------------
-
-// The buffers of parameters and gradients, in whatever way they are spread: one
-// arena and a buffer a gradient, or a buffer for each of both. (number, slot)
-// clang-format off
-#define SOURCES(X)                                                             \
-  X(0, 7) X(1, 8) X(2, 9) X(3, 10) X(4, 11) X(5, 12) X(6, 13) X(7, 14)         \
-  X(8, 15) X(9, 16) X(10, 17) X(11, 18) X(12, 19) X(13, 20) X(14, 21) X(15, 22) \
-  X(16, 23) X(17, 24) X(18, 25) X(19, 26) X(20, 27) X(21, 28) X(22, 29) X(23, 30)
-#define SOURCE_ARGUMENT(i, slot) device const char* source##i [[buffer(slot)]],
-#define TAKE_PARAMETER(i, slot) case i: parameters = source##i; break;
-#define TAKE_GRADIENT(i, slot) case i: gradients = source##i; break;
-// clang-format on
 
 /// The update of the tensors in `table`: parameters and momentum of type T,
 /// gradients of type G. An output may be its own input: a thread reads its
@@ -187,18 +91,16 @@ template <typename T, typename G>
   }
 }
 
-/// One thread, once a step: the next counter, and the numbers that were used.
-[[kernel]] void sgd_counters(
+/// One thread, once a step, plain or full: the next counter, and the numbers used.
+[[kernel]] void sgd_finish(
     constant SgdControl& control [[buffer(kControlBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
     constant float* given [[buffer(kGivenBuffer)]],
+    device const float* measured [[buffer(kMeasuredBuffer)]],
     device uint64_t* step_out [[buffer(kStepOutBuffer)]],
     device float* used_out [[buffer(kUsedOutBuffer)]]) {
-  const SgdHyper hyper = sgd_hyper(control, step[0], given);
-  step_out[0] = step[0] + 1;
-  used_out[kLearningRate] = hyper.learning_rate;
-  used_out[kMomentumFactor] = hyper.momentum;
-  used_out[kWeightDecayFactor] = hyper.weight_decay;
+  const SgdHyper hyper = sgd_full_hyper(control, step[0], given, measured);
+  sgd_counters(control, hyper, step[0], given, step_out, used_out);
 }
 
 /// A schedule at many steps.

@@ -8,10 +8,16 @@ namespace fused_metal {
 
 enum : uint32_t {
   // Metal has 31 buffer slots a dispatch: 7 fixed ones, and the rest for the
-  // buffers in which parameters and gradients lie.
+  // buffers in which parameters and gradients lie. The full step has 15 fixed ones.
   kSources = 24,
+  kFullSources = 16,
   // The table must fit the 4 KiB that Metal takes by value.
   kMaxTensors = 48,
+  // Threads of a threadgroup: a multiple of every tile's lanes and of the SIMD width,
+  // and few enough that several threadgroups share a core and hide each other's loads.
+  // A kernel that needs many registers gets fewer, in whole SIMD groups.
+  kMostThreads = 256,
+  kSimdWidth = 32,
   // A thread takes this many neighbours at once, several times: a thread costs a
   // search of the table and the learning rate, so it should have work to do.
   kQuad = 4,
@@ -29,16 +35,24 @@ enum SgdBuffer : uint32_t {
   kTableBuffer = 1,
   kStepBuffer = 2,
   kGivenBuffer = 3,
+  // Of sgd_step:
   kParameterOutBuffer = 4,
   kVelocityBuffer = 5,
   kVelocityOutBuffer = 6,
   kFirstSourceBuffer = 7,
-  kStepOutBuffer = 4,
-  kUsedOutBuffer = 5,
+  // Of sgd_full:
+  kMeasuredBuffer = 4,
+  kGroupsBuffer = 5,
+  kFullParameterOutBuffer = 6,
+  kFirstSlotBuffer = 7, // of SgdSlot i: 2 * i in, 2 * i + 1 out
+  kFirstFullSourceBuffer = 15,
+  // Of sgd_finish, beside kMeasuredBuffer:
+  kStepOutBuffer = 5,
+  kUsedOutBuffer = 6,
 };
 
 enum SgdWide : uint32_t {
-  kWideArena = 1, // parameter, velocity and both outputs are aligned to a quad
+  kWideArena = 1, // parameter, slots and all outputs are aligned to a quad
   kWideGradient = 2,
 };
 
@@ -55,7 +69,11 @@ struct SgdTensor {
   uint32_t first_block; // threadgroups of the tensors before it
   uint16_t parameter_source;
   uint16_t gradient_source;
-  uint32_t wide; // SgdWide
+  uint16_t wide; // SgdWide
+  // Only the full step reads these.
+  uint16_t flags; // its own SgdFlags
+  uint32_t group; // its row of SgdGroup
+  uint32_t number; // in the layout: of its pair of norms
 };
 
 struct SgdTable {

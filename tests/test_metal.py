@@ -81,7 +81,7 @@ def test_448_tensors_take_few_dispatches_and_exactly_the_bytes():
     kernels = [d["kernel"] for d in log]
     # The arena takes one source, the gradients the others.
     assert kernels.count("sgd_step_float32_float32") == math.ceil(448 / (SOURCES - 1)) == 20
-    assert kernels.count("sgd_counters") == 1
+    assert kernels.count("sgd_finish") == 1
     assert len(log) == 21 <= 23
     assert not any(d["barrier"] for d in log)
 
@@ -96,7 +96,7 @@ def test_448_tensors_take_few_dispatches_and_exactly_the_bytes():
     assert everything["read_again"] == 0
     assert everything["accesses"] == 5 * size / 16  # each of four elements
     counters = bytes_of(log, "step_out", "used_out")
-    assert (counters["read"], counters["written"]) == (0, 8 + 12)
+    assert (counters["read"], counters["written"]) == (0, 8 + 16)
 
 
 def test_barriers_stand_only_where_data_flows():
@@ -113,10 +113,10 @@ def test_barriers_stand_only_where_data_flows():
 
     log = dispatches(two_steps)
     each = len(log) // 2
-    assert [d["kernel"] for d in log].count("sgd_counters") == 2
+    assert [d["kernel"] for d in log].count("sgd_finish") == 2
     barriers = [i for i, d in enumerate(log) if d["barrier"]]
     # The first step had a buffer for each parameter, the second one for all.
-    assert len(barriers) == 1 and log[barriers[0] - 1]["kernel"] == "sgd_counters", each
+    assert len(barriers) == 1 and log[barriers[0] - 1]["kernel"] == "sgd_finish", each
 
 
 @pytest.mark.parametrize("tensors", [1, 12, 13, 23, 24, 47, 100])
@@ -163,7 +163,7 @@ def test_gradients_of_three_dtypes():
     mx.eval(training.gradients)
     log = dispatches(training.step)
     assert sorted(d["kernel"] for d in log) == sorted(
-        ["sgd_counters", *(f"sgd_step_float32_{name}" for name in DTYPES)]
+        ["sgd_finish", *(f"sgd_step_float32_{name}" for name in DTYPES)]
     )
 
 
@@ -183,7 +183,7 @@ def test_every_kernel_is_asked_for_by_its_name():
 
     asked = {d["kernel"] for d in dispatches(everything)}
     steps = {f"sgd_step_{p}_{g}" for p in DTYPES for g in DTYPES}
-    assert asked == steps | {"sgd_counters", "schedule_values", "pack_2", "pack_4"}
+    assert asked == steps | {"sgd_finish", "schedule_values", "pack_2", "pack_4"}
 
 
 def test_options_are_specialised_and_named():
@@ -214,7 +214,7 @@ def test_transposed_gradients_need_no_copy_and_no_more_bytes():
     training = Training(shapes, place=lambda g: mx.contiguous(g.T).T)
     training.step()
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_step_float32_float32", "sgd_counters"]
+    assert [d["kernel"] for d in log] == ["sgd_step_float32_float32", "sgd_finish"]
     size = 4 * sum(math.prod(s) for s in shapes)
     everything = bytes_of(log, "source", "velocities", "parameters_out")
     assert (everything["read"], everything["read_again"]) == (3 * size, 0)
@@ -227,7 +227,7 @@ def test_other_strides_are_packed_first_and_side_by_side():
     training.step()
     log = dispatches(training.step)
     kernels = [d["kernel"] for d in log]
-    assert kernels == ["pack_4", "pack_4", "sgd_step_float32_float32", "sgd_counters"]
+    assert kernels == ["pack_4", "pack_4", "sgd_step_float32_float32", "sgd_finish"]
     assert [d["barrier"] for d in log] == [False, False, True, False]
 
 
@@ -259,7 +259,7 @@ def test_rows_that_begin_unaligned_are_read_element_by_element():
     training = Training([(16, 8)], place=lambda g: mx.pad(g, [(0, 0), (0, 1)])[:, :8])
     training.step()
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_step_float32_float32", "sgd_counters"]
+    assert [d["kernel"] for d in log] == ["sgd_step_float32_float32", "sgd_finish"]
     gradient = bytes_of(log, "source1")
     assert (gradient["read"], gradient["accesses"]) == (4 * 16 * 8, 16 * 8)
     assert bytes_of(log, "velocities")["accesses"] == 2 * 16 * 8 / 4
@@ -288,7 +288,7 @@ def test_the_memory_between_tensors_is_zero():
 def test_empty_tensors_and_empty_trees_count_the_step():
     training = Training([(0,), (3, 0)])
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_counters"]
+    assert [d["kernel"] for d in log] == ["sgd_finish"]
     assert training.optimizer.step.item() == 1
     optimizer = optim.SGD(optim.exponential_decay(0.5, 0.5))
     for _ in range(2):

@@ -77,6 +77,5 @@ typedef float Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VectorBits __attribute__((vector_size(kVectorBytes)));
 constexpr size_t kWidth = kVectorBytes / sizeof(float);
 
-
 } // namespace
 } // namespace mlx_fused_optim::cpu

@@ -56,8 +56,12 @@ __attribute__((always_inline)) inline T load_or_zero(const float* from, size_t i
 
 /// Elements [i, i + width of T): everything is read before anything is written.
 template <typename T>
-__attribute__((always_inline)) inline void
-update_at(const Block& block, size_t i, SgdHyper hyper, uint32_t flags, Formats formats) {
+__attribute__((always_inline)) inline void update_at(
+    const Block& block,
+    size_t i,
+    SgdHyper hyper,
+    uint32_t flags,
+    Formats formats) {
   fused_math::SgdFullElements<T> e = {
       load_or_zero<T>(block.parameter, i),
       load_or_zero<T>(block.slots[fused_math::kVelocity], i),

@@ -67,7 +67,8 @@ void update_block(
 
 } // namespace
 
-void KERNEL(update)(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint32_t flags) {
+void KERNEL(
+    update)(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint32_t flags) {
   alignas(64) float parameter_block[kBlock], gradient_block[kBlock], velocity_block[kBlock];
   const Type type = tensor.parameter.type;
   const bool direct = type == Type::float32;

@@ -76,9 +76,8 @@ struct Task {
     std::vector<Real> sums(arrays.size());
     for (size_t a = 0; a < arrays.size(); ++a) {
       const auto* own = chunks.data() + first_chunks[a];
-      sums[a] = fold_all(first_chunks[a + 1] - first_chunks[a], [&](size_t i) {
-        return Real{own[i].sum, 0};
-      });
+      sums[a] = fold_all(
+          first_chunks[a + 1] - first_chunks[a], [&](size_t i) { return Real{own[i].sum, 0}; });
     }
     const auto total = fold_all(plan.gradient_count, [&](size_t a) { return sums[a]; });
     uint32_t peak = 0;

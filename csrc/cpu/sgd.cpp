@@ -56,7 +56,7 @@ Task::Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
   const size_t n = plan.tensor_count();
   ends.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    ends.push_back((i ? ends.back() : 0) + in.parameters[i].size());
+    ends.push_back((i ? ends.back() : 0) + plan.tensor_size(i));
   }
   if (out.parameters) {
     clear_gaps(*plan.arena, out.parameters, in.parameters[0]);
@@ -108,19 +108,16 @@ void Task::run() const {
   });
 }
 
-void* at(mx::array& arena, size_t offset) {
-  return arena.data<char>() + offset * arena.itemsize();
-}
+void* at(mx::array& arena, size_t offset) { return arena.data<char>() + offset * arena.itemsize(); }
 
 struct PlainTask : Task {
-  PlainTask(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
-      : Task(plan, in, out) {
+  PlainTask(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) : Task(plan, in, out) {
     tensors.reserve(plan.tensor_count());
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       const size_t offset = plan.arena->offsets[i];
       cpu::Tensor tensor{};
-      tensor.size = in.parameters[i].size();
-      tensor.parameter = sources.of(in.parameters[i]);
+      tensor.size = plan.tensor_size(i);
+      tensor.parameter = sources.of(in.parameter(i), plan.parameter_begin(i));
       tensor.gradient = sources.of(in.gradients[i]);
       tensor.parameter_out = at(*out.parameters, offset);
       if (in.slots[kVelocity]) {
@@ -145,9 +142,9 @@ struct FullTask : Task {
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       const size_t offset = plan.arena->offsets[i];
       FullTensor tensor{};
-      tensor.size = in.parameters[i].size();
+      tensor.size = plan.tensor_size(i);
       tensor.position = offset;
-      tensor.parameter = sources.of(in.parameters[i]);
+      tensor.parameter = sources.of(in.parameter(i), plan.parameter_begin(i));
       tensor.gradient = sources.of(in.gradients[i]);
       tensor.parameter_out = at(*out.parameters, offset);
       for (int slot = 0; slot < kSlots; ++slot) {

@@ -5,6 +5,7 @@
 
 #include <functional>
 
+#include "measure.h"
 #include "sgd.h"
 
 namespace mlx_fused_optim::cuda {
@@ -21,8 +22,19 @@ struct Step {
   mx::Stream stream;
 };
 
+/// A measurement to evaluate.
+struct Measurement {
+  const MeasurePlan& plan;
+  const MeasureInputs& inputs;
+  mx::array& measured;
+  mx::array& skipped;
+  mx::Stream stream;
+};
+
 struct Backend {
   void (*step)(const Step& step);
+
+  void (*measure)(const Measurement& measurement);
 
   void (*evaluate_schedule)(
       const Schedule& schedule,

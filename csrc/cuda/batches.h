@@ -1,31 +1,10 @@
-// Sorts the tensors of a step by how they lie in memory, and fills the arguments
+// Sorts the tensors of a plain step by how they lie in memory, and fills the arguments
 // of as few launches as hold them. No CUDA and no MLX here: tested without a GPU.
 #pragma once
 
-#include <memory>
-#include <vector>
-
-#include "cuda/launch.h"
+#include "cuda/packing.h"
 
 namespace mlx_fused_optim::cuda {
-
-/// A parameter or a gradient, as the host sees it.
-struct Source {
-  const void* data;
-  Type type;
-  bool contiguous; // in row-major order
-  const int64_t* strides; // elements
-};
-
-/// Some tensors of one kind, and the blocks of threads that they take.
-/// `arguments.common` but for its count is the caller's to fill.
-template <typename T>
-struct Batch {
-  Launch<T> arguments;
-  uint32_t blocks;
-};
-template <typename T>
-using BatchList = std::vector<std::unique_ptr<Batch<T>>>;
 
 class Batches {
  public:

@@ -6,36 +6,49 @@
 #include <string>
 #include <vector>
 
-// cuda/sgd.cu, compiled: cmake/cuda.cmake names the file.
-asm(".section .rodata\n"
-    ".balign 16\n"
-    ".global mlx_fused_optim_fatbin\n"
-    ".hidden mlx_fused_optim_fatbin\n"
-    "mlx_fused_optim_fatbin:\n"
-    ".incbin \"" MLX_FUSED_OPTIM_FATBIN
-    "\"\n"
-    ".previous\n");
-extern "C" const unsigned char mlx_fused_optim_fatbin[];
+// cuda/{sgd,full,measure}.cu, compiled: cuda/backend.cmake names the folder.
+#define FATBIN(name)                                 \
+  asm(".section .rodata\n"                           \
+      ".balign 16\n"                                 \
+      ".global mlx_fused_optim_" #name               \
+      "\n"                                           \
+      ".hidden mlx_fused_optim_" #name               \
+      "\n"                                           \
+      "mlx_fused_optim_" #name                       \
+      ":\n"                                          \
+      ".incbin \"" MLX_FUSED_OPTIM_FATBINS "/" #name \
+      ".fatbin\"\n"                                  \
+      ".previous\n");                                \
+  extern "C" const unsigned char mlx_fused_optim_##name[];
+FATBIN(sgd)
+FATBIN(full)
+FATBIN(measure)
+#undef FATBIN
 
 namespace mlx_fused_optim::cuda {
 
 namespace {
 
-constexpr int kKinds = 3;
+constexpr int kKinds = 5;
 constexpr int kTypes = 3;
-constexpr const char* kNames[kKinds][kTypes] = {
+constexpr const char* kStepNames[kKinds][kTypes] = {
     {"sgd_flat_float32", "sgd_flat_float16", "sgd_flat_bfloat16"},
     {"sgd_transposed_float32", "sgd_transposed_float16", "sgd_transposed_bfloat16"},
-    {"sgd_strided_float32", "sgd_strided_float16", "sgd_strided_bfloat16"}};
+    {"sgd_strided_float32", "sgd_strided_float16", "sgd_strided_bfloat16"},
+    {"sgd_full_tiled_float32", "sgd_full_tiled_float16", "sgd_full_tiled_bfloat16"},
+    {"sgd_full_strided_float32", "sgd_full_strided_float16", "sgd_full_strided_bfloat16"}};
+constexpr int kOthers = 5;
+constexpr const char* kOtherNames[kOthers] =
+    {"evaluate_schedule", "measure_dense", "measure_sparse", "measure_fold", "measure_finish"};
 
 struct Kernels {
   CUfunction step[kKinds][kTypes];
-  CUfunction schedule;
+  CUfunction other[kOthers];
 };
 
-Kernels load(int device) {
+CUmodule load_module(const unsigned char* fatbin, int device) {
   CUmodule module;
-  const auto result = cuModuleLoadData(&module, mlx_fused_optim_fatbin);
+  const auto result = cuModuleLoadData(&module, fatbin);
   if (result == CUDA_ERROR_NO_BINARY_FOR_GPU || result == CUDA_ERROR_INVALID_IMAGE ||
       result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION) {
     throw std::runtime_error(
@@ -46,15 +59,30 @@ Kernels load(int device) {
         std::to_string(CUDA_VERSION / 1000) + ").");
   }
   check(result, "cuModuleLoadData");
+  return module;
+}
+
+CUfunction find_function(CUmodule module, const char* name) {
+  CUfunction function;
+  check(cuModuleGetFunction(&function, module, name), name);
+  return function;
+}
+
+Kernels load(int device) {
+  const CUmodule sgd = load_module(mlx_fused_optim_sgd, device);
+  const CUmodule full = load_module(mlx_fused_optim_full, device);
+  const CUmodule measure = load_module(mlx_fused_optim_measure, device);
   Kernels kernels;
   for (int kind = 0; kind < kKinds; ++kind) {
+    const bool is_full = kind >= static_cast<int>(Kind::full_tiled);
     for (int type = 0; type < kTypes; ++type) {
-      check(
-          cuModuleGetFunction(&kernels.step[kind][type], module, kNames[kind][type]),
-          kNames[kind][type]);
+      kernels.step[kind][type] = find_function(is_full ? full : sgd, kStepNames[kind][type]);
     }
   }
-  check(cuModuleGetFunction(&kernels.schedule, module, "evaluate_schedule"), "evaluate_schedule");
+  for (int other = 0; other < kOthers; ++other) {
+    const bool is_schedule = other == static_cast<int>(Other::schedule);
+    kernels.other[other] = find_function(is_schedule ? sgd : measure, kOtherNames[other]);
+  }
   return kernels;
 }
 
@@ -79,7 +107,9 @@ CUfunction step_kernel(Kind kind, Type type, int device) {
   return kernels(device).step[static_cast<int>(kind)][static_cast<int>(type)];
 }
 
-CUfunction schedule_kernel(int device) { return kernels(device).schedule; }
+CUfunction other_kernel(Other kernel, int device) {
+  return kernels(device).other[static_cast<int>(kernel)];
+}
 
 void check(CUresult result, const char* what) {
   if (result != CUDA_SUCCESS) {

@@ -55,6 +55,7 @@ struct Common {
 
 /// What every tensor has.
 struct Tensor {
+  using Shared = Common;
   const void* parameter;
   const void* gradient;
   uint64_t size; // elements
@@ -80,20 +81,23 @@ struct Transposed : Tensor {
 
 /// Parameter and gradient lie in any way.
 constexpr int kMaxDimensions = 10;
-struct Strided : Tensor {
+template <typename Base>
+struct AnyWay : Base {
   int32_t dimensions;
   int32_t shape[kMaxDimensions];
   int64_t parameter_strides[kMaxDimensions]; // elements
   int64_t gradient_strides[kMaxDimensions];
 };
+using Strided = AnyWay<Tensor>;
 
 /// The arguments of one launch: as many tensors as 32764 bytes hold, which is
 /// what a kernel may be given by value from sm_70 on.
 constexpr size_t kArgumentBytes = 32764;
 template <typename T>
 struct Launch {
-  static constexpr uint32_t kCapacity = (kArgumentBytes - sizeof(Common)) / sizeof(T);
-  Common common;
+  using Shared = typename T::Shared;
+  static constexpr uint32_t kCapacity = (kArgumentBytes - sizeof(Shared)) / sizeof(T);
+  Shared common;
   T tensors[kCapacity];
 };
 static_assert(sizeof(Launch<Flat>) <= kArgumentBytes && Launch<Flat>::kCapacity >= 512);

@@ -62,6 +62,12 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
   cuda::backend().step({plan_, SgdInputs(plan_, inputs), set, stream()});
 }
 
+void MeasureGradients::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  cuda::backend().measure({plan_, MeasureInputs(plan_, inputs), outputs[0], outputs[1], stream()});
+}
+
 void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {
   cuda::backend().evaluate_schedule(schedule_, inputs[0], output, stream());
 }

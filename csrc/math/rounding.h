@@ -86,8 +86,7 @@ MATH_FN T random_float16(T x, typename Bits<T>::type random) {
   const T fraction = Bits<T>::to(((random & 0xffffu) << 7) | 0x3f800000u) - 1.0f;
   const T up = whole + 1.0f;
   const T subnormal = (units - whole > fraction ? up : whole) * 5.9604644775390625e-8f;
-  return as_float16<T>(
-      Bits<T>::of(x), magnitude + (random & 0x1fffu), subnormal, 0x47800000u);
+  return as_float16<T>(Bits<T>::of(x), magnitude + (random & 0x1fffu), subnormal, 0x47800000u);
 }
 
 template <typename T>

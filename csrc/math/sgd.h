@@ -138,10 +138,15 @@ MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step
 /// The numbers of a plain step.
 template <typename Given>
 MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
+  // In a loop: one copy of a schedule's code, where three cost the CUDA kernels registers.
+  float values[kWeightDecayFactor + 1];
+  for (int i = 0; i <= kWeightDecayFactor; ++i) {
+    values[i] = sgd_scalar(control, i, step, given);
+  }
   SgdHyper hyper = {};
-  hyper.learning_rate = sgd_scalar(control, kLearningRate, step, given);
-  hyper.momentum = sgd_scalar(control, kMomentumFactor, step, given);
-  hyper.weight_decay = sgd_scalar(control, kWeightDecayFactor, step, given);
+  hyper.learning_rate = values[kLearningRate];
+  hyper.momentum = values[kMomentumFactor];
+  hyper.weight_decay = values[kWeightDecayFactor];
   hyper.gradient_weight = control.gradient_weight;
   hyper.apply = 1;
   return hyper;
@@ -160,15 +165,13 @@ MATH_FN void sgd_counters(
   used_out[kLearningRate] = hyper.learning_rate;
   used_out[kMomentumFactor] = hyper.momentum;
   used_out[kWeightDecayFactor] = hyper.weight_decay;
-  used_out[kGradScaleFactor] = control.flags & kGradScale
-      ? sgd_scalar(control, kGradScaleFactor, step, given)
-      : 1.0f;
+  used_out[kGradScaleFactor] =
+      control.flags & kGradScale ? sgd_scalar(control, kGradScaleFactor, step, given) : 1.0f;
 }
 
 /// What the measurement of the gradients needs: their scale.
 template <typename Given>
-MATH_FN SgdHyper
-sgd_gradient_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
+MATH_FN SgdHyper sgd_gradient_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
   SgdHyper hyper = {};
   hyper.unscale = control.flags & kGradScale
       ? divide_float(1.0f, sgd_scalar(control, kGradScaleFactor, step, given))
@@ -186,11 +189,8 @@ MATH_FN float sgd_clip_factor(float clip_norm, float norm) {
 /// The numbers of a full step, but for those of a tensor. `measured` is read only
 /// with kMeasuredFlags.
 template <typename Given, typename Measured>
-MATH_FN SgdHyper sgd_full_hyper(
-    MATH_CONSTANT SgdControl& control,
-    uint64_t step,
-    Given given,
-    Measured measured) {
+MATH_FN SgdHyper
+sgd_full_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
   SgdHyper hyper = sgd_hyper(control, step, given);
   const SgdHyper gradient = sgd_gradient_hyper(control, step, given);
   hyper.unscale = gradient.unscale;

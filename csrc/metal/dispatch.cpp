@@ -61,27 +61,17 @@ bool is_contiguous(const mx::array& a) {
   return view && view->columns == 0 && view->column_stride == 1;
 }
 
-uint32_t Dispatch::source_of(const mx::array& a) {
-  const auto same = [&](const mx::array* source) {
-    return source->buffer().ptr() == a.buffer().ptr();
-  };
-  const auto at = std::find_if(sources.begin(), sources.end(), same) - sources.begin();
-  if (at == std::ptrdiff_t(sources.size())) {
-    sources.push_back(&a);
-  }
-  return at;
-}
-
 bool Dispatch::add(
     SgdTensor tensor,
     const mx::array& parameter,
     const mx::array& gradient,
+    size_t most_sources,
     uint32_t threads) {
   const auto known = sources.size();
-  tensor.parameter_source = source_of(parameter);
-  tensor.gradient_source = source_of(gradient);
-  if (sources.size() > kSources || table.count == kMaxTensors) {
-    sources.resize(known);
+  tensor.parameter_source = sources.of(parameter);
+  tensor.gradient_source = sources.of(gradient);
+  if (sources.size() > most_sources || table.count == kMaxTensors) {
+    sources.shrink(known);
     return false;
   }
   tensor.first_block = blocks;
@@ -91,44 +81,49 @@ bool Dispatch::add(
 }
 
 std::vector<Dispatch> make_dispatches(
-    const Arena& arena,
+    const SgdPlan& plan,
     const std::vector<const mx::array*>& parameters,
     const std::vector<const mx::array*>& gradients,
     bool arena_is_aligned,
     bool gaps,
+    size_t most_sources,
     uint32_t threads) {
+  const Arena& arena = *plan.arena;
   std::vector<Dispatch> dispatches;
   for (auto dtype : {mx::float32, mx::float16, mx::bfloat16}) {
     bool has_room = false; // in the latest dispatch, which is of this dtype
     for (size_t i = 0; i < parameters.size(); ++i) {
       auto& parameter = *parameters[i];
       auto& gradient = *gradients[i];
-      if (gradient.dtype() != dtype || parameter.size() == 0) {
+      if (gradient.dtype() != dtype || gradient.size() == 0) {
         continue;
       }
       const auto view = *matrix_view(gradient);
       const size_t next = i + 1 < arena.offsets.size() ? arena.offsets[i + 1] : arena.size;
       SgdTensor tensor{};
-      tensor.size = parameter.size();
-      tensor.gap = gaps ? next - arena.offsets[i] - parameter.size() : 0;
+      tensor.size = gradient.size();
+      tensor.gap = gaps ? next - arena.offsets[i] - gradient.size() : 0;
       tensor.offset = arena.offsets[i];
-      tensor.parameter = parameter.offset();
+      tensor.parameter = parameter.offset() + plan.parameter_begin(i) * parameter.itemsize();
       tensor.gradient = gradient.offset();
       tensor.row_stride = view.row_stride;
       tensor.column_stride = view.column_stride;
       tensor.columns = view.columns;
+      tensor.flags = plan.tensor_flags(i);
+      tensor.group = plan.group(i);
+      tensor.number = arena.tensors[i];
       // Rows of a matrix begin aligned only if they are whole quads long.
       const bool whole = view.columns % kQuad == 0;
-      if (whole && arena_is_aligned && parameter.offset() % (kQuad * parameter.itemsize()) == 0) {
+      if (whole && arena_is_aligned && tensor.parameter % (kQuad * parameter.itemsize()) == 0) {
         tensor.wide |= kWideArena;
       }
       if (whole && view.column_stride == 1 && view.row_stride % kQuad == 0 &&
           gradient.offset() % (kQuad * gradient.itemsize()) == 0) {
         tensor.wide |= kWideGradient;
       }
-      if (!has_room || !dispatches.back().add(tensor, parameter, gradient, threads)) {
+      if (!has_room || !dispatches.back().add(tensor, parameter, gradient, most_sources, threads)) {
         dispatches.push_back(Dispatch(dtype));
-        dispatches.back().add(tensor, parameter, gradient, threads);
+        dispatches.back().add(tensor, parameter, gradient, most_sources, threads);
         has_room = true;
       }
     }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "metal/sources.h"
 #include "mlx/array.h"
 #include "sgd.h"
 #include "table.h"
@@ -21,39 +22,37 @@ struct MatrixView {
 /// Such a view, in row-major order of the elements, if the strides allow one.
 std::optional<MatrixView> matrix_view(const mx::array& a);
 
-/// Whether element i is at i: what parameters and momentum must be.
+/// Whether element i is at i: what parameters and slots must be.
 bool is_contiguous(const mx::array& a);
 
-/// One dispatch: its table, and the buffers that the table refers to. The slot
-/// of a source begins where its buffer begins.
+/// One dispatch: its table, and the buffers that the table refers to.
 struct Dispatch {
   explicit Dispatch(mx::Dtype gradient_dtype) : gradient_dtype(gradient_dtype) {}
 
   fused_metal::SgdTable table{};
-  std::vector<const mx::array*> sources;
+  BufferSources sources;
   mx::Dtype gradient_dtype;
   uint32_t blocks = 0; // threadgroups
 
-  /// Adds a tensor, unless slots or the table are full.
+  /// Adds a tensor, unless the table or `most_sources` slots are full.
   bool add(
       fused_metal::SgdTensor tensor,
       const mx::array& parameter,
       const mx::array& gradient,
+      size_t most_sources,
       uint32_t threads);
-
- private:
-  uint32_t source_of(const mx::array& a);
 };
 
 /// The dispatches of a step: tensors whose gradients have one dtype together, as
 /// many as there are slots. `parameters` and `gradients` can be read through
 /// is_contiguous and matrix_view; `gaps` says whether an output is fresh memory.
 std::vector<Dispatch> make_dispatches(
-    const Arena& arena,
+    const SgdPlan& plan,
     const std::vector<const mx::array*>& parameters,
     const std::vector<const mx::array*>& gradients,
     bool arena_is_aligned,
     bool gaps,
+    size_t most_sources,
     uint32_t threads);
 
 } // namespace mlx_fused_optim::metal

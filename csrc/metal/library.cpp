@@ -1,13 +1,17 @@
 #include "metal/library.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "math/sgd.h"
 #include "metal_source.h" // generated: csrc/math and metal/ joined
+#include "table.h"
 
 namespace mlx_fused_optim::metal {
 
 namespace {
+
+constexpr size_t kFirstFullConstant = 3; // before it are sgd_step's: see metal/*.metal
 
 /// Calls build(), and tells a user whose Mac refuses the kernels what to do.
 template <typename Build>
@@ -38,7 +42,7 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
   return explained([&] { return device.get_kernel(name, library(device)); });
 }
 
-MTL::ComputePipelineState* kernel(
+MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
     const std::string& name,
     uint32_t flags) {
@@ -56,8 +60,43 @@ MTL::ComputePipelineState* kernel(
       [&] { return device.get_kernel(name, library(device), specialised, constants); });
 }
 
+MTL::ComputePipelineState* full_kernel(
+    mx::metal::Device& device,
+    uint32_t flags,
+    uint32_t parameter_format,
+    uint32_t gradient_format,
+    uint32_t velocity_format) {
+  const uint32_t values[] = {flags, parameter_format, gradient_format, velocity_format};
+  mx::metal::MTLFCList constants;
+  std::string specialised = "sgd_full";
+  for (size_t i = 0; i < std::size(values); ++i) {
+    constants.emplace_back(&values[i], MTL::DataType::DataTypeUInt, kFirstFullConstant + i);
+    specialised += "_" + std::to_string(values[i]);
+  }
+  return explained(
+      [&] { return device.get_kernel("sgd_full", library(device), specialised, constants); });
+}
+
+size_t threads_for(MTL::ComputePipelineState* kernel) {
+  using namespace fused_metal;
+  const size_t most = kernel->maxTotalThreadsPerThreadgroup();
+  if (most < kSimdWidth) {
+    throw std::runtime_error(
+        "[fused_sgd_step] this GPU cannot run the Metal kernels: got threadgroups of at most " +
+        std::to_string(most) + " threads, needed " + std::to_string(kSimdWidth) +
+        ". Set the environment variable MLX_FUSED_OPTIM_COMPOSED=1 to make the step of plain "
+        "MLX operations.");
+  }
+  return std::min<size_t>(kMostThreads, most / kSimdWidth * kSimdWidth);
+}
+
 std::string name_of(mx::Dtype dtype) {
   return dtype == mx::float32 ? "float32" : dtype == mx::float16 ? "float16" : "bfloat16";
+}
+
+uint32_t format_of(mx::Dtype dtype) {
+  using namespace fused_math;
+  return dtype == mx::float32 ? kFloat32 : dtype == mx::float16 ? kFloat16 : kBfloat16;
 }
 
 } // namespace mlx_fused_optim::metal

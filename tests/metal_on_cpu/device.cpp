@@ -1,5 +1,6 @@
 #include "mlx/backend/metal/device.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -113,12 +114,20 @@ MTL::ComputePipelineState* Device::get_kernel(
     MTL::Library*,
     const std::string& cached_as,
     const MTLFCList& values) {
-  std::map<int, bool> constants;
+  std::map<int, uint32_t> constants;
   for (auto& [value, type, index] : values) {
-    if (type != MTL::DataType::DataTypeBool) {
-      fail(name + ": a function constant that is not a bool");
+    const auto& known = library().constants;
+    const auto constant = std::find_if(
+        known.begin(), known.end(), [&](auto& c) { return c.index == int(index); });
+    const auto expected = constant == known.end() ? MTL::DataType::DataTypeNone
+        : constant->flag                          ? MTL::DataType::DataTypeBool
+                                                  : MTL::DataType::DataTypeUInt;
+    if (type != expected || constant == known.end()) {
+      fail(name + ": no function constant " + std::to_string(index) + " has this type");
     }
-    constants[int(index)] = *static_cast<const bool*>(value);
+    constants[int(index)] = type == MTL::DataType::DataTypeBool
+        ? *static_cast<const bool*>(value)
+        : *static_cast<const uint32_t*>(value);
   }
   auto& pipeline = pipelines_[cached_as.empty() ? name : cached_as];
   if (!pipeline) {
@@ -245,7 +254,7 @@ void CommandEncoder::check(const MTL::Size& threads, const MTL::Size& group) con
     const std::string where = std::string(a.name) + " [[buffer(" + std::to_string(a.slot) + ")]]";
     if (a.present) {
       for (auto& constant : library().constants) {
-        if (constant.value == a.present) {
+        if (constant.flag == a.present) {
           require(pipeline_->constants.count(constant.index), where + ": its constant is not set");
         }
       }
@@ -258,9 +267,9 @@ void CommandEncoder::check(const MTL::Size& threads, const MTL::Size& group) con
     require(b.kind != Binding::nothing, where + ": nothing is bound");
     require(!a.writable || b.kind == Binding::output, where + ": written, but not an output");
     require(a.writable || b.kind != Binding::output, where + ": an output, but not written");
-    // Bytes are read as any type: sources have their table.
+    // Bytes are read as any type: sources have their table, sums are structs.
     require(
-        a.element == 1 || a.element == b.element,
+        a.element == 1 || b.element == 1 || a.element == b.element,
         where + ": elements of " + std::to_string(b.element) + " bytes bound, the kernel has " +
             std::to_string(a.element));
     require(
@@ -284,8 +293,14 @@ void CommandEncoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
   auto set_constants = [pipeline = pipeline_] {
     for (auto& constant : library().constants) {
       auto value = pipeline->constants.find(constant.index);
-      *constant.value = value != pipeline->constants.end() && value->second;
+      const bool is_set = value != pipeline->constants.end();
+      if (constant.flag) {
+        *constant.flag = is_set && value->second;
+      } else {
+        *constant.number = is_set ? value->second : ~0u; // which no kernel can work with
+      }
     }
+    library().derive();
   };
   std::shared_ptr<Record> record;
   {
@@ -333,9 +348,7 @@ void CommandEncoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
       }
     }
     watch(&memory);
-    run_grid(*kernel, buffers, threads.width, group.width, order, [](uint32_t thread) {
-      memory.begin_thread(thread);
-    });
+    run_grid(*kernel, buffers, threads.width, group.width, order, memory);
     watch(nullptr);
     record->traffic = memory.traffic();
     if (!memory.error().empty()) {

@@ -1,8 +1,16 @@
 #include "grid.h"
 
+#include <ucontext.h>
+
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
 #include <numeric>
 #include <random>
+
+#include "shared.h"
 
 namespace metal_on_cpu {
 
@@ -19,7 +27,79 @@ std::vector<uint32_t> arranged(size_t count, Order order) {
   return numbers;
 }
 
+// ---- Threads that wait for each other ------------------------------------------
+
+/// A thread of the threadgroup that runs, with a stack of its own.
+struct Fiber {
+  ucontext_t context;
+  bool ended = false;
+};
+
+constexpr size_t kMostFibers = 1024;
+constexpr size_t kStackBytes = 1 << 16;
+char stacks[kMostFibers][kStackBytes]; // static: memory.h knows it as our own
+
+struct Group {
+  Memory* memory;
+  std::vector<Fiber> fibers;
+  std::function<void(uint32_t)> call; // one thread, by its lane
+  std::map<std::string, std::vector<char>> shared;
+  ucontext_t scheduler;
+  uint32_t running = 0;
+};
+Group* current = nullptr; // one dispatch runs at a time
+
+void enter() {
+  current->call(current->running);
+  current->fibers[current->running].ended = true;
+}
+
+/// Turns of all threads, from barrier to barrier, until all have ended.
+void run_by_turns(Group& group, uint32_t first, const std::vector<uint32_t>& lanes) {
+  current = &group;
+  for (size_t i = 0; i < group.fibers.size(); ++i) {
+    auto& context = group.fibers[i].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[i];
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = &group.scheduler;
+    makecontext(&context, enter, 0);
+  }
+  for (size_t ended = 0; ended < lanes.size(); group.memory->barrier()) {
+    for (uint32_t lane : lanes) {
+      group.memory->begin_thread(first + lane);
+      group.running = lane;
+      swapcontext(&group.scheduler, &group.fibers[lane].context);
+    }
+    ended = std::count_if(
+        group.fibers.begin(), group.fibers.end(), [](auto& fiber) { return fiber.ended; });
+    if (ended > 0 && ended < lanes.size()) {
+      group.memory->fail("a barrier is not reached by every thread");
+      break;
+    }
+  }
+  group.memory->end_group();
+  current = nullptr;
+}
+
 } // namespace
+
+void* shared_bytes(const char* name, unsigned long size) {
+  auto& bytes = current->shared[name];
+  if (bytes.empty()) {
+    bytes.assign(size, '\xff'); // NaN
+    current->memory->share(bytes.data(), size, name);
+  }
+  return bytes.data();
+}
+
+extern "C" void metal_on_cpu_barrier(int flags) {
+  if (!current || flags != 2) {
+    std::fputs("[metal_on_cpu] only mem_threadgroup, and only beside threadgroup memory\n", stderr);
+    std::abort();
+  }
+  swapcontext(&current->fibers[current->running].context, &current->scheduler);
+}
 
 void run_grid(
     const Kernel& kernel,
@@ -27,17 +107,25 @@ void run_grid(
     size_t threads,
     size_t group_size,
     Order order,
-    void (*before)(uint32_t thread)) {
+    Memory& memory) {
   for (uint32_t group : arranged((threads + group_size - 1) / group_size, order)) {
     const size_t first = group * group_size;
     const size_t size = std::min(group_size, threads - first);
-    for (uint32_t lane : arranged(size, order)) {
-      const auto position = uint32_t(first + lane);
-      before(position);
+    const auto lanes = arranged(size, order);
+    auto call = [&](uint32_t lane) {
       kernel.call(
           kernel.arguments.data(),
           buffers,
-          {position, lane, group, uint32_t(threads), uint32_t(size)});
+          {uint32_t(first + lane), lane, group, uint32_t(threads), uint32_t(size)});
+    };
+    if (kernel.cooperative) {
+      Group together{&memory, std::vector<Fiber>(size), call, {}, {}, 0};
+      run_by_turns(together, first, lanes);
+      continue;
+    }
+    for (uint32_t lane : lanes) {
+      memory.begin_thread(first + lane);
+      call(lane);
     }
   }
 }

@@ -77,7 +77,8 @@ void Memory::add(const void* begin, size_t size, const std::string& name, bool b
       return;
     }
   }
-  regions_.push_back({static_cast<const char*>(begin), size, name, by_value, {}});
+  const auto kind = by_value ? Region::value : Region::buffer;
+  regions_.push_back({static_cast<const char*>(begin), size, name, kind, {}});
   auto& users = users_[regions_.back().begin];
   if (by_value) {
     users.clear();
@@ -90,6 +91,35 @@ void Memory::begin_thread(uint32_t number) {
   last_thread_ = std::max(last_thread_, thread_);
 }
 
+void Memory::share(const void* begin, size_t size, const std::string& name) {
+  regions_.push_back({static_cast<const char*>(begin), size, name, Region::shared, {}});
+  users_[regions_.back().begin].assign(size, {});
+}
+
+void Memory::barrier() {
+  for (auto& region : regions_) {
+    if (region.kind == Region::shared) {
+      users_[region.begin].assign(region.size, {});
+    }
+  }
+}
+
+void Memory::end_group() {
+  std::erase_if(regions_, [&](auto& region) {
+    if (region.kind != Region::shared) {
+      return false;
+    }
+    users_.erase(region.begin); // the address may come again
+    return true;
+  });
+}
+
+void Memory::fail(const std::string& what) {
+  if (error_.empty()) {
+    error_ = what;
+  }
+}
+
 void Memory::access(const void* address, size_t size, bool write) {
   auto* first = static_cast<const char*>(address);
   for (auto& region : regions_) {
@@ -98,8 +128,8 @@ void Memory::access(const void* address, size_t size, bool write) {
     }
   }
   thread_local const OwnMemory own;
-  if (!own.has(address) && error_.empty()) {
-    error_ = std::string(write ? "a write" : "a read") + " outside of every buffer";
+  if (!own.has(address)) {
+    fail(std::string(write ? "a write" : "a read") + " outside of every buffer");
   }
 }
 
@@ -109,7 +139,7 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
     return report(region, address, size, "reaches over its end");
   }
   // (Fields of a value, the compiler may load together.)
-  if (!region.by_value && at % size) {
+  if (region.kind != Region::value && at % size) {
     return report(region, address, size, "is not aligned to its width");
   }
   auto* users = &users_[region.begin][at];
@@ -136,17 +166,16 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
 }
 
 void Memory::report(const Region& r, const char* address, size_t size, const std::string& what) {
-  if (error_.empty()) {
-    error_ = "an access of " + std::to_string(size) + " bytes at byte " +
-        std::to_string(address - r.begin) + " of " + r.name + " (" + std::to_string(r.size) +
-        " bytes) " + what;
-  }
+  fail(
+      "an access of " + std::to_string(size) + " bytes at byte " +
+      std::to_string(address - r.begin) + " of " + r.name + " (" + std::to_string(r.size) +
+      " bytes) " + what);
 }
 
 std::map<std::string, Traffic> Memory::traffic() const {
   std::map<std::string, Traffic> result;
   for (auto& region : regions_) {
-    if (!region.by_value) {
+    if (region.kind == Region::buffer) {
       result[region.name] = region.traffic;
     }
   }

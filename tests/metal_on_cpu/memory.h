@@ -20,6 +20,8 @@ struct Traffic {
 
 /// The buffers of a dispatch, and who touched each byte since the last barrier.
 ///
+/// Memory of a threadgroup lasts as long as it, and has barriers of its own.
+///
 /// An error is an access outside every buffer, one that is not aligned to its own
 /// width, one byte written twice, and a byte that one thread writes and another
 /// reads or writes: between barriers, threads and dispatches run in any order.
@@ -29,9 +31,16 @@ class Memory {
   void begin_dispatch(bool after_barrier);
   /// The name is for messages; a buffer may have several.
   void add(const void* begin, size_t size, const std::string& name, bool by_value);
+  /// Begins a thread, or goes on with it.
   void begin_thread(uint32_t number);
+  /// Memory of the threadgroup that runs.
+  void share(const void* begin, size_t size, const std::string& name);
+  /// What the threadgroup did to its own memory is done.
+  void barrier();
+  void end_group();
   void access(const void* address, size_t size, bool write);
 
+  void fail(const std::string& what);
   /// What went wrong first, or nothing.
   const std::string& error() const { return error_; }
   std::map<std::string, Traffic> traffic() const;
@@ -41,7 +50,7 @@ class Memory {
     const char* begin = nullptr;
     size_t size = 0;
     std::string name;
-    bool by_value = false; // set_bytes: no traffic
+    enum Kind { buffer, value, shared } kind = buffer; // traffic is counted of buffers
     Traffic traffic;
   };
   struct Users { // of a byte: numbers of threads

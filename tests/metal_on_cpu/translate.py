@@ -4,8 +4,9 @@
     python translate.py check JOINED.metal
 
 The text of the kernels stays as it is. What C++ cannot parse is read and taken out: the
-explicit instantiations (they give the kernels' names) and the attribute of a function
-constant (it becomes a plain variable). ``check`` has clang compile the source with distinct
+explicit instantiations (they give the kernels' names), the attribute of a function
+constant (it becomes a plain variable, and so do constants that depend on it) and memory
+of a threadgroup (the harness has it). ``check`` has clang compile the source with distinct
 address spaces, and applies rules of Metal that C++ does not have to clang's syntax tree.
 """
 
@@ -33,6 +34,11 @@ BUILTINS = {
     "threads_per_threadgroup",
 }
 
+# A kernel's variable that its threadgroup shares: type, name, number of elements.
+SHARED = r"\bthreadgroup (\w+) (\w+)\[([^\]]*)\];"
+SHARED_TO_RUN = r'\1* \2 = metal_on_cpu::shared_memory<\1>("\2", \3);'
+SHARED_TO_CHECK = r"extern threadgroup \1 \2[\3];"  # not on the stack, for clang
+
 
 class Argument(NamedTuple):
     name: str
@@ -45,7 +51,9 @@ class Translation(NamedTuple):
     text: str  # C++, without instantiations
     arguments: dict[str, list[Argument]]  # by kernel function
     instances: list[tuple[str, str]]  # host name, expression
-    constants: dict[str, int]  # function constants and their indices
+    constants: dict[str, tuple[str, int]]  # function constants: type and index
+    derived: dict[str, str]  # constants that depend on those, and their expressions
+    cooperative: set[str]  # kernels whose threads share memory and may meet
 
 
 def fail(message: str) -> None:
@@ -96,7 +104,8 @@ def split_arguments(text: str) -> list[str]:
     return pieces
 
 
-def translated(text: str) -> Translation:
+def translated(text: str, shared: str) -> Translation:
+    """`shared` replaces the declarations of threadgroups' memory: see SHARED."""
     arguments = {}
     for match in re.finditer(r"\[\[kernel\]\] void (\w+)\s*\(", text):
         declarations = split_arguments(parenthesised(text, match.end() - 1))
@@ -121,18 +130,36 @@ def translated(text: str) -> Translation:
     if len(set(names)) != len(names):
         fail(f"a kernel name is used twice: {sorted(n for n in names if names.count(n) > 1)}")
 
-    constants: dict[str, int] = {}
+    constants: dict[str, tuple[str, int]] = {}
 
     def take_constant(match: re.Match[str]) -> str:
-        constants[match[1]] = int(match[2])
+        constants[match[2]] = (match[1], int(match[3]))
+        return f"static {match[1]} {match[2]};"
+
+    text = re.sub(
+        r"constant (bool|uint32_t) (\w+) \[\[function_constant\((\d+)\)\]\];", take_constant, text
+    )
+    derived: dict[str, str] = {}
+
+    def take_derived(match: re.Match[str]) -> str:
+        if not any(re.search(rf"\b{name}\b", match[2]) for name in (*constants, *derived)):
+            return match[0]
+        derived[match[1]] = match[2]
         return f"static bool {match[1]};"
 
-    text = re.sub(r"constant bool (\w+) \[\[function_constant\((\d+)\)\]\];", take_constant, text)
+    text = re.sub(r"^constant bool (\w+) = ([^;]*);", take_derived, text, flags=re.MULTILINE)
+
+    cooperative = set()
+    for match in re.finditer(r"\[\[kernel\]\] void (\w+)\s*\(", text):
+        body = text[match.end() : text.index("\n}\n", match.end())]
+        if re.search(SHARED, body):
+            cooperative.add(match[1])
+    text = re.sub(SHARED, shared, text)
     # Off at the place where Metal reads it, in clang's words.
     text = text.replace("#pragma METAL fp contract(off)", "#pragma clang fp contract(off)")
     text = text.replace("#pragma METAL fp math_mode(safe)", "")
     text = text.replace("#pragma STDLIB", f'#include "{HERE}/include/metal_stdlib"')
-    return Translation(text, arguments, instances, constants)
+    return Translation(text, arguments, instances, constants, derived, cooperative)
 
 
 # ---- run -------------------------------------------------------------------------
@@ -140,7 +167,7 @@ def translated(text: str) -> Translation:
 
 def as_program(source: str, t: Translation) -> str:
     """The kernels, and a table of them (grid.h)."""
-    lines = [t.text, '# 1 "kernels_on_cpu.cpp"']
+    lines = [f'#include "{HERE}/shared.h"', t.text, '# 1 "kernels_on_cpu.cpp"']
     lines += [
         f"#undef {word}" for word in ("device", "constant", "threadgroup", "thread", "float4")
     ]
@@ -158,9 +185,17 @@ def as_program(source: str, t: Translation) -> str:
     lines += ["const Library& library() {", "  static const Library the_library = {"]
     lines += [f'    R"metal({source})metal",', "    {"]
     for number, (name, expression) in enumerate(t.instances):
-        lines.append(f"      make_kernel<&{expression}>({json.dumps(name)}, arguments_{number}),")
+        cooperative = str(expression.partition("<")[0] in t.cooperative).lower()
+        lines.append(
+            f"      make_kernel<&{expression}>"
+            f"({json.dumps(name)}, arguments_{number}, {cooperative}),"
+        )
     lines.append("    }, {")
-    lines += [f'      {{"{name}", {index}, &{name}}},' for name, index in t.constants.items()]
+    for name, (kind, index) in t.constants.items():
+        value = f"&{name}, nullptr" if kind == "bool" else f"nullptr, &{name}"
+        lines.append(f'      {{"{name}", {index}, {value}}},')
+    lines.append("    }, [] {")
+    lines += [f"      {name} = {expression};" for name, expression in t.derived.items()]
     lines += ["    }};", "  return the_library;", "}", "}"]
     return "\n".join(lines) + "\n"
 
@@ -192,8 +227,8 @@ FORBIDDEN = {
 }
 
 
-def broken_rules(tree: dict[str, Any]) -> Iterator[str]:
-    """What Metal refuses although C++ allows it."""
+def broken_rules(tree: dict[str, Any], variables: set[str]) -> Iterator[str]:
+    """What Metal refuses although C++ allows it. ``variables`` were function constants."""
     for node, inside_function in nodes(tree):
         kind = node.get("kind", "")
         type_name = node.get("type", {}).get("qualType", "")
@@ -206,13 +241,12 @@ def broken_rules(tree: dict[str, Any]) -> Iterator[str]:
             if re.search(r"[*&]", type_name) and not re.search(ADDRESS_SPACE, type_name):
                 yield f"{what}: a pointer or reference without an address space"
         if kind == "VarDecl" and (not inside_function or node.get("storageClass") == "static"):
-            # (Function constants have become plain bools.)
-            if not re.search(ADDRESS_SPACE, type_name) and type_name != "bool":
+            if not re.search(ADDRESS_SPACE, type_name) and node.get("name") not in variables:
                 yield f"{what}: a global variable must be constant"
 
 
 def checked(path: Path, version: str) -> Translation:
-    t = translated(preprocessed(path, version))
+    t = translated(preprocessed(path, version), SHARED_TO_CHECK)
     undefine = "\n".join(f"#undef {w}" for w in ("device", "constant", "threadgroup", "thread"))
     uses = "\n".join(f"auto use_{i} = &{e};" for i, (_, e) in enumerate(t.instances))
     command = [CLANG, "-x", "c++", "-std=c++17", "-fsyntax-only", "-nostdinc", "-fno-exceptions"]
@@ -229,7 +263,7 @@ def checked(path: Path, version: str) -> Translation:
     declarations["inner"] = [
         d for d in declarations["inner"] if d.get("name") not in ("instances", "metal")
     ]
-    problems = sorted(set(broken_rules(declarations)))
+    problems = sorted(set(broken_rules(declarations, {*t.constants, *t.derived})))
     if problems:
         fail(f"{path.name}, Metal {version}:\n  " + "\n  ".join(problems))
     return t
@@ -245,7 +279,7 @@ def main() -> None:
             t = checked(source, version)
         print(f"{source.name}: {len(t.arguments)} kernels, {len(t.instances)} instances: ok")
     else:
-        t = translated(preprocessed(source, LANGUAGE_VERSIONS[-1]))
+        t = translated(preprocessed(source, LANGUAGE_VERSIONS[-1]), SHARED_TO_RUN)
         Path(sys.argv[3]).write_text(as_program(text.decode(), t))
 
 

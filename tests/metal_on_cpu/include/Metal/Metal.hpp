@@ -19,7 +19,7 @@ struct Size {
   NS::UInteger width, height, depth;
 };
 
-enum class DataType : NS::UInteger { DataTypeBool = 53 };
+enum class DataType : NS::UInteger { DataTypeNone = 0, DataTypeUInt = 33, DataTypeBool = 53 };
 
 struct Library {};
 
@@ -28,7 +28,7 @@ class ComputePipelineState {
   NS::UInteger maxTotalThreadsPerThreadgroup() const; // METAL_ON_CPU_MAX_THREADS, or 1024
 
   const metal_on_cpu::Kernel* kernel;
-  std::map<int, bool> constants; // by index
+  std::map<int, uint32_t> constants; // by index
   std::string name;
 };
 

@@ -1,0 +1,311 @@
+"""Train in bfloat16 in every way that the optimizer offers, and compare with float32.
+
+    python bench/precision.py [--steps N] [--modes NAME ...] [--json FILE] [--write]
+
+Two tasks on data that is on the machine already: the 1797 handwritten digits that
+scikit-learn ships, and characters of the Python manual that every Python ships, learnt by a
+small transformer. Every mode starts from the same weights (rounded to its dtype) and sees
+the same batches. --write puts the table of --json's run into docs/precision.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_fused_optim as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+try:
+    import demo
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"[precision] a package is missing: {error}; pip install 'mlx-fused-optim[bench]'")
+
+REPORT = Path(__file__).parent.parent / "docs" / "precision.md"
+MARKS = "<!-- precision: begin -->\n", "<!-- precision: end -->\n"
+ELEMENTS = 1 << 24  # of the step that is timed and weighed
+
+
+class Mode(NamedTuple):
+    dtype: mx.Dtype
+    options: dict[str, Any]
+
+
+MODES = {
+    "float32": Mode(mx.float32, {}),
+    "bfloat16": Mode(mx.bfloat16, {}),
+    "bfloat16, momentum float32": Mode(mx.bfloat16, {"momentum_dtype": mx.float32}),
+    "bfloat16, stochastic": Mode(mx.bfloat16, {"rounding": "stochastic"}),
+    "bfloat16, compensated": Mode(mx.bfloat16, {"compensated": True}),
+    "bfloat16, compensated, stochastic": Mode(
+        mx.bfloat16, {"compensated": True, "rounding": "stochastic"}
+    ),
+    "bfloat16, master": Mode(mx.bfloat16, {"master_weights": True}),
+    "bfloat16, master, momentum float32": Mode(
+        mx.bfloat16, {"master_weights": True, "momentum_dtype": mx.float32}
+    ),
+}
+
+
+# ---- Tasks -----------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A transformer's layer, normalised first."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = nn.MultiHeadAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        y = self.attention_norm(x)
+        x = x + self.attention(y, y, y, mask)
+        return x + self.down(nn.gelu(self.up(self.mlp_norm(x))))
+
+
+class Transformer(nn.Module):
+    """Characters in, the next characters out."""
+
+    def __init__(self, symbols: int, context: int, width: int = 64, layers: int = 2):
+        super().__init__()
+        self.symbols = nn.Embedding(symbols, width)
+        self.places = nn.Embedding(context, width)
+        self.blocks = [Block(width, 4) for _ in range(layers)]
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, symbols)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        length = x.shape[1]
+        h = self.symbols(x) + self.places(mx.arange(length))
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(length, h.dtype)
+        for block in self.blocks:
+            h = block(h, mask)
+        return self.last(self.norm(h))
+
+
+class Task(NamedTuple):
+    """A model to make, batches to learn from, and held-out ones for the final loss."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[int], tuple[mx.array, mx.array]]
+    held_out: list[tuple[mx.array, mx.array]]
+    learning_rate: float
+
+
+def digits() -> Task:
+    data = demo.load_data(seed=0)
+    random = np.random.default_rng(1)
+    numbers = random.integers(0, len(data.labels), (100_000, demo.BATCH)).astype(np.uint32)
+
+    def batch(step: int) -> tuple[mx.array, mx.array]:
+        chosen = mx.array(numbers[step])
+        return data.images[chosen], data.labels[chosen]
+
+    # The loss on all images that were learnt from: what the optimizer works on.
+    return Task("digits", demo.Network, batch, [(data.images, data.labels)], 0.02)
+
+
+def characters(context: int = 64, size: int = 16) -> Task:
+    from pydoc_data.topics import topics
+
+    text = "".join(topics[name] for name in sorted(topics))
+    symbols = sorted(set(text))
+    number = {symbol: i for i, symbol in enumerate(symbols)}
+    encoded = np.array([number[symbol] for symbol in text], np.uint32)
+    random = np.random.default_rng(2)
+    train, rest = encoded[: -len(encoded) // 10], encoded[-len(encoded) // 10 :]
+
+    def cut(source: np.ndarray, starts: np.ndarray) -> tuple[mx.array, mx.array]:
+        rows = source[starts[:, None] + np.arange(context + 1)]
+        return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+
+    starts = random.integers(0, len(train) - context - 1, (100_000, size))
+    held_out = [
+        cut(rest, random.integers(0, len(rest) - context - 1, 64)) for _ in range(8)
+    ]
+    return Task(
+        "characters",
+        lambda: Transformer(len(symbols), context),
+        lambda step: cut(train, starts[step]),
+        held_out,
+        0.1,
+    )
+
+
+# ---- Training ----------------------------------------------------------------------
+
+
+def loss_of(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(model(x).astype(mx.float32), y, reduction="mean")
+
+
+def train(task: Task, mode: Mode, steps: int) -> float:
+    """The loss on the held-out batches after these steps, in float32 of the weights."""
+    mx.random.seed(0)
+    model = task.model()
+    model.set_dtype(mode.dtype)
+    schedule = optim.warmup(optim.cosine_decay(task.learning_rate, steps), steps // 20)
+    optimizer = optim.SGD(schedule, momentum=0.9, clip_norm=1.0, **mode.options)
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state]
+    loss_and_gradients = nn.value_and_grad(model, loss_of)
+
+    def step(x: mx.array, y: mx.array) -> mx.array:
+        if x.dtype == mx.float32:
+            x = x.astype(mode.dtype)
+        loss, gradients = loss_and_gradients(model, x, y)
+        optimizer.update(model, gradients)
+        return loss
+
+    compiled = mx.compile(step, inputs=state, outputs=state)
+    for number in track(range(steps), description=task.name, transient=True):
+        mx.eval(compiled(*task.batch(number)), state)
+    model.set_dtype(mx.float32)
+    return statistics.mean(loss_of(model, x, y).item() for x, y in task.held_out)
+
+
+# ---- Costs -------------------------------------------------------------------------
+
+
+@dataclass
+class Costs:
+    bytes_a_parameter: float  # parameter and state, by MLX's counter
+    milliseconds: float  # of a step of ELEMENTS
+
+
+def costs(mode: Mode, repeats: int = 15) -> Costs:
+    gradients = {"w": mx.random.normal((ELEMENTS,)).astype(mode.dtype)}
+    mx.eval(gradients)
+    before = mx.get_active_memory()
+    parameters = {"w": mx.random.normal((ELEMENTS,)).astype(mode.dtype)}
+    optimizer = optim.SGD(1e-3, momentum=0.9, **mode.options)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+        times.append(1e3 * (time.perf_counter() - start))
+    held = mx.get_active_memory() - before
+    return Costs(round(held / ELEMENTS, 2), statistics.median(times[2:]))
+
+
+# ---- Report ------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    mode: str
+    costs: Costs
+    losses: dict[str, float]  # by task
+
+
+def table_of(run: dict[str, Any]) -> list[list[str]]:
+    reference = next((row for row in run["rows"] if row["mode"] == "float32"), None)
+    lines = []
+    for row in run["rows"]:
+        line = [
+            row["mode"],
+            f"{row['costs']['bytes_a_parameter']:g}",
+            f"{row['costs']['milliseconds']:.1f}",
+        ]
+        for task, loss in row["losses"].items():
+            line.append(f"{loss:.4f}")
+            if reference:
+                line.append(f"{loss - reference['losses'][task]:+.4f}")
+        lines.append(line)
+    return lines
+
+
+def headings(run: dict[str, Any]) -> list[str]:
+    found = ["", "bytes a parameter", f"ms a step of {ELEMENTS // 2**20}M"]
+    for task in run["rows"][0]["losses"]:
+        found += [f"{task}: loss", "against float32"]
+    return found
+
+
+def write(run: dict[str, Any]) -> None:
+    """The table in docs/precision.md, renewed."""
+    heads = headings(run)
+    lines = [
+        f"{run['steps']} steps on {run['machine']}, MLX {run['mlx']}, {run['date']}.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * (len(heads) - 1),
+        *("| " + " | ".join(line) + " |" for line in table_of(run)),
+        "",
+    ]
+    text = REPORT.read_text()
+    begin, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+    REPORT.write_text(text[:begin] + "\n" + "\n".join(lines) + "\n" + text[end:])
+
+
+def machine() -> str:
+    import os
+
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    if mx.default_device().type == mx.gpu:
+        return str(mx.device_info().get("device_name", "GPU"))
+    return f"{cpu}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="renew the table of docs/precision.md")
+    options = parser.parse_args(arguments)
+    if not 20 <= options.steps <= 100_000:
+        parser.error(f"--steps out of range: got {options.steps}, allowed 20 to 100000")
+    console = Console()
+    rows = []
+    tasks = [digits(), characters()]
+    for name in options.modes:
+        losses = {task.name: train(task, MODES[name], options.steps) for task in tasks}
+        rows.append(asdict(Row(name, costs(MODES[name]), losses)))
+        console.print(rows[-1])
+    run = {
+        "machine": machine(),
+        "mlx": mx.__version__,
+        "date": date.today().isoformat(),
+        "steps": options.steps,
+        "rows": rows,
+    }
+    table = Table(*headings(run), title="bfloat16 against float32")
+    for line in table_of(run):
+        table.add_row(*line)
+    console.print(table)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(run, indent=2) + "\n")
+    if options.write:
+        write(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+// The measurement of the gradients on a CUDA device: chunks, arrays, all of them.
+#include "measure.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "cuda/encoding.h"
+#include "cuda/measure_batches.h"
+#include "cuda/memory.h"
+#include "cuda/operations.h"
+
+namespace mlx_fused_optim::cuda {
+
+namespace {
+
+/// Sums on their way; the encoder keeps them until the kernels are done.
+template <typename T>
+mx::array temporary(size_t count, mx::Stream stream) {
+  const auto words = static_cast<int>(sizeof(T) / sizeof(uint32_t));
+  mx::array sums({static_cast<int>(std::max<size_t>(count, 1)), words}, mx::uint32, nullptr, {});
+  sums.set_data(allocate(sums.nbytes(), stream));
+  return sums;
+}
+
+MeasureBatches sort_arrays(const MeasurePlan& plan, const MeasureInputs& in) {
+  MeasureBatches batches;
+  for (size_t i = 0; i < plan.array_count(); ++i) {
+    auto& a = in.arrays[i];
+    batches.add(a.ndim(), a.shape().data(), source(a), i < plan.gradient_count, fills_memory(a));
+  }
+  return batches;
+}
+
+void launch_chunks(
+    mx::cu::CommandEncoder& encoder,
+    const MeasurePlan& plan,
+    const MeasureInputs& in,
+    const MeasureBatches& batches,
+    const mx::array& chunks) {
+  const int device = encoder.device().cuda_device();
+  set_inputs(encoder, in.arrays, plan.array_count());
+  set_inputs(encoder, {in.step, in.given});
+  set_outputs(encoder, {&chunks});
+  MeasureCommon common{};
+  common.control = plan.control;
+  common.step = mx::gpu_ptr<uint64_t>(*in.step);
+  common.given = pointer<float>(in.given);
+  common.chunks = mx::gpu_ptr<ChunkSum>(chunks);
+  auto nothing = [] {};
+  side_by_side(encoder, batches.launches(), [&] {
+    const auto dense = other_kernel(Other::measure_dense, device);
+    const auto sparse = other_kernel(Other::measure_sparse, device);
+    launch_batches(encoder, dense, kThreads, batches.dense, common, nothing);
+    launch_batches(encoder, sparse, kThreads, batches.sparse, common, nothing);
+  });
+}
+
+void launch_folds(
+    mx::cu::CommandEncoder& encoder,
+    const MeasurePlan& plan,
+    const MeasureBatches& batches,
+    const mx::array& chunks,
+    const mx::array& sums,
+    const mx::array& measured) {
+  const auto kernel = other_kernel(Other::measure_fold, encoder.device().cuda_device());
+  set_inputs(encoder, {&chunks});
+  set_outputs(encoder, {&sums, &measured});
+  auto folds = std::make_unique<FoldLaunch>();
+  folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
+  folds->sums = mx::gpu_ptr<ArraySum>(sums);
+  folds->norms =
+      plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
+  folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
+  const size_t arrays = batches.arrays();
+  const size_t launches = divide_up(arrays, FoldLaunch::kCapacity);
+  side_by_side(encoder, launches, [&] {
+    for (size_t first = 0; first < arrays; first += FoldLaunch::kCapacity) {
+      const size_t count = std::min<size_t>(arrays - first, FoldLaunch::kCapacity);
+      const auto begin = batches.first_chunk.begin() + first;
+      std::copy(begin, begin + count + 1, folds->first_chunk);
+      folds->first_array = static_cast<uint32_t>(first);
+      launch(encoder, kernel, static_cast<uint32_t>(count), fused_math::kFoldLanes, *folds);
+    }
+  });
+}
+
+void launch_finish(
+    mx::cu::CommandEncoder& encoder,
+    const MeasurePlan& plan,
+    const MeasureInputs& in,
+    const mx::array& sums,
+    const mx::array& measured,
+    const mx::array& skipped) {
+  set_inputs(encoder, {&sums, in.skipped});
+  set_outputs(encoder, {&measured, &skipped});
+  FinishLaunch finish{
+      mx::gpu_ptr<ArraySum>(sums),
+      mx::gpu_ptr<uint64_t>(*in.skipped),
+      mx::gpu_ptr<float>(measured),
+      mx::gpu_ptr<uint64_t>(skipped),
+      static_cast<uint32_t>(plan.gradient_count),
+      plan.control.flags};
+  const auto kernel = other_kernel(Other::measure_finish, encoder.device().cuda_device());
+  launch(encoder, kernel, 1, fused_math::kFoldLanes, finish);
+}
+
+} // namespace
+
+void measure(const Measurement& measurement) {
+  auto& plan = measurement.plan;
+  auto& in = measurement.inputs;
+  const auto stream = measurement.stream;
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  encoder.device().make_current();
+  const auto batches = sort_arrays(plan, in);
+  other_kernel(Other::measure_dense, encoder.device().cuda_device()); // or an error now
+
+  // The step that follows finds this work pending, and cannot wait for MLX to let go of
+  // the last step's buffers (see cuda/sgd.cpp).
+  if (has_nothing_to_do(encoder)) {
+    encoder.synchronize();
+  }
+
+  // All memory before anything is changed.
+  auto measured_memory = allocate(measurement.measured.nbytes(), stream);
+  auto skipped_memory = allocate(measurement.skipped.nbytes(), stream);
+  const auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
+  const auto sums = temporary<ArraySum>(batches.arrays(), stream);
+  measurement.measured.set_data(std::move(measured_memory));
+  measurement.skipped.set_data(std::move(skipped_memory));
+  encoder.add_temporary(chunks);
+  encoder.add_temporary(sums);
+
+  launch_chunks(encoder, plan, in, batches, chunks);
+  launch_folds(encoder, plan, batches, chunks, sums, measurement.measured);
+  launch_finish(encoder, plan, in, sums, measurement.measured, measurement.skipped);
+}
+
+} // namespace mlx_fused_optim::cuda

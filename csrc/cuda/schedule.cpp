@@ -1,0 +1,33 @@
+// A schedule at many steps, on a CUDA device.
+#include "schedule.h"
+
+#include <algorithm>
+
+#include "cuda/encoding.h"
+#include "cuda/memory.h"
+#include "cuda/operations.h"
+
+namespace mlx_fused_optim::cuda {
+
+void evaluate_schedule(
+    const Schedule& schedule,
+    const mx::array& steps,
+    mx::array& rates,
+    mx::Stream stream) {
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  encoder.device().make_current();
+  const auto kernel = other_kernel(Other::schedule, encoder.device().cuda_device());
+  rates.set_data(allocate(rates.nbytes(), stream));
+  if (rates.size() == 0) {
+    return;
+  }
+  ScheduleLaunch arguments{
+      schedule, mx::gpu_ptr<uint64_t>(steps), mx::gpu_ptr<float>(rates), rates.size()};
+  set_inputs(encoder, {&steps});
+  set_outputs(encoder, {&rates});
+  // The kernel loops: more blocks than this would not run at once on any GPU.
+  const auto blocks = std::min<uint64_t>(divide_up(rates.size(), kThreads), 4096);
+  launch(encoder, kernel, static_cast<uint32_t>(blocks), kThreads, arguments);
+}
+
+} // namespace mlx_fused_optim::cuda

@@ -1,0 +1,152 @@
+// Four neighbours in registers, as the bits that memory has: what is loaded waits for
+// nothing, and is made float32 when it is needed.
+#pragma once
+
+#include "cuda/full_launch.h"
+
+#include "common.cuh"
+
+namespace mlx_fused_optim::cuda {
+namespace {
+
+using fused_math::kBfloat16;
+using fused_math::kFloat16;
+using fused_math::kFloat32;
+
+/// A word for each float32, half a word for each of a half type.
+struct Quad {
+  uint32_t words[kQuad];
+};
+
+__device__ inline uint32_t size_of_format(uint32_t format) { return format == kFloat32 ? 4 : 2; }
+
+// __ldca and __stwb: see cuda/sgd.cu.
+__device__ inline void load_whole(Quad& quad, const uint32_t* from) {
+  const uint4 words = __ldca(reinterpret_cast<const uint4*>(from));
+  quad = {{words.x, words.y, words.z, words.w}};
+}
+__device__ inline void load_whole(Quad& quad, const uint16_t* from) {
+  const uint2 words = __ldca(reinterpret_cast<const uint2*>(from));
+  quad = {{words.x, words.y, 0, 0}};
+}
+
+/// The first `count`, `stride` elements apart; the others are zero.
+__device__ inline void load_some(Quad& quad, const uint32_t* from, int64_t stride, uint32_t count) {
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    quad.words[k] = k < count ? from[k * stride] : 0;
+  }
+}
+__device__ inline void load_some(Quad& quad, const uint16_t* from, int64_t stride, uint32_t count) {
+  uint32_t halves[kQuad];
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    halves[k] = k < count ? from[k * stride] : 0;
+  }
+  quad = {{halves[0] | halves[1] << 16, halves[2] | halves[3] << 16, 0, 0}};
+}
+
+/// The quad that begins at element `at`. Leaves it be where there is no array.
+template <bool whole>
+__device__ inline void load(
+    Quad& quad,
+    const void* data,
+    uint32_t format,
+    int64_t at,
+    int64_t stride = 1,
+    uint32_t count = kQuad) {
+  auto load_from = [&](auto* from) {
+    if constexpr (whole) {
+      load_whole(quad, from);
+    } else {
+      load_some(quad, from, stride, count);
+    }
+  };
+  if (format == kFloat32) {
+    load_from(static_cast<const uint32_t*>(data) + at);
+  } else {
+    load_from(static_cast<const uint16_t*>(data) + at);
+  }
+}
+
+template <bool whole>
+__device__ inline void store(
+    void* data,
+    uint32_t format,
+    uint64_t at,
+    const Quad& quad,
+    uint32_t count = kQuad) {
+  auto& words = quad.words;
+  if (format == kFloat32) {
+    auto* to = static_cast<uint32_t*>(data) + at;
+    if constexpr (whole) {
+      __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        if (k < count) {
+          to[k] = words[k];
+        }
+      }
+    }
+  } else {
+    auto* to = static_cast<uint16_t*>(data) + at;
+    if constexpr (whole) {
+      __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        if (k < count) {
+          to[k] = static_cast<uint16_t>(words[k / 2] >> k % 2 * 16);
+        }
+      }
+    }
+  }
+}
+
+__device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[kQuad]) {
+  auto& words = quad.words;
+  if (format == kFloat32) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      values[k] = fused_math::bits_to_float(words[k]);
+    }
+  } else if (format == kBfloat16) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const uint32_t word = words[k / 2];
+      values[k] = fused_math::bits_to_float(k % 2 ? word & 0xffff0000u : word << 16);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const auto bits = static_cast<unsigned short>(words[k / 2] >> k % 2 * 16);
+      values[k] = __half2float(__ushort_as_half(bits));
+    }
+  }
+}
+
+/// The values are numbers of the format: nothing is rounded.
+__device__ inline void narrow(const float (&values)[kQuad], uint32_t format, Quad& quad) {
+  auto& words = quad.words;
+  if (format == kFloat32) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      words[k] = fused_math::float_to_bits(values[k]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kQuad; k += 2) {
+    if (format == kBfloat16) {
+      words[k / 2] = fused_math::float_to_bits(values[k]) >> 16 |
+          (fused_math::float_to_bits(values[k + 1]) & 0xffff0000u);
+    } else {
+      words[k / 2] = __half_as_ushort(__float2half_rn(values[k])) |
+          uint32_t(__half_as_ushort(__float2half_rn(values[k + 1]))) << 16;
+    }
+  }
+}
+
+} // namespace
+} // namespace mlx_fused_optim::cuda

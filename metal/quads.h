@@ -1,0 +1,134 @@
+// Where a thread works, and its loads and stores: kQuad neighbours of a tensor at once.
+#pragma once
+
+#include "math/rounding.h"
+#include "table.h"
+
+using namespace fused_math;
+using namespace fused_metal;
+
+// ---- Where a thread works ------------------------------------------------------
+
+/// The last tensor that starts at or before `block`.
+inline uint32_t tensor_of_block(constant SgdTable& table, uint32_t block) {
+  uint32_t found = 0;
+  for (uint32_t stride = 32; stride > 0; stride /= 2) {
+    const uint32_t next = found + stride;
+    if (next < table.count && table.tensors[next].first_block <= block) {
+      found = next;
+    }
+  }
+  return found;
+}
+
+/// Up to kQuad neighbours in a tensor.
+struct Piece {
+  uint64_t first; // in row-major order
+  int64_t gradient; // where its first gradient is, in elements
+  uint32_t count; // 0: nothing left for this thread
+};
+
+inline Piece piece_of_thread(
+    constant SgdTensor& tensor,
+    uint32_t block,
+    uint32_t pass,
+    uint32_t lane,
+    uint32_t lanes) {
+  if (tensor.columns == 0) {
+    const uint64_t first = ((uint64_t(block) * kPasses + pass) * lanes + lane) * kQuad;
+    if (first >= tensor.size) {
+      return {0, 0, 0};
+    }
+    const uint64_t left = tensor.size - first;
+    return {
+        first,
+        int64_t(first) * tensor.column_stride,
+        left < kQuad ? uint32_t(left) : uint32_t(kQuad)};
+  }
+  const uint32_t tiles = (tensor.columns + kTileColumns - 1) / kTileColumns;
+  const uint32_t column = block % tiles * kTileColumns + lane % kTileLanes * kQuad;
+  const uint64_t row =
+      (uint64_t(block / tiles) * kPasses + pass) * (lanes / kTileLanes) + lane / kTileLanes;
+  const uint64_t first = row * tensor.columns + column;
+  if (column >= tensor.columns || first >= tensor.size) {
+    return {0, 0, 0};
+  }
+  const uint32_t left = tensor.columns - column;
+  return {
+      first,
+      int64_t(row) * tensor.row_stride + int64_t(column) * tensor.column_stride,
+      left < kQuad ? left : uint32_t(kQuad)};
+}
+
+// ---- Memory --------------------------------------------------------------------
+
+/// `count` elements as float32, in one access where `wide`; the rest are zero.
+template <typename T>
+inline float4 load_quad(device const T* from, int64_t stride, uint32_t count, bool wide) {
+  float4 values = float4(0.0f);
+  if (wide) {
+    const vec<T, 4> quad = *(device const vec<T, 4>*)from;
+    for (uint32_t i = 0; i < kQuad; ++i) {
+      values[i] = float(quad[i]);
+    }
+  } else {
+    for (uint32_t i = 0; i < count; ++i) {
+      values[i] = float(from[int64_t(i) * stride]);
+    }
+  }
+  return values;
+}
+
+/// Rounds to T, unless the values are T's already.
+template <typename T>
+inline void store_quad(device T* to, float4 values, uint32_t count, bool wide) {
+  if (wide) {
+    vec<T, 4> quad;
+    for (uint32_t i = 0; i < kQuad; ++i) {
+      quad[i] = T(values[i]);
+    }
+    *(device vec<T, 4>*)to = quad;
+  } else {
+    for (uint32_t i = 0; i < count; ++i) {
+      to[i] = T(values[i]);
+    }
+  }
+}
+
+// The same, of memory whose type is known as a format only: `from` and `to` are where
+// the array begins, `at` counts elements. The format is a function constant, or at least
+// the same for a whole threadgroup.
+
+inline float4 load_quad_of(
+    uint32_t format,
+    device const char* from,
+    int64_t at,
+    int64_t stride,
+    uint32_t count,
+    bool wide) {
+  switch (format) {
+    case kFloat16:
+      return load_quad((device const half*)from + at, stride, count, wide);
+    case kBfloat16:
+      return load_quad((device const bfloat*)from + at, stride, count, wide);
+    default:
+      return load_quad((device const float*)from + at, stride, count, wide);
+  }
+}
+
+inline void store_quad_of(
+    uint32_t format,
+    device char* to,
+    uint64_t at,
+    float4 values,
+    uint32_t count,
+    bool wide) {
+  switch (format) {
+    case kFloat16:
+      return store_quad((device half*)to + at, values, count, wide);
+    case kBfloat16:
+      return store_quad((device bfloat*)to + at, values, count, wide);
+    default:
+      return store_quad((device float*)to + at, values, count, wide);
+  }
+}

@@ -1,0 +1,515 @@
+// The kernels of the full step and of the measurement without a GPU: random tensors are
+// packed as the host packs them, the kernels are run by emulation.h, and every bit is
+// compared with csrc/math taken one element after another. Prints "ok" and the numbers
+// of elements, or says what is wrong and fails.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+
+#include "emulation.h"
+
+#include "../../cuda/full.cu"
+#include "../../cuda/measure.cu"
+#include "cuda/full_batches.h"
+#include "cuda/measure_batches.h"
+
+using namespace mlx_fused_optim::cuda;
+using namespace fused_math;
+
+namespace {
+
+void require(bool truth, const std::string& what) {
+  if (!truth) {
+    std::printf("wrong: %s\n", what.c_str());
+    std::exit(1);
+  }
+}
+
+std::mt19937 engine{1};
+int below(int n) { return std::uniform_int_distribution<int>(0, n - 1)(engine); }
+float normal() { return std::normal_distribution<float>()(engine); }
+
+/// Some memory of one type, that begins at an address that is `shift` elements odd.
+struct Memory {
+  Type type;
+  size_t shift;
+  std::vector<uint4> words;
+
+  Memory(Type t, size_t size, size_t by = 0) : type(t), shift(by), words((size + by) / 4 + 1) {}
+
+  char* data() { return reinterpret_cast<char*>(words.data()) + shift * size_of(type); }
+  uint32_t bits(size_t at) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, data() + at * size_of(type), size_of(type));
+    return bits;
+  }
+  void set_bits(size_t at, uint32_t bits) {
+    std::memcpy(data() + at * size_of(type), &bits, size_of(type));
+  }
+  float get(size_t at) {
+    return type == Type::float32 ? bits_to_float(bits(at))
+        : type == Type::float16  ? __half2float({static_cast<uint16_t>(bits(at))})
+                                 : bits_to_float(bits(at) << 16);
+  }
+  void set(size_t at, float x) {
+    set_bits(
+        at,
+        type == Type::float32       ? float_to_bits(x)
+            : type == Type::float16 ? __float2half_rn(x).bits
+                                    : float_to_bits(nearest_bfloat16(x)) >> 16);
+  }
+  void fill(bool any_bits = false) {
+    for (size_t i = 0; i < (words.size() * 16 - shift * size_of(type)) / size_of(type); ++i) {
+      any_bits ? set_bits(i, engine()) : set(i, normal());
+    }
+  }
+};
+
+/// An array with strides in memory of its own, or in an arena.
+struct Array {
+  std::shared_ptr<Memory> memory;
+  int64_t first = 0;
+  std::vector<int64_t> strides;
+  bool contiguous = true;
+
+  Source source() {
+    auto* data = memory->data() + first * static_cast<int64_t>(size_of(memory->type));
+    return {data, memory->type, contiguous, strides.data()};
+  }
+};
+
+int64_t place(const std::vector<int32_t>& shape, const std::vector<int64_t>& strides, int64_t i) {
+  int64_t at = 0;
+  for (int d = shape.size() - 1; d >= 0; --d) {
+    at += i % shape[d] * strides[d];
+    i /= shape[d];
+  }
+  return at;
+}
+
+enum class Way { contiguous, dense, any };
+
+Array random_array(const std::vector<int32_t>& shape, Type type, Way way) {
+  const int n = shape.size();
+  std::vector<int> order(n);
+  for (int d = 0; d < n; ++d) {
+    order[d] = d;
+  }
+  if (way != Way::contiguous) {
+    std::shuffle(order.begin(), order.end(), engine);
+  }
+  Array a;
+  a.strides.resize(n);
+  int64_t stride = 1;
+  for (int k = n - 1; k >= 0; --k) {
+    const int d = order[k];
+    a.strides[d] = way == Way::any && below(5) == 0 ? 0 : stride;
+    stride *= shape[d] + (way == Way::any && below(3) == 0);
+    if (way == Way::any && a.strides[d] && below(5) == 0) { // backwards
+      a.first += a.strides[d] * (shape[d] - 1);
+      a.strides[d] = -a.strides[d];
+    }
+  }
+  int64_t expected = 1;
+  for (int d = n - 1; d >= 0; --d) {
+    a.contiguous &= shape[d] == 1 || a.strides[d] == expected;
+    expected *= shape[d];
+  }
+  a.memory = std::make_shared<Memory>(type, stride + 8, below(4));
+  return a;
+}
+
+std::vector<int32_t> random_shape() {
+  std::vector<int32_t> shape(below(5));
+  for (auto& length : shape) {
+    const int longest[] = {2, 9, 40};
+    length = 1 + below(longest[below(3)]);
+  }
+  switch (below(6)) { // more than a tile, in one or two dimensions
+    case 0:
+      return {4090 + below(12)};
+    case 1:
+      return {250 + below(12), 1 + below(40)};
+    default:
+      return shape;
+  }
+}
+
+Type random_type() { return static_cast<Type>(below(3)); }
+
+template <typename T>
+void run(BatchList<T>& batches, const typename T::Shared& common, void (*kernel)(Launch<T>)) {
+  for (auto& batch : batches) {
+    const uint32_t count = batch->arguments.common.count;
+    batch->arguments.common = common;
+    batch->arguments.common.count = count;
+    for (uint32_t block = 0; block < batch->blocks; ++block) {
+      emulation::run_block(block, kThreads, [&] { kernel(batch->arguments); });
+    }
+  }
+}
+
+// ---- The step -------------------------------------------------------------------
+
+using TiledKernel = void (*)(Launch<Tiled>);
+using StridedKernel = void (*)(Launch<FullStrided>);
+constexpr TiledKernel kTiled[] = {
+    sgd_full_tiled_float32,
+    sgd_full_tiled_float16,
+    sgd_full_tiled_bfloat16};
+constexpr StridedKernel kStrided[] = {
+    sgd_full_strided_float32,
+    sgd_full_strided_float16,
+    sgd_full_strided_bfloat16};
+
+uint32_t random_flags(Type type) {
+  uint32_t flags = engine() & 0x7fff;
+  if (flags & kMaster) {
+    flags &= ~kCompensated;
+  }
+  return type == Type::float32 ? flags & ~(kMaster | kCompensated) : flags;
+}
+
+struct TestTensor {
+  std::vector<int32_t> shape;
+  uint64_t size, offset;
+  uint32_t flags;
+  Array parameter, gradient;
+};
+
+/// An arena before and after, which may be the same; `stride` is between elements.
+struct TestArena {
+  std::shared_ptr<Memory> before, after;
+  int64_t stride = 1;
+};
+
+struct Counted {
+  size_t tiled = 0, strided = 0, elements = 0;
+};
+
+void test_step(int round, Counted& counted) {
+  const Type type = static_cast<Type>(round % 3);
+  const uint32_t flags = random_flags(type);
+  const bool skips = round % 8 == 0, in_place = below(2);
+  const uint32_t slot_flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
+
+  FullCommon common{};
+  common.control.flags = skips ? flags | kSkipNonfinite : flags;
+  common.control.given = 0xf;
+  common.control.seed = engine();
+  common.control.place = engine();
+  common.control.gradient_weight = 0.75f;
+  common.control.clip_value = 0.5f;
+  common.control.clip_norm = 3.0f;
+  common.control.trust_coefficient = 0.01f;
+  common.control.average_weight = 0.125f;
+  common.control.parameter_format = static_cast<uint32_t>(type);
+  common.control.velocity_format = below(3);
+  const uint64_t step = 41;
+  const float given[] = {0.1f, 0.9f, 0.01f, 4.0f};
+  std::vector<float> measured = {5.0f, skips ? 0.0f : 1.0f}, groups;
+  common.step = &step;
+  common.given = given;
+
+  const int tensors = 1 + below(8);
+  std::vector<TestTensor> all(tensors);
+  uint64_t arena_size = 0;
+  const uint64_t granule = kGranule / size_of(type);
+  for (auto& t : all) {
+    t.shape = random_shape();
+    t.size = element_count(t.shape.size(), t.shape.data());
+    t.offset = arena_size;
+    t.flags = common.control.flags & (engine() | ~kTensorFlags);
+    arena_size += divide_up(t.size, granule) * granule;
+    measured.insert(measured.end(), {std::abs(normal()), std::abs(normal())});
+    for (uint32_t i = 0; i < kGroupNumbers; ++i) {
+      groups.push_back(normal());
+    }
+  }
+  common.measured = measured.data();
+  common.groups = groups.data();
+
+  // Arenas, some of them at odd addresses.
+  const size_t shift = below(4) == 0;
+  auto parameters = std::make_shared<Memory>(type, arena_size, shift);
+  parameters->fill(skips);
+  TestArena slots[kSlots];
+  bool contiguous = true;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (!(flags & slot_flags[slot])) {
+      continue;
+    }
+    auto& s = slots[slot];
+    const Type slot_type = slot == kVelocity ? static_cast<Type>(common.control.velocity_format)
+        : slot == kCompensation              ? type
+                                             : Type::float32;
+    s.stride = !in_place && below(6) == 0 ? 2 : 1;
+    contiguous &= s.stride == 1;
+    s.before = std::make_shared<Memory>(slot_type, s.stride * arena_size, shift);
+    s.before->fill(skips);
+    s.after = in_place ? s.before : std::make_shared<Memory>(slot_type, arena_size);
+    if (!in_place) {
+      s.after->fill();
+    }
+  }
+
+  FullBatches batches(type, contiguous);
+  for (int i = 0; i < tensors; ++i) {
+    auto& t = all[i];
+    t.gradient = random_array(t.shape, random_type(), static_cast<Way>(below(3)));
+    t.gradient.memory->fill();
+    if (in_place) {
+      t.parameter = random_array(t.shape, type, Way::contiguous);
+      t.parameter.memory = parameters;
+      t.parameter.first = t.offset;
+    } else {
+      t.parameter =
+          random_array(t.shape, type, below(4) ? Way::contiguous : static_cast<Way>(below(3)));
+      t.parameter.memory->fill(skips);
+    }
+    const auto number = static_cast<uint32_t>(i);
+    batches.add(
+        t.shape.size(),
+        t.shape.data(),
+        {t.offset, number, number, t.flags},
+        t.parameter.source(),
+        t.gradient.source());
+  }
+
+  // What is expected, from the formulas alone.
+  Memory expected(type, arena_size);
+  std::vector<Memory> expected_slots;
+  for (auto& s : slots) {
+    expected_slots.emplace_back(s.before ? s.before->type : type, arena_size);
+  }
+  const auto hyper = sgd_full_hyper(common.control, step, common.given, common.measured);
+  for (int i = 0; i < tensors; ++i) {
+    auto& t = all[i];
+    const auto own = sgd_tensor_hyper(
+        hyper,
+        common.control.trust_coefficient,
+        t.flags,
+        groups.data() + i * kGroupNumbers,
+        measured.data() + kMeasuredTensors + 2 * i);
+    for (uint64_t e = 0; e < t.size; ++e) {
+      const uint64_t at = t.offset + e;
+      const int64_t from = t.parameter.first + place(t.shape, t.parameter.strides, e);
+      const int64_t g = t.gradient.first + place(t.shape, t.gradient.strides, e);
+      float values[kSlots] = {};
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (slots[slot].before) {
+          values[slot] = slots[slot].before->get(at * slots[slot].stride);
+          expected_slots[slot].set_bits(at, slots[slot].before->bits(at * slots[slot].stride));
+        }
+      }
+      expected.set_bits(at, t.parameter.memory->bits(from));
+      if (skips) {
+        continue;
+      }
+      const SgdFullElement result = sgd_full_element<float>(
+          {t.parameter.memory->get(from), values[0], values[1], values[2], values[3]},
+          t.gradient.memory->get(g),
+          static_cast<uint32_t>(at),
+          own,
+          t.flags,
+          common.control.parameter_format,
+          common.control.velocity_format);
+      expected.set(at, result.parameter);
+      const float after[] = {result.velocity, result.master, result.compensation, result.average};
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (slots[slot].before) {
+          expected_slots[slot].set(at, after[slot]);
+        }
+      }
+    }
+    counted.elements += t.size;
+  }
+
+  common.aligned = is_aligned(parameters->data(), 16);
+  common.parameters_out = parameters->data();
+  for (int slot = 0; slot < kSlots; ++slot) {
+    auto& s = slots[slot];
+    if (s.before) {
+      const auto rows = arena_size / granule; // as a matrix
+      common.slots[slot] = {
+          s.before->data(),
+          s.after->data(),
+          rows > 1 ? granule : arena_size,
+          static_cast<int64_t>(granule) * s.stride,
+          s.stride};
+      common.aligned &= is_aligned(s.before->data(), 16) && is_aligned(s.after->data(), 16);
+    }
+  }
+  uint64_t next = 0;
+  float used[kScalars] = {};
+  common.step_out = &next;
+  common.used_out = used;
+  counted.tiled += batches.tiled.size();
+  counted.strided += batches.strided.size();
+  run(batches.tiled, common, kTiled[round % 3]);
+  run(batches.strided, common, kStrided[round % 3]);
+
+  require(next == (skips ? step : step + 1), "the step counter");
+  require(
+      std::equal(used, used + 3, given) && used[3] == (flags & kGradScale ? given[3] : 1.0f),
+      "the numbers used");
+  for (uint64_t e = 0; e < arena_size; ++e) {
+    const auto where = " of element " + std::to_string(e) + ", round " + std::to_string(round);
+    require(parameters->bits(e) == expected.bits(e), "the parameter" + where);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      require(
+          !slots[slot].after || slots[slot].after->bits(e) == expected_slots[slot].bits(e),
+          "slot " + std::to_string(slot) + where);
+    }
+  }
+}
+
+// ---- The measurement -------------------------------------------------------------
+
+/// The fold of csrc/math/norm.h, lane by lane.
+Real folded_in_order(const std::vector<Real>& values) {
+  std::vector<Real> lanes(kFoldLanes, Real{0, 0});
+  for (size_t i = 0; i < values.size(); ++i) {
+    lanes[i % kFoldLanes] = fold(lanes[i % kFoldLanes], values[i]);
+  }
+  for (size_t half = kFoldLanes / 2; half > 0; half /= 2) {
+    for (size_t lane = 0; lane < half; ++lane) {
+      lanes[lane] = fold(lanes[lane], lanes[lane + half]);
+    }
+  }
+  return lanes[0];
+}
+
+Real sum_in_order(const std::vector<float>& values) {
+  std::vector<Real> chunks;
+  for (size_t begin = 0; begin < values.size(); begin += kChunk) {
+    float lanes[kLanes] = {};
+    for (size_t i = begin; i < values.size() && i < begin + kChunk; ++i) {
+      lanes[i % kLanes] = lanes[i % kLanes] + values[i] * values[i];
+    }
+    for (uint32_t half = kLanes / 2; half > 0; half /= 2) {
+      for (uint32_t lane = 0; lane < half; ++lane) {
+        lanes[lane] = lanes[lane] + lanes[lane + half];
+      }
+    }
+    chunks.push_back({lanes[0], 0});
+  }
+  return folded_in_order(chunks);
+}
+
+void test_measurement(int round, Counted& counted) {
+  MeasureCommon common{};
+  common.control.flags = engine() & 0x7fff;
+  common.control.given = 1 << kGradScaleFactor;
+  common.control.clip_value = 0.5f;
+  const uint64_t step = 0;
+  // Of a scale of zero, what is behind the end of an array must not become NaN.
+  const float given[] = {0, 0, 0, round % 5 == 0 ? 0.0f : 0.3f};
+  common.step = &step;
+  common.given = given;
+  const auto hyper = sgd_gradient_hyper(common.control, step, common.given);
+
+  const uint32_t tensors = 1 + below(3);
+  std::vector<Array> arrays;
+  std::vector<Real> sums;
+  uint32_t peak = 0;
+  MeasureBatches batches;
+  for (uint32_t i = 0; i < 2 * tensors; ++i) {
+    auto shape = random_shape();
+    if (below(4) == 0) {
+      shape = {below(2) * 3, static_cast<int>(kChunk * kChunksPerBlock / 3) + below(3)}; // or empty
+    }
+    const auto way = static_cast<Way>(below(3));
+    auto& a = arrays.emplace_back(random_array(shape, random_type(), way));
+    a.memory->fill();
+    const size_t size = element_count(shape.size(), shape.data());
+    if (round % 4 == 0 && size > 0) {
+      const float infinite = below(2) ? INFINITY : NAN;
+      a.memory->set(a.first + place(shape, a.strides, below(size)), infinite);
+    }
+    const bool is_gradient = i < tensors;
+    batches.add(shape.size(), shape.data(), a.source(), is_gradient, way != Way::any);
+    std::vector<float> values;
+    for (size_t e = 0; e < size; ++e) {
+      const float x = a.memory->get(a.first + (way == Way::any ? place(shape, a.strides, e) : e));
+      peak = is_gradient ? peak_of(peak, x) : peak;
+      values.push_back(is_gradient ? sgd_gradient(x, hyper, common.control.flags) : x);
+    }
+    sums.push_back(sum_in_order(values));
+    counted.elements += size;
+  }
+
+  std::vector<ChunkSum> chunks(batches.chunks());
+  std::vector<ArraySum> array_sums(batches.arrays());
+  std::vector<float> measured(2 + 2 * tensors, -1.0f);
+  common.chunks = chunks.data();
+  run(batches.dense, common, measure_dense);
+  run(batches.sparse, common, measure_sparse);
+  auto folds = std::make_unique<FoldLaunch>();
+  folds->chunks = chunks.data();
+  folds->sums = array_sums.data();
+  folds->norms = measured.data() + kMeasuredTensors;
+  folds->gradient_count = tensors;
+  folds->first_array = 0;
+  std::copy(batches.first_chunk.begin(), batches.first_chunk.end(), folds->first_chunk);
+  for (uint32_t a = 0; a < batches.arrays(); ++a) {
+    emulation::run_block(a, kFoldLanes, [&] { measure_fold(*folds); });
+  }
+  const uint64_t skipped = 7;
+  uint64_t skipped_out = 0;
+  const FinishLaunch finish{
+      array_sums.data(), &skipped, measured.data(), &skipped_out, tensors, common.control.flags};
+  emulation::run_block(0, kFoldLanes, [&] { measure_finish(finish); });
+
+  auto same = [](float a, float b) {
+    return float_to_bits(a) == float_to_bits(b) || (a != a && b != b);
+  };
+  const auto where = ", round " + std::to_string(round);
+  const float norm = sgd_norm(folded_in_order({sums.begin(), sums.begin() + tensors}));
+  const bool applies = sgd_applies(common.control.flags, peak, norm);
+  require(same(measured[kMeasuredNorm], norm), "the global norm" + where);
+  require(measured[kMeasuredApply] == (applies ? 1.0f : 0.0f), "whether it applies" + where);
+  require(skipped_out == skipped + !applies, "the steps skipped" + where);
+  for (uint32_t t = 0; t < tensors; ++t) {
+    const float* norms = &measured[kMeasuredTensors + 2 * t];
+    require(same(norms[0], sgd_norm(sums[t])), "the norm of a gradient" + where);
+    require(same(norms[1], sgd_norm(sums[tensors + t])), "the norm of a parameter" + where);
+  }
+}
+
+/// More arrays than a block has lanes, and more chunks.
+void test_folds_of_more_than_the_lanes() {
+  for (const uint32_t n : {1u, 2u, 3u, 32u, 33u, 1023u, 1024u, 1025u, 3000u}) {
+    std::vector<ArraySum> sums(n);
+    std::vector<Real> values;
+    for (auto& sum : sums) {
+      sum = {{std::abs(normal()), 1e-9f * normal()}, 0};
+      values.push_back(sum.sum);
+    }
+    float measured[2] = {};
+    const uint64_t skipped = 0;
+    uint64_t skipped_out = 0;
+    const FinishLaunch finish{sums.data(), &skipped, measured, &skipped_out, n, 0};
+    emulation::run_block(0, kFoldLanes, [&] { measure_finish(finish); });
+    require(
+        float_to_bits(measured[0]) == float_to_bits(sgd_norm(folded_in_order(values))),
+        "a fold of " + std::to_string(n));
+  }
+}
+
+} // namespace
+
+int main(int, char** arguments) {
+  const int rounds = std::atoi(arguments[1]);
+  Counted counted;
+  for (int round = 0; round < rounds; ++round) {
+    test_step(round, counted);
+  }
+  require(counted.tiled > 10 && counted.strided > 10, "the random tensors miss a kind");
+  for (int round = 0; round < rounds / 4; ++round) {
+    test_measurement(round, counted);
+  }
+  test_folds_of_more_than_the_lanes();
+  std::printf("ok %zu elements\n", counted.elements);
+}
