@@ -11,8 +11,9 @@ the same batches. --write puts the table of --json's run into docs/precision.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import math
+import os
 import platform
 import statistics
 import sys
@@ -27,7 +28,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_fused_optim as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 try:
     import demo
@@ -141,9 +141,7 @@ def characters(context: int = 64, size: int = 16) -> Task:
         return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
     starts = random.integers(0, len(train) - context - 1, (100_000, size))
-    held_out = [
-        cut(rest, random.integers(0, len(rest) - context - 1, 64)) for _ in range(8)
-    ]
+    held_out = [cut(rest, random.integers(0, len(rest) - context - 1, 64)) for _ in range(8)]
     return Task(
         "characters",
         lambda: Transformer(len(symbols), context),
@@ -194,7 +192,11 @@ class Costs:
     milliseconds: float  # of a step of ELEMENTS
 
 
-def costs(mode: Mode, repeats: int = 15) -> Costs:
+def costs(mode: Mode, repeats: int = 25) -> Costs:
+    # What an earlier mode had must be gone: cycles, and what a GPU gives back later.
+    gc.collect()
+    mx.synchronize()
+    time.sleep(0.5)
     gradients = {"w": mx.random.normal((ELEMENTS,)).astype(mode.dtype)}
     mx.eval(gradients)
     before = mx.get_active_memory()
@@ -227,7 +229,7 @@ def table_of(run: dict[str, Any]) -> list[list[str]]:
         line = [
             row["mode"],
             f"{row['costs']['bytes_a_parameter']:g}",
-            f"{row['costs']['milliseconds']:.1f}",
+            f"{row['costs']['milliseconds']:.2f}",
         ]
         for task, loss in row["losses"].items():
             line.append(f"{loss:.4f}")
@@ -261,16 +263,15 @@ def write(run: dict[str, Any]) -> None:
 
 
 def machine() -> str:
-    import os
-
+    if mx.default_device().type == mx.gpu:
+        return str(mx.device_info().get("device_name", "a GPU"))
     cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    information = Path("/proc/cpuinfo")
+    for line in information.read_text().splitlines() if information.exists() else []:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    if mx.default_device().type == mx.gpu:
-        return str(mx.device_info().get("device_name", "GPU"))
-    return f"{cpu}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{cpu}, {os.cpu_count()} cores"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -286,8 +287,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     tasks = [digits(), characters()]
     for name in options.modes:
+        cost = costs(MODES[name])
         losses = {task.name: train(task, MODES[name], options.steps) for task in tasks}
-        rows.append(asdict(Row(name, costs(MODES[name]), losses)))
+        rows.append(asdict(Row(name, cost, losses)))
         console.print(rows[-1])
     run = {
         "machine": machine(),
