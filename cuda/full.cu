@@ -27,11 +27,11 @@ __device__ uint32_t slot_format(const FullCommon& common, int slot) {
                               : uint32_t(kFloat32);
 }
 
-/// One thread computes the numbers of the step, for this block's tensor, if it has one.
-/// None may be used before the next barrier.
+/// One thread computes the numbers of the step, for this block's tensor. None may be used
+/// before the next barrier.
 __device__ void compute_numbers(
     const FullCommon& common,
-    const FullTensor* tensor,
+    const FullTensor& tensor,
     SgdHyper& shared) {
   if (threadIdx.x != 0) {
     return;
@@ -42,14 +42,12 @@ __device__ void compute_numbers(
   if (common.step_out && blockIdx.x == 0) {
     sgd_counters(control, hyper, step, common.given, common.step_out, common.used_out);
   }
-  if (tensor) {
-    shared = sgd_tensor_hyper(
-        hyper,
-        control.trust_coefficient,
-        tensor->flags,
-        common.groups + uint64_t(tensor->group) * kGroupNumbers,
-        common.measured + kMeasuredTensors + uint64_t(tensor->number) * 2);
-  }
+  shared = sgd_tensor_hyper(
+      hyper,
+      control.trust_coefficient,
+      tensor.flags,
+      common.groups + uint64_t(tensor.group) * kGroupNumbers,
+      common.measured + kMeasuredTensors + uint64_t(tensor.number) * 2);
 }
 
 /// Zeroes the gap behind the last element of a tensor; one block must do it.
@@ -182,12 +180,8 @@ template <typename T>
 __device__ void update(const Launch<Tiled>& launch) {
   __shared__ SgdHyper shared;
   const FullCommon& common = launch.common;
-  if (common.count == 0) { // an arena without tensors: only the step counts
-    compute_numbers(common, nullptr, shared);
-    return;
-  }
   const Tiled& tensor = find_tensor(launch);
-  compute_numbers(common, &tensor, shared);
+  compute_numbers(common, tensor, shared);
   __syncthreads();
   const SgdHyper hyper = shared;
   const bool wide = common.aligned && (tensor.wide & kWideArenas);
@@ -239,7 +233,7 @@ __device__ void update(const Launch<FullStrided>& launch) {
   __shared__ SgdHyper shared;
   const FullCommon& common = launch.common;
   const FullStrided& tensor = find_tensor(launch);
-  compute_numbers(common, &tensor, shared);
+  compute_numbers(common, tensor, shared);
   __syncthreads();
   const SgdHyper hyper = shared;
   const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kFullTile;
@@ -285,14 +279,14 @@ __device__ void update(const Launch<FullStrided>& launch) {
 
 // ---- Entry points: sgd_full_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them -------
 
-#define KERNELS(T, name)                                                          \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_tiled_##name(   \
-      const __grid_constant__ Launch<Tiled> launch) {                             \
-    update<T>(launch);                                                            \
-  }                                                                               \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##name( \
-      const __grid_constant__ Launch<FullStrided> launch) {                       \
-    update<T>(launch);                                                            \
+#define KERNELS(T, name)                                                                     \
+  extern "C" __global__ __launch_bounds__(kThreads, kFullBlocks) void sgd_full_tiled_##name( \
+      const __grid_constant__ Launch<Tiled> launch) {                                        \
+    update<T>(launch);                                                                       \
+  }                                                                                          \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##name(            \
+      const __grid_constant__ Launch<FullStrided> launch) {                                  \
+    update<T>(launch);                                                                       \
   }
 KERNELS(float, float32)
 KERNELS(__half, float16)

@@ -22,6 +22,12 @@ class Batches {
       const Source& parameter,
       const Source& gradient);
 
+  /// A launch without tensors, for an arena of which only the step counts.
+  void add_nothing() {
+    append(flat, Tensor{}, 1);
+    flat.back()->arguments.common.count = 0;
+  }
+
   size_t launches() const { return flat.size() + transposed.size() + strided.size(); }
 
   BatchList<Flat> flat;

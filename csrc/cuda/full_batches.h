@@ -29,6 +29,9 @@ class FullBatches {
       const Source& parameter,
       const Source& gradient);
 
+  /// A launch of one empty tensor, for an arena of which only the step counts.
+  void add_nothing() { append(tiled, FullTensor{}, 1) = Tiled{}; }
+
   size_t launches() const { return tiled.size() + strided.size(); }
 
   BatchList<Tiled> tiled;

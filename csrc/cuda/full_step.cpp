@@ -70,7 +70,7 @@ class FullLaunches : public Launches {
           source(in.gradients[i]));
     }
     if (batches_.launches() == 0 && plan.writes_step) {
-      add_empty_launch(batches_.tiled);
+      batches_.add_nothing();
     }
   }
 

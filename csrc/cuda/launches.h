@@ -3,7 +3,6 @@
 
 #include <memory>
 
-#include "cuda/packing.h"
 #include "mlx/backend/cuda/device.h"
 #include "sgd.h"
 
@@ -39,14 +38,6 @@ inline void prefetch(const mx::array* arrays, size_t i, size_t n) {
   if (i + 4 < n) {
     __builtin_prefetch(arrays[i + 4].buffer().ptr());
   }
-}
-
-/// A launch without tensors, for an arena of which only the step counts.
-template <typename T>
-void add_empty_launch(BatchList<T>& batches) {
-  auto& empty = *batches.emplace_back(new Batch<T>);
-  empty.arguments.common.count = 0;
-  empty.blocks = 1;
 }
 
 } // namespace mlx_fused_optim::cuda

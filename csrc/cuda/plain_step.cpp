@@ -49,7 +49,7 @@ class PlainLaunches : public Launches {
           source(in.gradients[i]));
     }
     if (batches_.launches() == 0 && plan.writes_step) {
-      add_empty_launch(batches_.flat);
+      batches_.add_nothing();
     }
   }
 

@@ -365,6 +365,23 @@ void test_step(int round, Counted& counted) {
   }
 }
 
+void test_an_arena_without_tensors_counts_the_step() {
+  FullBatches batches(Type::float32, true);
+  batches.add_nothing();
+  FullCommon common{};
+  common.control.given = 0xf;
+  const uint64_t step = 41;
+  const float given[] = {0.1f, 0.9f, 0.01f, 4.0f};
+  uint64_t next = 0;
+  float used[kScalars] = {};
+  common.step = &step;
+  common.given = given;
+  common.step_out = &next;
+  common.used_out = used;
+  run(batches.tiled, common, sgd_full_tiled_float32);
+  require(next == 42 && used[0] == 0.1f && used[3] == 1.0f, "a step of nothing");
+}
+
 // ---- The measurement -------------------------------------------------------------
 
 /// The fold of csrc/math/norm.h, lane by lane.
@@ -512,5 +529,6 @@ int main(int, char** arguments) {
     test_measurement(round, counted);
   }
   test_folds_of_more_than_the_lanes();
+  test_an_arena_without_tensors_counts_the_step();
   std::printf("ok %zu elements\n", counted.elements);
 }
