@@ -27,16 +27,14 @@ inline Source source(const mx::array& a, size_t begin = 0) {
       a.strides().data()};
 }
 
-/// The device memory of an output.
-template <typename T>
-T* memory_of(const mx::array& a) {
-  return static_cast<T*>(mx::gpu_ptr<void>(a));
-}
-
 /// Null where there is no array.
 template <typename T>
-T* pointer(const mx::array* a) {
-  return a ? memory_of<T>(*a) : nullptr;
+T* pointer(mx::array* a) {
+  return a ? mx::gpu_ptr<T>(*a) : nullptr;
+}
+template <typename T>
+const T* pointer(const mx::array* a) {
+  return a ? mx::gpu_ptr<T>(*a) : nullptr;
 }
 
 /// Names `count` arrays as inputs of what is launched next: the encoder orders kernels

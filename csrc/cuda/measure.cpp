@@ -36,7 +36,7 @@ void launch_chunks(
     const MeasurePlan& plan,
     const MeasureInputs& in,
     const MeasureBatches& batches,
-    const mx::array& chunks) {
+    mx::array& chunks) {
   const int device = encoder.device().cuda_device();
   set_inputs(encoder, in.arrays, plan.array_count());
   set_inputs(encoder, {in.step, in.given});
@@ -45,7 +45,7 @@ void launch_chunks(
   common.control = plan.control;
   common.step = mx::gpu_ptr<uint64_t>(*in.step);
   common.given = pointer<float>(in.given);
-  common.chunks = memory_of<ChunkSum>(chunks);
+  common.chunks = mx::gpu_ptr<ChunkSum>(chunks);
   auto nothing = [] {};
   side_by_side(encoder, batches.launches(), [&] {
     const auto dense = other_kernel(Other::measure_dense, device);
@@ -60,16 +60,16 @@ void launch_folds(
     const MeasurePlan& plan,
     const MeasureBatches& batches,
     const mx::array& chunks,
-    const mx::array& sums,
-    const mx::array& measured) {
+    mx::array& sums,
+    mx::array& measured) {
   const auto kernel = other_kernel(Other::measure_fold, encoder.device().cuda_device());
   set_inputs(encoder, {&chunks});
   set_outputs(encoder, {&sums, &measured});
   auto folds = std::make_unique<FoldLaunch>();
-  folds->chunks = memory_of<ChunkSum>(chunks);
-  folds->sums = memory_of<ArraySum>(sums);
+  folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
+  folds->sums = mx::gpu_ptr<ArraySum>(sums);
   folds->norms =
-      plan.has_parameters ? memory_of<float>(measured) + fused_math::kMeasuredTensors : nullptr;
+      plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
   const size_t arrays = batches.arrays();
   const size_t launches = divide_up(arrays, FoldLaunch::kCapacity);
@@ -89,15 +89,15 @@ void launch_finish(
     const MeasurePlan& plan,
     const MeasureInputs& in,
     const mx::array& sums,
-    const mx::array& measured,
-    const mx::array& skipped) {
+    mx::array& measured,
+    mx::array& skipped) {
   set_inputs(encoder, {&sums, in.skipped});
   set_outputs(encoder, {&measured, &skipped});
   FinishLaunch finish{
-      memory_of<ArraySum>(sums),
+      mx::gpu_ptr<ArraySum>(sums),
       mx::gpu_ptr<uint64_t>(*in.skipped),
-      memory_of<float>(measured),
-      memory_of<uint64_t>(skipped),
+      mx::gpu_ptr<float>(measured),
+      mx::gpu_ptr<uint64_t>(skipped),
       static_cast<uint32_t>(plan.gradient_count),
       plan.control.flags};
   const auto kernel = other_kernel(Other::measure_finish, encoder.device().cuda_device());
@@ -124,8 +124,8 @@ void measure(const Measurement& measurement) {
   // All memory before anything is changed.
   auto measured_memory = allocate(measurement.measured.nbytes(), stream);
   auto skipped_memory = allocate(measurement.skipped.nbytes(), stream);
-  const auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
-  const auto sums = temporary<ArraySum>(batches.arrays(), stream);
+  auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
+  auto sums = temporary<ArraySum>(batches.arrays(), stream);
   measurement.measured.set_data(std::move(measured_memory));
   measurement.skipped.set_data(std::move(skipped_memory));
   encoder.add_temporary(chunks);
