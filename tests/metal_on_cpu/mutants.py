@@ -209,7 +209,7 @@ def caught_by() -> tuple[str, str]:
     shutil.copy(BUILD / "_ext.abi3.so", package)
     tests = {
         "metal": ["tests/test_metal.py"],
-        "table": ["tests/test_conformance.py", "-k", "not cpu-"],
+        "table": ["tests/test_conformance.py", "tests/test_full_conformance.py", "-k", "not cpu-"],
         "more": [
             "tests/test_holding.py",
             "tests/test_schedules_step.py",
