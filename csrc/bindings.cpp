@@ -205,6 +205,8 @@ NB_MODULE(_ext, m) {
           "op"_a,
           "exact"_a = false)
       .def("__len__", [](const Tree& tree) { return tree.parameters().size(); })
+      .def_prop_ro(
+          "parameters", [](const Tree& tree) { return std::vector<mx::array>(tree.parameters()); })
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/layout.h.")

@@ -69,6 +69,10 @@ __device__ void clear_gap(const FullCommon& common, const FullTensor& tensor) {
   }
 }
 
+/// Blocks that a multiprocessor is to hold at once: what is on its way from memory for
+/// all of them takes as long as the way. A register more a thread would be one too many.
+constexpr uint32_t kFullBlocks = 4;
+
 // ---- Contiguous tensors, and gradients that are matrices ----------------------------
 
 /// Up to kQuad neighbours in a tensor.

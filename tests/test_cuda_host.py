@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: its packing of launches, and how it refuses."""
+"""The CUDA backend where there is no GPU: its launches, its kernels, and how it refuses."""
 
 import ctypes
 import os
@@ -14,21 +14,46 @@ ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = pathlib.Path(mlx_fused_optim.__file__).with_name("libmlx_fused_optim_cuda.so")
 
 
-def test_launches_hold_every_element_once(tmp_path):
+def run(tmp_path, name, *sources, arguments=(), includes=()):
+    """What a program prints that is compiled from tests/cuda and csrc/cuda, sanitized."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
         pytest.skip("needs a C++ compiler")
-    program = tmp_path / "batches_test"
-    sources = [ROOT / "tests/cuda/batches_test.cpp", ROOT / "csrc/cuda/batches.cpp"]
-    sanitize = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    build = [compiler, "-std=c++20", *sanitize, f"-I{ROOT / 'csrc'}", *sources, "-o", program]
-    subprocess.run(build, check=True)
+    program = tmp_path / name
+    paths = [ROOT / f"tests/cuda/{name}.cpp", *(ROOT / f"csrc/cuda/{s}.cpp" for s in sources)]
+    build = [compiler, "-std=c++20", "-O1", "-g", "-ffp-contract=off"]
+    build += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    build += [f"-I{ROOT / path}" for path in ("csrc", *includes)]
+    subprocess.run([*build, *paths, "-pthread", "-o", program], check=True)
     # The library that a test run may preload is not the sanitizer's own.
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    result = subprocess.run([program], capture_output=True, text=True, env=environment)
+    environment["ASAN_OPTIONS"] = "detect_stack_use_after_return=0"  # thousands of threads
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    elements = int(result.stdout.split()[1])
-    assert elements > 100_000
+    return result.stdout.split()
+
+
+def test_launches_hold_every_element_once(tmp_path):
+    said = run(tmp_path, "batches_test", "batches", "packing")
+    assert int(said[1]) > 100_000
+
+
+def test_launches_of_the_full_step_and_of_the_measurement(tmp_path):
+    run(tmp_path, "full_batches_test", "full_batches", "measure_batches", "packing")
+
+
+def test_kernels_of_the_full_step_and_of_the_measurement(tmp_path):
+    """Emulated: a thread of the host's for each of theirs, every bit compared."""
+    said = run(
+        tmp_path,
+        "kernels_test",
+        "full_batches",
+        "measure_batches",
+        "packing",
+        arguments=["24"],
+        includes=["tests/cuda/include"],
+    )
+    assert int(said[1]) > 100_000
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="built without nvcc")

@@ -344,6 +344,117 @@ def test_going_back_to_a_snapshot():
             assert same(a, b)
 
 
+# ---- Holders of the full step's parameters and slots ------------------------------------------
+
+FULL = {
+    **OPTIONS,
+    "momentum_dtype": mx.float32,
+    "clip_norm": 1e3,
+    "skip_nonfinite": True,
+    "ema_decay": 0.5,
+}
+RECORDS = {"master": {"master_weights": True}, "compensation": {"compensated": True}}
+
+
+class FullRun(Run):
+    """The same with every slot: parameters of bfloat16 in one arena."""
+
+    def __init__(self, record):
+        mx.random.seed(0)
+        self.optimizer = optim.SGD(2.0**-7, **FULL, **RECORDS[record])
+        self.parameters = {
+            name: (mx.random.normal(shape) + 3).astype(mx.bfloat16)
+            for name, shape in SHAPES.items()
+        }
+        self.step()
+
+
+def slot_of(optimizer, slot) -> mx.array:
+    (entry,) = optimizer.state["arenas"].values()
+    (arena,) = entry[slot]
+    return arena
+
+
+def full_addresses(run, record):
+    slots = ("momentum", record, "ema")
+    return [
+        *(address(p.view(mx.uint16) if p.ndim else p[None].view(mx.uint16))
+          for p in run.parameters.values()),
+        *(address(slot_of(run.optimizer, s).view(mx.uint8)) for s in slots),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_control_a_full_step_is_in_place(record):
+    run = FullRun(record)
+    before = full_addresses(run, record)
+    run.step(3)
+    assert full_addresses(run, record) == before
+    for number, slot in enumerate(("momentum", record, "ema")):
+        held = slot_of(run.optimizer, slot)
+        run.step()
+        after = full_addresses(run, record)
+        assert [i for i in range(6) if after[i] != before[i]] == [3 + number]
+        before = after
+        del held
+
+
+SLOT_HOLDERS = {
+    "the arena": slot_of,
+    "lazy": lambda o, slot: slot_of(o, slot).astype(mx.float32) * 2,
+    "slice": lambda o, slot: slot_of(o, slot)[3:40],
+    "bit view": lambda o, slot: slot_of(o, slot).view(mx.uint8),
+    "tree_map identity": lambda o, slot: tree_map(lambda x: x, o.state),
+    "deepcopy of the state": lambda o, slot: copy.deepcopy(o.state),
+    "unpacked_state": lambda o, slot: o.unpacked_state(),
+    "one unpacked view": lambda o, slot: o.unpacked_state()["b"].get(slot, o.skipped),
+    "averages": lambda o, slot: o.ema_parameters(),
+    "averages in float32": lambda o, slot: o.ema_parameters(mx.float32)["b"],
+    "memoryview": lambda o, slot: memoryview(slot_of(o, slot).view(mx.uint16)),
+    "norm and count": lambda o, slot: [o.grad_norm, o.skipped],
+}
+
+
+@pytest.mark.parametrize("evaluated", [True, False], ids=["evaluated", "lazy"])
+@pytest.mark.parametrize("slot", ["momentum", "master", "compensation", "ema"])
+@pytest.mark.parametrize("name", SLOT_HOLDERS)
+def test_a_held_slot_stays(name, slot, evaluated):
+    record = slot if slot in RECORDS else "master"
+    run = FullRun(record)
+    expected = snapshot(SLOT_HOLDERS[name](FullRun(record).optimizer, slot))
+    holder = SLOT_HOLDERS[name](run.optimizer, slot)
+    if evaluated and not isinstance(holder, memoryview):
+        mx.eval(holder)
+    stays(holder, run, expected)
+    # The run itself goes on as one that nobody looked at.
+    twin = FullRun(record)
+    twin.step(2)
+    for k in SHAPES:
+        assert same(run.parameters[k], twin.parameters[k])
+    for own in ("momentum", record, "ema"):
+        assert same(slot_of(run.optimizer, own), slot_of(twin.optimizer, own))
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("name", ["variable", "row", "lazy sum", "shallow copy of the tree"])
+def test_a_held_parameter_of_a_full_step_stays(name, record):
+    run = FullRun(record)
+    expected = snapshot(HOLDERS[name](FullRun(record).parameters))
+    stays(HOLDERS[name](run.parameters), run, expected)
+
+
+def test_a_held_parameter_that_is_a_slot_too():
+    """Averages of one float32 tensor that begin as the very array of the parameter."""
+    w = {"w": mx.arange(64, dtype=mx.float32)}
+    optimizer = optim.SGD(0.5, ema_decay=0.5)
+    optimizer.init(w)
+    bits = of_mlx(w["w"])
+    new = optimizer.apply_gradients({"w": mx.ones(64)}, w)
+    assert np.array_equal(of_mlx(w["w"]), bits)
+    assert new["w"].tolist() == [i - 0.5 for i in range(64)]
+    assert optimizer.ema_parameters()["w"].tolist() == [i - 0.25 for i in range(64)]
+
+
 # ---- Tracers -------------------------------------------------------------------------------
 
 

@@ -29,7 +29,9 @@ def functions_of(body):
 CLASSES = {node.name: functions_of(node.body) for node in STUB.body if type(node) is ast.ClassDef}
 FUNCTIONS = functions_of(STUB.body)
 CONSTANTS = {
-    node.target.id: node.annotation.id for node in STUB.body if isinstance(node, ast.AnnAssign)
+    node.target.id: ast.unparse(node.annotation).partition("[")[0]
+    for node in STUB.body
+    if isinstance(node, ast.AnnAssign)
 }
 # Those of every nanobind type, which are not ours to declare.
 GENERIC = set(dir(type("Plain", (), {}))) - {"__init__"}

@@ -18,13 +18,22 @@ inline Type type_of(mx::Dtype dtype) {
                               : Type::bfloat16;
 }
 
-inline Source source(const mx::array& a) {
-  return {mx::gpu_ptr<void>(a), type_of(a.dtype()), a.flags().row_contiguous, a.strides().data()};
+/// The array; of a contiguous one, from element `begin` on.
+inline Source source(const mx::array& a, size_t begin = 0) {
+  return {
+      mx::gpu_ptr<char>(a) + begin * a.itemsize(),
+      type_of(a.dtype()),
+      a.flags().row_contiguous,
+      a.strides().data()};
 }
 
 /// Null where there is no array.
 template <typename T>
-T* pointer(const mx::array* a) {
+T* pointer(mx::array* a) {
+  return a ? mx::gpu_ptr<T>(*a) : nullptr;
+}
+template <typename T>
+const T* pointer(const mx::array* a) {
   return a ? mx::gpu_ptr<T>(*a) : nullptr;
 }
 

@@ -56,7 +56,7 @@ class FullLaunches : public Launches {
         batches_(type_, slots_contiguous(in)) {
     kernel(Kind::full_tiled); // loaded, or an error now
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      prefetch(in.parameters, i, plan.tensor_count());
+      prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());
       auto& shape = plan.arena->shapes[i];
       batches_.add(
@@ -66,7 +66,7 @@ class FullLaunches : public Launches {
            static_cast<uint32_t>(plan.arena->tensors[i]),
            plan.group(i),
            plan.tensor_flags(i)},
-          source(in.parameters[i]),
+          source(in.parameter(i), plan.parameter_begin(i)),
           source(in.gradients[i]));
     }
     if (batches_.launches() == 0 && plan.writes_step) {

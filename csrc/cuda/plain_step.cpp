@@ -38,14 +38,14 @@ class PlainLaunches : public Launches {
         batches_(type_, !in.slots[kVelocity] || in.slots[kVelocity]->flags().row_contiguous) {
     kernel(Kind::flat); // loaded, or an error now
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      prefetch(in.parameters, i, plan.tensor_count());
+      prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());
       auto& shape = plan.arena->shapes[i];
       batches_.add(
           shape.size(),
           shape.data(),
           plan.arena->offsets[i],
-          source(in.parameters[i]),
+          source(in.parameter(i), plan.parameter_begin(i)),
           source(in.gradients[i]));
     }
     if (batches_.launches() == 0 && plan.writes_step) {

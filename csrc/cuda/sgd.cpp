@@ -21,7 +21,7 @@ void let_go_of_finished_work(
   auto uses = [](const mx::array& a) {
     return static_cast<size_t>(a.data_shared_ptr().use_count());
   };
-  bool held = plan.tensor_count() > 0 && uses(in.parameters[0]) > plan.tensor_count();
+  bool held = plan.tensor_count() > 0 && uses(in.parameters[0]) > plan.parameter_inputs();
   for (auto* slot : in.slots) {
     held |= slot && uses(*slot) > 1;
   }
@@ -46,7 +46,7 @@ void step(const Step& step) {
 
   let_go_of_finished_work(encoder, plan, in);
   const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
-  set_inputs(encoder, in.parameters, 2 * plan.tensor_count()); // and the gradients
+  set_inputs(encoder, in.parameters, plan.parameter_inputs() + plan.tensor_count());
   set_inputs(encoder, {in.step, in.given, in.measured, in.groups});
   set_outputs(encoder, {out.parameters, out.step, out.used});
   for (int slot = 0; slot < kSlots; ++slot) {

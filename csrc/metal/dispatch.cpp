@@ -92,19 +92,19 @@ std::vector<Dispatch> make_dispatches(
   std::vector<Dispatch> dispatches;
   for (auto dtype : {mx::float32, mx::float16, mx::bfloat16}) {
     bool has_room = false; // in the latest dispatch, which is of this dtype
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      auto& parameter = *parameters[i];
+    for (size_t i = 0; i < plan.tensor_count(); ++i) {
+      auto& parameter = *parameters[plan.whole ? 0 : i];
       auto& gradient = *gradients[i];
-      if (gradient.dtype() != dtype || parameter.size() == 0) {
+      if (gradient.dtype() != dtype || gradient.size() == 0) {
         continue;
       }
       const auto view = *matrix_view(gradient);
       const size_t next = i + 1 < arena.offsets.size() ? arena.offsets[i + 1] : arena.size;
       SgdTensor tensor{};
-      tensor.size = parameter.size();
-      tensor.gap = gaps ? next - arena.offsets[i] - parameter.size() : 0;
+      tensor.size = gradient.size();
+      tensor.gap = gaps ? next - arena.offsets[i] - gradient.size() : 0;
       tensor.offset = arena.offsets[i];
-      tensor.parameter = parameter.offset();
+      tensor.parameter = parameter.offset() + plan.parameter_begin(i) * parameter.itemsize();
       tensor.gradient = gradient.offset();
       tensor.row_stride = view.row_stride;
       tensor.column_stride = view.column_stride;
@@ -114,7 +114,7 @@ std::vector<Dispatch> make_dispatches(
       tensor.number = arena.tensors[i];
       // Rows of a matrix begin aligned only if they are whole quads long.
       const bool whole = view.columns % kQuad == 0;
-      if (whole && arena_is_aligned && parameter.offset() % (kQuad * parameter.itemsize()) == 0) {
+      if (whole && arena_is_aligned && tensor.parameter % (kQuad * parameter.itemsize()) == 0) {
         tensor.wide |= kWideArena;
       }
       if (whole && view.column_stride == 1 && view.row_stride % kQuad == 0 &&

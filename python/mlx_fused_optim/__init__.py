@@ -12,8 +12,9 @@ from ._requirements import check_extension, check_mlx
 check_mlx()
 check_extension()
 
-from .functional import fused_sgd_init, fused_sgd_step
+from .functional import fused_sgd_ema, fused_sgd_init, fused_sgd_step
 from .optimizers import SGD
+from .scaler import GradScaler
 from .schedules import (
     Schedule,
     constant,
@@ -47,11 +48,13 @@ def __getattr__(name: str) -> object:
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
+    "GradScaler",
     "Schedule",
     "constant",
     "cosine_decay",
     "cosine_restarts",
     "exponential_decay",
+    "fused_sgd_ema",
     "fused_sgd_init",
     "fused_sgd_step",
     "inverse_sqrt",

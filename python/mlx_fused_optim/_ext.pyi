@@ -7,6 +7,9 @@ import mlx.core as mx
 
 MAX_SEGMENTS: int
 MAX_CYCLE_FACTOR: int
+# Of a step: name -> bit, see SgdFlags in csrc/math/sgd.h; and the length of a group's row.
+FLAGS: dict[str, int]
+GROUP_NUMBERS: int
 
 class Schedule:
     """A schedule in the form that the kernels evaluate."""
@@ -58,6 +61,8 @@ class Tree:
     ) -> None: ...
     def __len__(self) -> int: ...
     @property
+    def parameters(self) -> list[mx.array]: ...
+    @property
     def fingerprint(self) -> str: ...
 
 class Layout:
@@ -81,18 +86,32 @@ def arena_view(
     *,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> mx.array: ...
+
+class Groups:
+    """Tensors that differ from the others: see csrc/sgd.h."""
+
+    def __init__(self, group_of: Sequence[int], flags_of: Sequence[int]) -> None: ...
+
 def sgd_step(
     tree: Tree,
     layout: Layout,
-    momentum_arenas: Sequence[mx.array],
+    slots: Sequence[Sequence[mx.array]],
     step: mx.array,
     *,
     learning_rate: mx.array | Schedule | float,
     momentum: mx.array | Schedule | float,
     weight_decay: mx.array | Schedule | float,
+    grad_scale: mx.array | Schedule | float,
     dampening: float,
-    has_momentum: bool,
-    nesterov: bool,
-    has_weight_decay: bool,
+    flags: int,
+    clip_value: float,
+    clip_norm: float,
+    trust_coefficient: float,
+    ema_decay: float,
+    seed: int,
+    momentum_dtype: mx.Dtype | None,
+    groups: Groups | None,
+    group_numbers: mx.array | None,
+    skipped: mx.array | None,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
-) -> tuple[Any, list[mx.array], mx.array, mx.array]: ...
+) -> tuple[Any, list[list[mx.array]], mx.array, mx.array, mx.array | None, mx.array | None]: ...

@@ -1,4 +1,4 @@
-"""The optimizer state: momentum of all tensors in a few flat arenas.
+"""The optimizer state: what is kept of each element, in a few flat arenas.
 
 A state is a plain tree of arrays::
 
@@ -7,121 +7,199 @@ A state is a plain tree of arrays::
      ...}
 
 The fingerprint names the tensors of the arenas (paths, shapes, dtypes, in order); the
-table lists them as JSON, so that a saved state explains itself. A scheduled
-hyperparameter is an array beside them, ``state["momentum"]`` or ``state["weight_decay"]``
-(no module can have its place: that of a module is a dict). Everything else in the state is
-momentum where ``mlx.optimizers.SGD`` keeps it, ``state[...path...]["v"]``: of
-tensors that no current layout holds (frozen ones), or a whole state of MLX's. The first
-step that needs such a tensor moves it into an arena.
+table lists them as JSON, so that a saved state explains itself. Beside ``momentum`` are
+the other **slots** that the options ask for: ``master`` (the parameters in float32),
+``compensation`` (what their rounding has lost), ``ema`` (their moving average), each with
+an array for each arena that has a use for it.
+
+A scheduled hyperparameter is an array beside the step, ``state["momentum"]`` or
+``state["weight_decay"]``, and so are ``state["grad_norm"]`` and ``state["skipped"]`` where
+gradients are measured (no module can have their place: that of a module is a dict).
+Everything else in the state is a tensor's momentum where ``mlx.optimizers.SGD`` keeps it,
+``state[...path...]["v"]``, with the other slots under their own names beside it: of tensors
+that no current layout holds (frozen ones), or a whole state of MLX's. The first step that
+needs such a tensor moves it into arenas.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import _ext
+from ._options import DTYPES
 
 State = dict[str, Any]
 
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_layouts: dict[str, _ext.Layout] = {}
+# In the order of the kernel (SgdSlot in csrc/sgd.h), with the names at a tensor's path.
+SLOTS = ("momentum", "master", "compensation", "ema")
+LOOSE = dict(zip(("v", *SLOTS[1:]), SLOTS, strict=True))
+# Of float32 parameters nothing is lost that these could keep.
+_OF_HALF_TYPES = ("master", "compensation")
+
+# What a state keeps of one tensor, by slot.
+Kept = dict[str, mx.array]
 
 
-def layout_key(tree: _ext.Tree) -> str:
+class Layout:
+    """Where each tensor lives, in the shapes that Python needs."""
+
+    def __init__(self, key: str, made: _ext.Layout):
+        self.key = key
+        self.made = made
+        self.tensors = made.tensors
+        self.arenas = made.arenas
+        self._halves = [i for i, (dtype, *_) in enumerate(self.arenas) if dtype != mx.float32]
+        self._all = list(range(len(self.arenas)))
+
+    def arenas_of(self, slot: str) -> list[int]:
+        """The numbers of the arenas that have a slot."""
+        return self._halves if slot in _OF_HALF_TYPES else self._all
+
+
+_layouts: dict[str, Layout] = {}
+
+
+def layout_of(tree: _ext.Tree) -> Layout:
     # The prefix keeps tree_unflatten from taking a number for a list index.
-    return f"layout_{tree.fingerprint}"
-
-
-def layout_of(tree: _ext.Tree) -> _ext.Layout:
-    key = layout_key(tree)
+    key = f"layout_{tree.fingerprint}"
     layout = _layouts.get(key)
     if layout is None:
-        layout = _layouts[key] = _ext.Layout(tree)
+        layout = _layouts[key] = Layout(key, _ext.Layout(tree))
     return layout
 
 
-def momentum_arenas(state: State, tree: _ext.Tree, op: str) -> list[mx.array] | None:
-    """The arenas of exactly these tensors, if the state has them.
+class Wanted(NamedTuple):
+    """The slots that a step keeps."""
 
-    Their number, shapes and dtypes are checked by the step itself.
+    slots: tuple[str, ...]
+    momentum_dtype: mx.Dtype | None = None  # by default the parameter's
+
+    def dtype(self, slot: str, parameter: mx.Dtype) -> mx.Dtype:
+        if slot == "momentum":
+            return self.momentum_dtype or parameter
+        return parameter if slot == "compensation" else mx.float32
+
+
+def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[list[mx.array]] | None:
+    """The arenas of exactly these tensors for each of SLOTS, if the state has all that are
+    wanted and momentum in the wanted dtype; [] for a slot that is not wanted.
+
+    Their number, shapes and other dtypes are checked by the step itself.
     """
-    key = layout_key(tree)
-    entry = state.get("arenas", {}).get(key)
-    if entry is None:
-        return None
-    momentum = entry.get("momentum") if isinstance(entry, dict) else None
-    if not isinstance(momentum, (list, tuple)) or not all(
-        isinstance(arena, mx.array) for arena in momentum
-    ):
-        raise ValueError(
-            f"[{op}] state['arenas']['{key}']['momentum'] is missing or of the wrong type: "
-            f"got {_described(momentum)}, allowed a list of arrays."
-        )
-    return list(momentum)
+    entry = state.get("arenas", {}).get(layout.key)
+    found: list[list[mx.array]] = [[], [], [], []]
+    complete = True
+    for slot in wanted.slots:
+        numbers = layout.arenas_of(slot)
+        if not numbers:
+            continue
+        if entry is None:
+            return None
+        arenas = _slot_arenas(layout.key, entry, slot, op)
+        if arenas is None:
+            complete = False
+            continue
+        if slot == "momentum":
+            for number, arena in zip(numbers, arenas, strict=False):
+                dtype = wanted.dtype(slot, layout.arenas[number][0])
+                complete = complete and (arena.dtype == dtype or arena.dtype not in _DTYPES)
+        found[SLOTS.index(slot)] = arenas
+    return found if complete else None
 
 
-def with_momentum(state: State, arenas: list[mx.array], tree: _ext.Tree) -> State:
-    key = layout_key(tree)
-    entries = state["arenas"]
-    return {**state, "arenas": {**entries, key: {**entries[key], "momentum": arenas}}}
-
-
-def packed(state: State, tree: _ext.Tree, op: str) -> State:
-    """A state that has momentum arenas for the tensors of ``tree``.
-
-    Momentum is taken by path from wherever the state has it, else it is zero. Arenas
-    that share no tensor with the new ones stay as they are.
-    """
-    if momentum_arenas(state, tree, op) is not None:
+def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout) -> State:
+    """The state after a step. What a step does not keep it forgets, because it would no
+    longer be true, but for momentum, which mlx.optimizers.SGD keeps too."""
+    entries = state.get("arenas", {})
+    old = entries.get(layout.key)
+    if not isinstance(old, dict):
         return state
-    layout = layout_of(tree)
-    wanted = {path: (shape, dtype) for path, shape, dtype in layout.tensors}
-    if len(wanted) != len(layout.tensors):
+    entry = {"table": old["table"]} if "table" in old else {}
+    if "momentum" in old:
+        entry["momentum"] = old["momentum"]
+    entry.update((slot, arrays) for slot, arrays in zip(SLOTS, arenas, strict=True) if arrays)
+    entries = {**entries, layout.key: entry}
+    if not any(slot in entry for slot in SLOTS):
+        del entries[layout.key]
+    return {**state, "arenas": entries}
+
+
+def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: str) -> State:
+    """A state that has the wanted arenas for the tensors of ``tree``.
+
+    What a tensor has is taken by its path from wherever the state has it. What it lacks
+    begins: momentum and compensation as zeros, the master as the parameter, the moving
+    average as the master or the parameter. Arenas that share no tensor with the new ones
+    stay as they are.
+    """
+    if arenas_of(state, layout, wanted, op) is not None:
+        return state
+    shapes = {path: shape for path, shape, _ in layout.tensors}
+    if len(shapes) != len(layout.tensors):
         paths = [path for path, _, _ in layout.tensors]
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(
             f"[{op}] two tensors have the same path: got '{twice}' twice, allowed once."
         )
 
-    entries, found = {}, _loose_velocities(state, op)
+    entries, found = {}, _loose(state, op)
     for key, entry in state.get("arenas", {}).items():
-        velocities = _arena_velocities(key, entry, op)
-        if wanted.keys().isdisjoint(velocities):
+        tensors = _of_entry(key, entry, op)
+        if shapes.keys().isdisjoint(tensors):
             entries[key] = entry
         else:
-            found.update(velocities)
+            for path, kept in tensors.items():
+                found.setdefault(path, {}).update(kept)
 
-    velocities = {}
-    for path, (shape, dtype) in wanted.items():
-        velocity = found.pop(path, None)
-        if velocity is None:
-            velocity = mx.zeros(shape, dtype)
-        elif velocity.shape != shape:
-            raise ValueError(
-                f"[{op}] the state is of another model: got momentum of shape "
-                f"{velocity.shape} for '{path}', the parameter has {shape}."
-            )
-        velocities[path] = velocity.astype(dtype)
+    mine = [found.pop(path, {}) for path in shapes]
+    for kept, (path, shape) in zip(mine, shapes.items(), strict=True):
+        _check_shapes(kept, path, shape, op)
+    entry = {"table": _encode(layout)}
+    for slot in wanted.slots:
+        if layout.arenas_of(slot):
+            entry[slot] = _fill_arenas(layout, slot, wanted, mine, tree.parameters)
+    entries[layout.key] = entry
 
-    entries[layout_key(tree)] = {
-        "table": _encode(layout),
-        "momentum": _fill_arenas(layout, list(velocities.values())),
-    }
+    # What these tensors had and the step does not keep is forgotten, but for momentum.
+    if "momentum" not in wanted.slots:
+        for path, kept in zip(shapes, mine, strict=True):
+            if "momentum" in kept:
+                found[path] = {"momentum": kept["momentum"]}
     # Copies: a view would keep the old arena, of which it may be a small part.
-    left = {path: velocity * mx.array(1, velocity.dtype) for path, velocity in found.items()}
+    left = {
+        path: {slot: value * mx.array(1, value.dtype) for slot, value in kept.items()}
+        for path, kept in found.items()
+    }
     return _with_loose({**_scalars(state), "arenas": entries}, left, op)
 
 
 def unpacked(state: State, op: str) -> State:
     """The state in the layout of ``mlx.optimizers.SGD``: no arenas, only views of them."""
-    velocities = _loose_velocities(state, op)
+    return _with_loose(_scalars(state), _everything(state, op), op)
+
+
+def averages(state: State, dtype: mx.Dtype | None, op: str) -> Any:
+    """The tree of moving averages, in the parameters' dtypes if none is given."""
+    dtypes = {}
     for key, entry in state.get("arenas", {}).items():
-        velocities.update(_arena_velocities(key, entry, op))
-    return _with_loose(_scalars(state), velocities, op)
+        tensors = _checked_layout(key, entry, op).tensors
+        dtypes.update({path: own for path, _, own in tensors})
+    flat = [
+        (path, kept["ema"].astype(dtype or dtypes.get(path, mx.float32)))
+        for path, kept in _everything(state, op).items()
+        if "ema" in kept
+    ]
+    if not flat:
+        raise ValueError(
+            f"[{op}] the state has no moving average: got none, allowed a state of steps with "
+            "ema_decay, after the first step or init()."
+        )
+    return flat[0][1] if flat[0][0] == "" else tree_unflatten(flat)
 
 
 def check_state(state: State, parameters: Any, op: str) -> None:
@@ -131,142 +209,224 @@ def check_state(state: State, parameters: Any, op: str) -> None:
     wrapped since, but not only such.
     """
     check_scalars(state, op)
-    velocities = _loose_velocities(state, op)
-    for key, entry in state.get("arenas", {}).items():
-        velocities.update(_arena_velocities(key, entry, op))
+    tensors = _everything(state, op)
     leaves = dict(tree_flatten(parameters))
-    known = [path for path in velocities if isinstance(leaves.get(path), mx.array)]
-    if velocities and not known:
+    known = [path for path in tensors if isinstance(leaves.get(path), mx.array)]
+    if tensors and not known:
+        path = next(iter(tensors))
         raise ValueError(
-            f"[{op}] the state is of another model: got momentum for "
-            f"'{next(iter(velocities))}', allowed paths that the parameters have."
+            f"[{op}] the state is of another model: got {next(iter(tensors[path]))} for "
+            f"'{path}', allowed paths that the parameters have."
         )
     for path in known:
-        if velocities[path].shape != leaves[path].shape:
-            raise ValueError(
-                f"[{op}] the state is of another model: got momentum of shape "
-                f"{velocities[path].shape} for '{path}', the parameter has {leaves[path].shape}."
-            )
+        _check_shapes(tensors[path], path, leaves[path].shape, op)
 
 
 def check_scalars(state: State, op: str) -> None:
     """Raise ValueError unless step and learning rate are what a step needs."""
     if not isinstance(state, dict):
         raise ValueError(
-            f"[{op}] the state is of the wrong type: got {_described(state)}, allowed a dict."
+            f"[{op}] the state is of the wrong type: got {described(state)}, allowed a dict."
         )
     if not isinstance(state.get("arenas", {}), dict):
         raise ValueError(
-            f"[{op}] state['arenas'] is of the wrong type: got {_described(state['arenas'])}, "
+            f"[{op}] state['arenas'] is of the wrong type: got {described(state['arenas'])}, "
             "allowed a dict."
         )
     step = state.get("step")
     if not isinstance(step, mx.array) or step.dtype != mx.uint64 or step.ndim != 0:
         raise ValueError(
-            f"[{op}] state['step'] is missing or of the wrong type: got {_described(step)}, "
+            f"[{op}] state['step'] is missing or of the wrong type: got {described(step)}, "
             "allowed a uint64 scalar array."
         )
     rate = state.get("learning_rate")
     if not isinstance(rate, mx.array) or rate.ndim != 0:
         raise ValueError(
             f"[{op}] state['learning_rate'] is missing or of the wrong type: got "
-            f"{_described(rate)}, allowed a scalar array."
+            f"{described(rate)}, allowed a scalar array."
         )
+
+
+def with_counters(state: State, skips: bool, op: str) -> State:
+    """A state that has what a step measures: the norm, and the number of skipped steps."""
+    counters = {"grad_norm": mx.float32, "skipped": mx.uint64}
+    for name, dtype in counters.items():
+        value = state.get(name)
+        if value is None:
+            if name == "grad_norm" or skips:
+                state = {**state, name: mx.array(0, dtype)}
+        elif not isinstance(value, mx.array) or value.dtype != dtype or value.ndim != 0:
+            raise ValueError(
+                f"[{op}] state['{name}'] is of the wrong type: got {described(value)}, allowed "
+                f"a scalar array of {dtype}, and no frozen module of this name."
+            )
+    return state
 
 
 # ---- Parts ---------------------------------------------------------------------
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     if isinstance(value, mx.array):
         return f"{value.dtype} of shape {value.shape}"
     return "nothing" if value is None else type(value).__name__
 
 
-def _loose_velocities(state: State, op: str) -> dict[str, mx.array]:
-    """Momentum that lies where mlx.optimizers.SGD keeps it, by path."""
-    velocities = {}
+def _everything(state: State, op: str) -> dict[str, Kept]:
+    """By path, what the state keeps of each tensor, as views where it is in arenas."""
+    tensors = _loose(state, op)
+    for key, entry in state.get("arenas", {}).items():
+        for path, kept in _of_entry(key, entry, op).items():
+            tensors.setdefault(path, {}).update(kept)
+    return tensors
+
+
+def _check_shapes(kept: Kept, path: str, shape: tuple[int, ...], op: str) -> None:
+    for slot, value in kept.items():
+        if value.shape != shape:
+            raise ValueError(
+                f"[{op}] the state is of another model: got {slot} of shape {value.shape} for "
+                f"'{path}', the parameter has {shape}."
+            )
+
+
+def _loose(state: State, op: str) -> dict[str, Kept]:
+    """By path, what lies where mlx.optimizers.SGD keeps momentum."""
+    tensors: dict[str, Kept] = {}
     own = {"arenas", *_scalars(state)}
     leaves: Any = tree_flatten({k: v for k, v in state.items() if k not in own})
     for name, leaf in leaves:
         path, _, key = name.rpartition(".")
-        if key != "v" or not isinstance(leaf, mx.array):
+        if key not in LOOSE or not isinstance(leaf, mx.array):
             raise ValueError(
-                f"[{op}] the state has a leaf that is not SGD's: got {_described(leaf)} at "
-                f"'{name}', allowed only momentum arrays 'v'."
+                f"[{op}] the state has a leaf that is not SGD's: got {described(leaf)} at "
+                f"'{name}', allowed only momentum arrays 'v' and arrays "
+                f"{', '.join(map(repr, SLOTS[1:]))}."
             )
-        if leaf.dtype not in _DTYPES.values():
+        if leaf.dtype not in _DTYPES:
             raise ValueError(
-                f"[{op}] the state has momentum of the wrong type: got {_described(leaf)} at "
-                f"'{name}', allowed {', '.join(_DTYPES)}."
+                f"[{op}] the state has {LOOSE[key]} of the wrong type: got {described(leaf)} at "
+                f"'{name}', allowed {', '.join(DTYPES)}."
             )
-        velocities[path] = leaf
-    return velocities
+        tensors.setdefault(path, {})[LOOSE[key]] = leaf
+    return tensors
 
 
-def _arena_velocities(key: str, entry: Any, op: str) -> dict[str, mx.array]:
-    """Momentum that lies in the arenas of one entry, as views."""
+def _of_entry(key: str, entry: Any, op: str) -> dict[str, Kept]:
+    """By path, what lies in the arenas of one entry, as views."""
     layout = _checked_layout(key, entry, op)
-    velocities = {}
-    for (_, _, tensors, offsets), arena in zip(layout.arenas, entry["momentum"], strict=True):
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            path, shape, _ = layout.tensors[tensor]
-            velocities[path] = _ext.arena_view(mx.contiguous(arena), shape, offset)
-    return velocities
+    tensors: dict[str, Kept] = {path: {} for path, _, _ in layout.tensors}
+    for slot in SLOTS:
+        if slot not in entry:
+            continue
+        for number, arena in zip(layout.arenas_of(slot), entry[slot], strict=True):
+            arena = mx.contiguous(arena)
+            for path, shape, offset in _places(layout, number):
+                tensors[path][slot] = _ext.arena_view(arena, shape, offset)
+    return tensors
 
 
-def _checked_layout(key: str, entry: Any, op: str) -> _ext.Layout:
-    if not isinstance(entry, dict) or not {"table", "momentum"} <= entry.keys():
+def _places(layout: Layout, number: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    _, _, tensors, offsets = layout.arenas[number]
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        path, shape, _ = layout.tensors[tensor]
+        yield path, shape, offset
+
+
+def _slot_arenas(key: str, entry: Any, slot: str, op: str) -> list[mx.array] | None:
+    """The arrays of a slot of an entry; None if it has no such slot."""
+    if not isinstance(entry, dict) or not any(name in entry for name in SLOTS):
         raise ValueError(
-            f"[{op}] state['arenas']['{key}'] is incomplete: got {_described(entry)}, "
-            "allowed a dict with 'table' and 'momentum'."
+            f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
+            f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."
+        )
+    if slot not in entry:
+        return None
+    arenas = entry[slot]
+    if not isinstance(arenas, (list, tuple)) or not all(isinstance(a, mx.array) for a in arenas):
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}']['{slot}'] is of the wrong type: got "
+            f"{described(arenas)}, allowed a list of arrays."
+        )
+    return list(arenas)
+
+
+def _checked_layout(key: str, entry: Any, op: str) -> Layout:
+    if not isinstance(entry, dict) or "table" not in entry:
+        raise ValueError(
+            f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
+            f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."
         )
     layout = _layouts.get(key)
     if layout is None:
         layout = _layouts[key] = _decode(key, entry["table"], op)
-    momentum = entry["momentum"]
-    expected = [(dtype, shape) for dtype, shape, _, _ in layout.arenas]
-    if not isinstance(momentum, (list, tuple)) or len(momentum) != len(expected):
-        raise ValueError(
-            f"[{op}] state['arenas']['{key}']['momentum'] is incomplete: got "
-            f"{_described(momentum)}, allowed a list of {len(expected)} arrays."
-        )
-    for number, (arena, (dtype, shape)) in enumerate(zip(momentum, expected, strict=True)):
-        if not isinstance(arena, mx.array) or arena.dtype != dtype or arena.shape != shape:
+    for slot in SLOTS:
+        arenas = _slot_arenas(key, entry, slot, op)
+        if arenas is None:
+            continue
+        numbers = layout.arenas_of(slot)
+        if len(arenas) != len(numbers):
             raise ValueError(
-                f"[{op}] momentum arena {number} of the state does not fit its layout: got "
-                f"{_described(arena)}, expected {dtype} of shape {shape}."
+                f"[{op}] state['arenas']['{key}']['{slot}'] is incomplete: got {len(arenas)} "
+                f"arrays, allowed a list of {len(numbers)}."
             )
+        for number, arena in zip(numbers, arenas, strict=True):
+            parameter, shape, _, _ = layout.arenas[number]
+            allowed = _DTYPES if slot == "momentum" else (Wanted(()).dtype(slot, parameter),)
+            if arena.dtype not in allowed or arena.shape != shape:
+                names = " or ".join(map(str, allowed))
+                raise ValueError(
+                    f"[{op}] {slot} arena {number} of the state does not fit its layout: got "
+                    f"{described(arena)}, expected {names} of shape {shape}."
+                )
     return layout
 
 
-def _fill_arenas(layout: _ext.Layout, velocities: list[mx.array]) -> list[mx.array]:
+def _fill_arenas(
+    layout: Layout, slot: str, wanted: Wanted, kept: list[Kept], parameters: list[mx.array]
+) -> list[mx.array]:
     arenas = []
-    for dtype, shape, tensors, offsets in layout.arenas:
-        size = math.prod(shape)
-        if size == velocities[tensors[0]].size:  # flat would be too long for one axis
-            arenas.append(velocities[tensors[0]].reshape(shape))
-            continue
-        pieces, at = [], 0
+    for number in layout.arenas_of(slot):
+        parameter, shape, tensors, offsets = layout.arenas[number]
+        dtype = wanted.dtype(slot, parameter)
+        pieces: list[mx.array] = []
+        at = 0
         for tensor, offset in zip(tensors, offsets, strict=True):
+            value = kept[tensor].get(slot)
+            if value is None:
+                value = _beginning(slot, wanted, kept[tensor], parameters[tensor])
+            value = value.astype(dtype)
+            if value.size == math.prod(shape):  # flat would be too long for one axis
+                pieces, at = [value], value.size
+                break
             if offset > at:
                 pieces.append(mx.zeros(offset - at, dtype))
-            pieces.append(velocities[tensor].flatten())
-            at = offset + velocities[tensor].size
-        pieces.append(mx.zeros(size - at, dtype))
-        arenas.append(mx.concatenate(pieces).reshape(shape))
+            pieces.append(value.flatten())
+            at = offset + value.size
+        if at < math.prod(shape):
+            pieces.append(mx.zeros(math.prod(shape) - at, dtype))
+        whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+        arenas.append(whole.reshape(shape))
     return arenas
 
 
+def _beginning(slot: str, wanted: Wanted, kept: Kept, parameter: mx.array) -> mx.array:
+    if slot in ("momentum", "compensation"):
+        return mx.zeros_like(parameter)
+    has_master = slot == "ema" and "master" in wanted.slots
+    return kept.get("master", parameter) if has_master else parameter
+
+
 def _scalars(state: State) -> State:
-    """Step, learning rate, and what else is scheduled or was put beside them. Modules of
-    these names are dicts; an array 'v' is the momentum of a tree that is one array."""
-    return {k: v for k, v in state.items() if isinstance(v, mx.array) and k != "v"}
+    """Step, learning rate, and what else is scheduled, counted or was put beside them.
+    Modules of these names are dicts; an array 'v' is the momentum of a tree that is one
+    array."""
+    return {k: v for k, v in state.items() if isinstance(v, mx.array) and k not in LOOSE}
 
 
-def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:
-    """A state with momentum of tensors that are in no arena."""
-    loose = _placed(velocities)
+def _with_loose(own: State, tensors: dict[str, Kept], op: str) -> State:
+    """A state with what is kept of tensors that are in no arena."""
+    loose = _placed(tensors)
     for key in sorted((own.keys() | {"arenas"}) & loose.keys()):
         raise ValueError(
             f"[{op}] a module has the name of an entry of the state: got momentum of "
@@ -275,42 +435,50 @@ def _with_loose(own: State, velocities: dict[str, mx.array], op: str) -> State:
     return {**own, **loose}
 
 
-def _placed(velocities: dict[str, mx.array]) -> State:
+def _placed(tensors: dict[str, Kept]) -> State:
     """By path, as mlx.optimizers.SGD nests it."""
+    names = {slot: name for name, slot in LOOSE.items()}
     # The path of a tree that is one array is empty.
-    flat = [(f"{path}.v" if path else "v", v) for path, v in velocities.items()]
+    flat = [
+        (f"{path}.{names[slot]}" if path else names[slot], value)
+        for path, kept in tensors.items()
+        for slot, value in kept.items()
+    ]
     tree = tree_unflatten(flat) if flat else {}
     if isinstance(tree, list):  # of a tree that is a list: a dict has the same paths
         tree = {str(i): node for i, node in enumerate(tree) if node}
     return tree
 
 
-def _encode(layout: _ext.Layout) -> mx.array:
+def _encode(layout: Layout) -> mx.array:
     import json
 
     rows = [[path, list(shape), _name(dtype)] for path, shape, dtype in layout.tensors]
     return mx.array(list(json.dumps(rows).encode()), mx.uint8)
 
 
-def _decode(key: str, table: Any, op: str) -> _ext.Layout:
+def _decode(key: str, table: Any, op: str) -> Layout:
     import json
 
     try:
         rows = json.loads(bytes(table.tolist()))
-        layout = _ext.Layout([(path, tuple(shape), _DTYPES[name]) for path, shape, name in rows])
+        made = _ext.Layout([(path, tuple(shape), DTYPES[name]) for path, shape, name in rows])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"[{op}] state['arenas']['{key}']['table'] cannot be read: got "
-            f"{_described(table)} ({error}), allowed the table that was saved with the state. "
+            f"{described(table)} ({error}), allowed the table that was saved with the state. "
             "Inside mx.compile it has no value yet: call optimizer.init(parameters) first."
         ) from error
-    if f"layout_{layout.fingerprint}" != key:
+    if f"layout_{made.fingerprint}" != key:
         raise ValueError(
             f"[{op}] state['arenas']['{key}'] does not match its table: got the tensors of "
-            f"'layout_{layout.fingerprint}', allowed those of the key."
+            f"'layout_{made.fingerprint}', allowed those of the key."
         )
-    return layout
+    return Layout(key, made)
 
 
 def _name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in _DTYPES.items() if value == dtype)
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+_DTYPES = tuple(DTYPES.values())

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import _ext, _packing
+from . import _ext, _groups, _packing
+from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._options import Options, checked_scale
 from .schedules import Schedule
-from .schedules._checks import LARGEST_FLOAT32
-
-Scheduled = Schedule | Callable[[mx.array], Any]
-LearningRate = float | mx.array | Scheduled
-Hyperparameter = float | Scheduled
 
 
 class Hyperparameters(NamedTuple):
-    """The options of SGD besides the learning rate. A scheduled one counts as present
+    """What mlx.optimizers.SGD has besides the learning rate. A scheduled one counts as present
     even where its value is 0: what a step consists of does not change from step to step."""
 
     momentum: Hyperparameter
@@ -27,24 +22,14 @@ class Hyperparameters(NamedTuple):
     nesterov: bool
 
     @property
-    def has_momentum(self) -> bool:
-        return self.momentum != 0
-
-    @property
-    def has_weight_decay(self) -> bool:
-        return self.weight_decay != 0
-
-
-def _as_float(value: Any) -> float | None:
-    """A number as a float; None for what is not one, text and truth values included."""
-    if isinstance(value, (bool, str, bytes)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond float64
-        return math.inf
-    except (TypeError, ValueError):
-        return None
+    def flags(self) -> int:
+        """Bits of _ext.FLAGS."""
+        bits = _ext.FLAGS["nesterov"] if self.nesterov else 0
+        if self.momentum != 0:
+            bits |= _ext.FLAGS["momentum"]
+        if self.weight_decay != 0:
+            bits |= _ext.FLAGS["weight_decay"]
+        return bits
 
 
 def checked_hyperparameters(
@@ -56,14 +41,14 @@ def checked_hyperparameters(
 ) -> Hyperparameters:
     """The options as floats or schedules, or ValueError where they make no sense."""
     hyper = Hyperparameters(
-        momentum if callable(momentum) else _checked_factor(op, "momentum", momentum),
+        momentum if callable(momentum) else checked_factor(op, "momentum", momentum),
         weight_decay
         if callable(weight_decay)
-        else _checked_factor(op, "weight_decay", weight_decay),
-        _checked_factor(op, "dampening", dampening, at_most=1.0),
+        else checked_factor(op, "weight_decay", weight_decay),
+        checked_factor(op, "dampening", dampening, "a float", at_most=1.0),
         bool(nesterov),
     )
-    if nesterov and (not hyper.has_momentum or hyper.dampening != 0):
+    if nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
         raise ValueError(
             f"[{op}] nesterov requires a momentum and zero dampening: got "
             f"momentum={hyper.momentum}, dampening={hyper.dampening}, "
@@ -72,54 +57,35 @@ def checked_hyperparameters(
     return hyper
 
 
-def _checked_factor(op: str, name: str, value: Any, at_most: float = LARGEST_FLOAT32) -> float:
-    number = _as_float(value)
-    if number is None:
-        allowed = "a float" if name == "dampening" else "a float, a schedule or a callable"
-        raise TypeError(
-            f"[{op}] {name} must be a number: got {type(value).__name__}, allowed {allowed}."
-        )
-    if not 0 <= number <= at_most:
-        raise ValueError(
-            f"[{op}] {name} is out of range: got {number}, allowed 0 to {at_most:g}, finite."
-        )
-    return number
+def wanted_slots(hyper: Hyperparameters, options: Options) -> _packing.Wanted:
+    """What the state keeps for these options."""
+    slots = options.slots
+    if hyper.momentum != 0 or options.groups.added_flags & _ext.FLAGS["momentum"]:
+        slots = ("momentum", *slots)
+    return _packing.Wanted(slots, options.momentum_dtype)
 
 
-def checked_scalar(op: str, name: str, value: Any) -> mx.array:
-    """A hyperparameter that is not a schedule, as a scalar array."""
-    if not isinstance(value, mx.array):
-        number = _as_float(value)
-        if number is None:
-            raise TypeError(
-                f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
-                "float, a scalar array, a schedule or a callable."
-            )
-        if not 0 <= number <= LARGEST_FLOAT32:
-            raise ValueError(
-                f"[{op}] {name} is out of range: got {number}, allowed 0 to "
-                f"{LARGEST_FLOAT32:g}, finite."
-            )
-        return mx.array(number)
-    if value.ndim != 0:
-        raise ValueError(
-            f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "
-            "allowed shape ()."
-        )
-    if not mx.issubdtype(value.dtype, mx.floating) and not mx.issubdtype(value.dtype, mx.integer):
-        raise ValueError(
-            f"[{op}] {name} must be a real number: got {value.dtype}, "
-            "allowed a floating or integer dtype."
-        )
-    return value
+def begun(
+    op: str, tree: _ext.Tree, state: _packing.State, hyper: Hyperparameters, options: Options
+) -> _packing.State:
+    """A state that has everything a step of these tensors needs."""
+    wanted = wanted_slots(hyper, options)
+    if wanted.slots and len(tree) > 0:
+        state = _packing.packed(state, tree, _packing.layout_of(tree), wanted, op)
+    if options.is_measured:
+        state = _packing.with_counters(state, options.skip_nonfinite, op)
+    return state
 
 
 def take_step(
     op: str,
     tree: _ext.Tree,
+    parameters: Any,
     state: _packing.State,
     learning_rate: LearningRate,
     hyper: Hyperparameters,
+    options: Options,
+    grad_scale: LearningRate | None,
     stream: Any,
 ) -> tuple[Any, _packing.State, dict[str, mx.array]]:
     """The updated tree of parameters, the next state, and the values of this step of the
@@ -127,52 +93,70 @@ def take_step(
 
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
-    options: dict[str, Any] = {
+    scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
+    scalars: dict[str, Any] = {
         "learning_rate": learning_rate,
         "momentum": hyper.momentum,
         "weight_decay": hyper.weight_decay,
+        "grad_scale": scale,
     }
     scheduled: dict[str, mx.array] = {}
     in_kernel = []
-    for position, (name, value) in enumerate(options.items()):
+    for position, (name, value) in enumerate(scalars.items()):
         if isinstance(value, Schedule) and value.in_kernel:
-            options[name] = value._device
+            scalars[name] = value._device
             in_kernel.append((name, position))
         elif callable(value):
-            options[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
+            scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
+
+    own_flags = hyper.flags | options.flags
+    flags = own_flags | options.groups.added_flags
+    if not isinstance(scale, float) or scale != 1:
+        flags |= _ext.FLAGS["grad_scale"]
 
     layout = _packing.layout_of(tree)
-    arenas: list[mx.array] = []
-    if hyper.has_momentum and len(tree) > 0:
-        state = _packing.packed(state, tree, op)
-        arenas = _packing.momentum_arenas(state, tree, op) or []
-    flags = _ext.FLAGS
-    parameters, slots, step, used, _, _ = _ext.sgd_step(
+    groups = numbers = None
+    if options.groups.members:
+        rows = _groups.rows_of(options.groups, layout, tree, parameters, op)
+        groups = _groups.for_kernel(options.groups, layout.key, rows, own_flags)
+        numbers = _groups.numbers_of(
+            options.groups, options.trust_coefficient, state["step"], op, stream
+        )
+    wanted = wanted_slots(hyper, options)
+    arenas = _packing.arenas_of(state, layout, wanted, op)
+    if arenas is None:
+        state = _packing.packed(state, tree, layout, wanted, op)
+        arenas = _packing.arenas_of(state, layout, wanted, op) or []
+    if options.is_measured:
+        state = _packing.with_counters(state, options.skip_nonfinite, op)
+
+    updated, slots, step, used, measured, skipped = _ext.sgd_step(
         tree,
-        layout,
-        [arenas, [], [], []],
+        layout.made,
+        arenas,
         state["step"],
-        **options,
-        grad_scale=1.0,
+        **scalars,
         dampening=hyper.dampening,
-        flags=hyper.has_momentum * flags["momentum"]
-        | hyper.nesterov * flags["nesterov"]
-        | hyper.has_weight_decay * flags["weight_decay"],
-        clip_value=0.0,
-        clip_norm=0.0,
-        trust_coefficient=0.0,
-        ema_decay=0.0,
-        seed=0,
-        momentum_dtype=None,
-        groups=None,
-        group_numbers=None,
-        skipped=None,
+        flags=flags,
+        clip_value=options.clip_value or 0.0,
+        clip_norm=options.clip_norm or 0.0,
+        trust_coefficient=options.trust_coefficient or 0.0,
+        ema_decay=options.ema_decay or 0.0,
+        seed=options.seed,
+        momentum_dtype=options.momentum_dtype,
+        groups=groups,
+        group_numbers=numbers,
+        skipped=state.get("skipped") if options.skip_nonfinite else None,
         stream=stream,
     )
-    arenas = slots[0]
-    if arenas:
-        state = _packing.with_momentum(state, arenas, tree)
+    state = _packing.with_arenas(state, slots, layout)
     for name, position in in_kernel:
         scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
-    rate = scheduled.pop("learning_rate", options["learning_rate"])
-    return parameters, {**state, "step": step, "learning_rate": rate}, scheduled
+    scheduled.pop("grad_scale", None)
+    rate = scheduled.pop("learning_rate", scalars["learning_rate"])
+    state = {**state, "step": step, "learning_rate": rate}
+    if measured is not None:
+        state["grad_norm"] = _ext.arena_view(measured, [], 0, stream=stream)
+        if options.skip_nonfinite:
+            state["skipped"] = skipped
+    return updated, state, scheduled

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from . import _ext, _packing
-from ._step import (
-    Hyperparameter,
-    LearningRate,
-    checked_hyperparameters,
-    checked_scalar,
-    take_step,
-)
+from ._checks import Hyperparameter, LearningRate, checked_scalar
+from ._groups import GroupList, known_groups
+from ._options import Options, checked_options
+from ._step import Hyperparameters, begun, checked_hyperparameters, take_step, wanted_slots
 
 
 def fused_sgd_init(
-    parameters: Any, *, momentum: Hyperparameter = 0.0, state: _packing.State | None = None
+    parameters: Any,
+    *,
+    momentum: Hyperparameter = 0.0,
+    state: _packing.State | None = None,
+    momentum_dtype: mx.Dtype | None = None,
+    master_weights: bool = False,
+    rounding: str = "nearest",
+    compensated: bool = False,
+    seed: int = 0,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    grad_scale: LearningRate = 1.0,
+    skip_nonfinite: bool = False,
+    decoupled: bool = False,
+    maximize: bool = False,
+    groups: GroupList = (),
+    trust_coefficient: float | None = None,
+    ema_decay: float | None = None,
 ) -> _packing.State:
     """The state before the first step.
 
@@ -27,15 +42,20 @@ def fused_sgd_init(
         momentum (float, Schedule or callable): The momentum of the steps to come; 0 needs
             no memory for it. Default: ``0.0``.
         state (dict, optional): An earlier state, of this function or of
-            ``mlx.optimizers.SGD``: its step, learning rate and the momentum of every
-            tensor whose path it knows go on; other tensors start from zero.
+            ``mlx.optimizers.SGD``: its step, learning rate and what it has of every
+            tensor whose path it knows go on; other tensors begin.
+        momentum_dtype, ..., ema_decay: The options of the steps to come, as of
+            :class:`SGD`. They decide what a state keeps: master weights, compensations and
+            moving averages besides momentum, ``grad_norm`` and ``skipped``.
 
     Returns:
         dict: A tree of arrays. ``step`` is a uint64 scalar, ``learning_rate`` the float32
-        rate of the last step (0 before the first); the rest is momentum.
+        rate of the last step (0 before the first), ``grad_norm`` and ``skipped`` what
+        :class:`SGD` has under these names; the rest is kept of the parameters.
 
     Raises:
-        ValueError: A leaf cannot be trained, or does not fit ``state``.
+        ValueError, TypeError: A leaf cannot be trained, or does not fit ``state``; an option
+            makes no sense.
 
     Example:
         >>> state = fused_sgd_init({"w": mx.ones(3)}, momentum=0.9)
@@ -45,13 +65,28 @@ def fused_sgd_init(
     op = "fused_sgd_init"
     tree = _ext.Tree(parameters, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, 0.0, 0.0, False)
+    options = _checked_options(
+        op,
+        momentum_dtype=momentum_dtype,
+        master_weights=master_weights,
+        rounding=rounding,
+        compensated=compensated,
+        seed=seed,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        grad_scale=grad_scale,
+        skip_nonfinite=skip_nonfinite,
+        decoupled=decoupled,
+        maximize=maximize,
+        groups=groups,
+        trust_coefficient=trust_coefficient,
+        ema_decay=ema_decay,
+    )
     if state is None:
         state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
     else:
         _packing.check_scalars(state, op)
-    if hyper.has_momentum and len(tree) > 0:
-        return _packing.packed(state, tree, op)
-    return dict(state)
+    return dict(begun(op, tree, state, hyper, options))
 
 
 def fused_sgd_step(
@@ -64,6 +99,20 @@ def fused_sgd_step(
     weight_decay: Hyperparameter = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
+    momentum_dtype: mx.Dtype | None = None,
+    master_weights: bool = False,
+    rounding: str = "nearest",
+    compensated: bool = False,
+    seed: int = 0,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    grad_scale: LearningRate = 1.0,
+    skip_nonfinite: bool = False,
+    decoupled: bool = False,
+    maximize: bool = False,
+    groups: GroupList = (),
+    trust_coefficient: float | None = None,
+    ema_decay: float | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[Any, _packing.State]:
     r"""One step of stochastic gradient descent for all parameters, in one kernel.
@@ -102,6 +151,10 @@ def fused_sgd_step(
         dampening (float): :math:`\tau`, 0 to 1. Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
             Default: ``False``.
+        momentum_dtype, ..., ema_decay: The options of :class:`SGD`, with its meaning and
+            defaults, and those that :func:`fused_sgd_init` was given. ``grad_scale`` may
+            change from step to step. Keep one list of ``groups``: its predicates are called
+            again for new ones.
         stream (Stream or Device, optional): Where to run. Default: MLX's default.
 
     Returns:
@@ -123,15 +176,83 @@ def fused_sgd_step(
     op = "fused_sgd_step"
     tree = _ext.Tree(gradients, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
+    options = _checked_options(
+        op,
+        momentum_dtype=momentum_dtype,
+        master_weights=master_weights,
+        rounding=rounding,
+        compensated=compensated,
+        seed=seed,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        grad_scale=grad_scale,
+        skip_nonfinite=skip_nonfinite,
+        decoupled=decoupled,
+        maximize=maximize,
+        groups=groups,
+        trust_coefficient=trust_coefficient,
+        ema_decay=ema_decay,
+    )
     _packing.check_scalars(state, op)
-    missing = _packing.momentum_arenas(state, tree, op) is None
-    if hyper.has_momentum and len(tree) > 0 and missing:
-        raise ValueError(
-            f"[{op}] the state has no momentum for these parameters: got the state of other "
-            "parameters, or of steps without momentum; allowed one from "
-            "fused_sgd_init(parameters, momentum=..., state=...)."
-        )
+    _check_complete(op, tree, state, hyper, options)
     if not callable(learning_rate):
         learning_rate = checked_scalar(op, "learning_rate", learning_rate)
-    parameters, state, _ = take_step(op, tree, state, learning_rate, hyper, stream)
-    return parameters, state
+    updated, state, _ = take_step(
+        op, tree, parameters, state, learning_rate, hyper, options, None, stream
+    )
+    return updated, state
+
+
+def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
+    """The moving average of the parameters that a state keeps, see
+    :meth:`SGD.ema_parameters`.
+
+    Args:
+        state (dict): From :func:`fused_sgd_init` or :func:`fused_sgd_step` with an
+            ``ema_decay``.
+        dtype (Dtype, optional): Of the arrays. Default: each parameter's own.
+
+    Raises:
+        ValueError: The state has no average.
+
+    Example:
+        >>> state = fused_sgd_init({"w": mx.ones(2)}, ema_decay=0.5)
+        >>> fused_sgd_ema(state)
+        {'w': array([1, 1], dtype=float32)}
+    """
+    op = "fused_sgd_ema"
+    _packing.check_scalars(state, op)
+    return _packing.averages(state, dtype, op)
+
+
+_PLAIN = Options()
+_DEFAULTS: dict[str, Any] = {**vars(_PLAIN), "groups": ()}
+
+
+def _checked_options(op: str, **options: Any) -> Options:
+    # Without options, the usual case, there is nothing to check.
+    if all(_is_default(value, _DEFAULTS[name]) for name, value in options.items()):
+        return _PLAIN
+    checked = checked_options(op, **options)
+    if checked.groups.members:
+        checked = replace(checked, groups=known_groups(checked.groups))
+    return checked
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def _check_complete(
+    op: str, tree: _ext.Tree, state: _packing.State, hyper: Hyperparameters, options: Options
+) -> None:
+    """A pure step changes no layout: what it needs is there, or fused_sgd_init was not asked."""
+    if len(tree) == 0:
+        return
+    wanted = wanted_slots(hyper, options)
+    if _packing.arenas_of(state, _packing.layout_of(tree), wanted, op) is None:
+        raise ValueError(
+            f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got the "
+            "state of other parameters, or of steps with other options; allowed one from "
+            "fused_sgd_init(parameters, state=..., and the options of the step)."
+        )

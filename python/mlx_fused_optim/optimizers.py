@@ -8,13 +8,10 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from . import _ext, _packing
-from ._step import (
-    Hyperparameter,
-    LearningRate,
-    checked_hyperparameters,
-    checked_scalar,
-    take_step,
-)
+from ._checks import Hyperparameter, LearningRate, checked_scalar
+from ._groups import GroupList
+from ._options import Option, checked_options
+from ._step import begun, checked_hyperparameters, take_step
 
 
 class SGD(Optimizer):
@@ -32,6 +29,21 @@ class SGD(Optimizer):
     With :math:`\mu = 0` there is no :math:`v`, and :math:`w \leftarrow w - \eta_t g`.
     Arithmetic is float32 and is rounded once, to the parameter's dtype (float32, float16
     or bfloat16), which a parameter always keeps. Momentum has the parameter's dtype.
+
+    The options after ``nesterov`` add what training needs around that, in the same kernel.
+    Before :math:`\lambda w` is added, the gradient is
+
+    .. math::
+
+        g \leftarrow c \, \mathrm{clip}(\pm g / s, -b, b), \quad
+        c = \min\left(1, \frac{C}{\lVert g \rVert + 10^{-6}}\right)
+
+    with ``maximize`` (:math:`-g`), ``grad_scale`` :math:`s`, ``clip_value`` :math:`b` and
+    ``clip_norm`` :math:`C`, where :math:`\lVert g \rVert` is the norm of all unscaled and by
+    value clipped gradients together. After it, ``trust_coefficient`` :math:`\kappa` multiplies
+    the gradient of each tensor by :math:`\kappa \lVert w \rVert / (\lVert g \rVert + \lambda
+    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0. With ``decoupled``,
+    :math:`\lambda w` joins the update behind the momentum instead of the gradient.
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of ``mlx.optimizers.SGD`` can be assigned to it, and :meth:`unpacked_state` gives that
@@ -51,12 +63,53 @@ class SGD(Optimizer):
             Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
             Default: ``False``.
+        momentum_dtype (Dtype): float32, float16 or bfloat16, of the momentum.
+            Default: each parameter's own.
+        master_weights (bool): Keep a float32 copy of every parameter of a half type and
+            update that; the parameter is its rounding. 4 bytes a parameter. A parameter that
+            is set from outside replaces its master. Default: ``False``.
+        rounding (str): ``"nearest"``, or ``"stochastic"``: up or down at random, with the
+            right mean. It rounds what half types have no other record of: momentum, and the
+            parameter unless it has a master or a compensation. Default: ``"nearest"``.
+        compensated (bool): Keep what each rounding of a parameter of a half type has lost
+            and add it to the next update (Kahan). 2 bytes a parameter. Default: ``False``.
+        seed (int): Of the stochastic rounding, with the step and the place; 0 to
+            :math:`2^{64} - 1`. Default: ``0``.
+        clip_norm (float): The largest global norm :math:`C`; ``inf`` measures the norm and
+            clips nothing. Default: ``None``.
+        clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
+        grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
+            were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
+            that changes goes to :meth:`update`. Default: ``1.0``.
+        skip_nonfinite (bool): Leave everything as it is where a gradient, or the norm to be
+            clipped, is infinite or NaN; ``step`` does not count then, ``skipped`` does.
+            Default: ``False``.
+        decoupled (bool): Weight decay apart from the gradient and its momentum:
+            :math:`w \leftarrow w - \eta_t (u + \lambda w)`, with :math:`u` the update without
+            it. Default: ``False``.
+        maximize (bool): Climb instead of descending. Default: ``False``.
+        groups (list): ``[(predicate, overrides), ...]``: tensors with other numbers. The
+            first group whose ``predicate(path, array)`` is true for a parameter takes it.
+            ``overrides`` is a dict of ``learning_rate`` (in place of the optimizer's),
+            ``learning_rate_factor`` (times the optimizer's), ``momentum``,
+            ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
+            ``None``). A constant 0, or ``None``, leaves the term out. Predicates are called
+            once for a set of tensors; each must take a tensor of the first tree of parameters.
+            Default: ``()``.
+        trust_coefficient (float): LARS's :math:`\kappa`. Default: ``None``, no ratio.
+        ema_decay (float): Keep a moving average of the parameters in float32,
+            :math:`a \leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
+            see :meth:`ema_parameters`. 4 bytes a parameter. Default: ``None``.
 
     Raises:
-        ValueError: An option makes no sense; at a step: trees, shapes, dtypes or state do
-            not fit. Nothing has been changed then.
+        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
+            groups or state do not fit. Nothing has been changed then.
 
-    Reference: ``mlx.optimizers.SGD``.
+    References:
+        ``mlx.optimizers.SGD``, ``mlx.optimizers.clip_grad_norm``. LARS: You, Gitman and
+        Ginsburg, 2017, https://arxiv.org/abs/1708.03888. Decoupled weight decay: Loshchilov
+        and Hutter, 2019, https://arxiv.org/abs/1711.05101. Master weights: Micikevicius et
+        al., 2018, https://arxiv.org/abs/1710.03740.
 
     Example:
         >>> optimizer = SGD(learning_rate=0.5, momentum=0.5)
@@ -65,7 +118,45 @@ class SGD(Optimizer):
         ...     parameters = optimizer.apply_gradients({"w": mx.array([1.0, 1.0])}, parameters)
         >>> parameters["w"], optimizer.step
         (array([-0.25, 0.75], dtype=float32), array(2, dtype=uint64))
+
+        bfloat16 has no number between 1 and 0.996; a master has:
+
+        >>> parameters = {"w": mx.array([1.0], mx.bfloat16)}
+        >>> optimizer = SGD(learning_rate=2**-10, master_weights=True, clip_norm=4.0)
+        >>> for _ in range(8):
+        ...     parameters = optimizer.apply_gradients({"w": mx.array([1.0])}, parameters)
+        >>> parameters["w"], optimizer.grad_norm
+        (array([0.992188], dtype=bfloat16), array(1, dtype=float32))
+
+        Biases without weight decay, and at twice the learning rate:
+
+        >>> bias = lambda path, array: array.ndim < 2
+        >>> optimizer = SGD(
+        ...     learning_rate=0.5,
+        ...     weight_decay=0.5,
+        ...     groups=[(bias, {"weight_decay": 0.0, "learning_rate_factor": 2.0})],
+        ... )
+        >>> parameters = {"weight": mx.ones((1, 2)), "bias": mx.ones(2)}
+        >>> gradients = {"weight": mx.zeros((1, 2)), "bias": mx.ones(2)}
+        >>> parameters = optimizer.apply_gradients(gradients, parameters)
+        >>> parameters["weight"], parameters["bias"]
+        (array([[0.75, 0.75]], dtype=float32), array([0, 0], dtype=float32))
     """
+
+    momentum_dtype = Option()
+    master_weights = Option()
+    rounding = Option()
+    compensated = Option()
+    seed = Option()
+    clip_norm = Option()
+    clip_value = Option()
+    grad_scale = Option()
+    skip_nonfinite = Option()
+    decoupled = Option()
+    maximize = Option()
+    groups = Option()
+    trust_coefficient = Option()
+    ema_decay = Option()
 
     def __init__(
         self,
@@ -74,8 +165,40 @@ class SGD(Optimizer):
         weight_decay: Hyperparameter = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
+        *,
+        momentum_dtype: mx.Dtype | None = None,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        compensated: bool = False,
+        seed: int = 0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        grad_scale: LearningRate = 1.0,
+        skip_nonfinite: bool = False,
+        decoupled: bool = False,
+        maximize: bool = False,
+        groups: GroupList = (),
+        trust_coefficient: float | None = None,
+        ema_decay: float | None = None,
     ):
         checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
+        self._options = checked_options(
+            "SGD",
+            momentum_dtype=momentum_dtype,
+            master_weights=master_weights,
+            rounding=rounding,
+            compensated=compensated,
+            seed=seed,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            grad_scale=grad_scale,
+            skip_nonfinite=skip_nonfinite,
+            decoupled=decoupled,
+            maximize=maximize,
+            groups=groups,
+            trust_coefficient=trust_coefficient,
+            ema_decay=ema_decay,
+        )
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
         self.learning_rate = learning_rate
@@ -147,16 +270,46 @@ class SGD(Optimizer):
         """
         tree = _ext.Tree(parameters, parameters, "SGD")
         self._check_loaded_state(parameters)
-        if self._hyperparameters().has_momentum and len(tree) > 0:
-            self._replace_state(_packing.packed(self.state, tree, "SGD"))
+        hyper = self._hyperparameters()
+        self._replace_state(begun("SGD", tree, self.state, hyper, self._options))
         self._initialized = True
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    @property
+    def grad_norm(self) -> mx.array | None:
+        """The global norm of the last step's gradients, unscaled and clipped by value but not
+        by norm: a float32 scalar, 0 before the first step. None where nothing measures it
+        (``clip_norm``, ``skip_nonfinite`` and ``trust_coefficient`` do)."""
+        return self.state.get("grad_norm")
+
+    @property
+    def skipped(self) -> mx.array:
+        """How many steps ``skip_nonfinite`` has skipped: a uint64 scalar."""
+        skipped = self.state.get("skipped")
+        return mx.array(0, mx.uint64) if skipped is None else skipped
+
+    def update(self, model: Any, gradients: Any, *, grad_scale: LearningRate | None = None) -> None:
+        """One step, of the model in place.
+
+        Args:
+            model (mlx.nn.Module): The model.
+            gradients (tree): A tree of arrays, for instance of ``mlx.nn.value_and_grad``.
+            grad_scale (float, array, Schedule or callable): What these gradients were
+                multiplied with, in place of the optimizer's ``grad_scale``.
+        """
+        # A subclass may have an apply_gradients of two arguments.
+        scale = {} if grad_scale is None else {"grad_scale": grad_scale}
+        model.update(self.apply_gradients(gradients, model, **scale))
+
+    def apply_gradients(
+        self, gradients: Any, parameters: Any, *, grad_scale: LearningRate | None = None
+    ) -> Any:
         """One step: the updated parameters, in the structure of ``gradients``.
 
         Args:
             gradients (tree): A tree of arrays. It may have a part of the parameters only.
             parameters (tree): A tree of parameters, or the model.
+            grad_scale (float, array, Schedule or callable): What these gradients were
+                multiplied with, in place of the optimizer's ``grad_scale``.
 
         Returns:
             The updated parameters; each keeps its shape and dtype.
@@ -174,13 +327,47 @@ class SGD(Optimizer):
             for name, schedule in self._schedulers.items()
             if name not in ("learning_rate", "momentum", "weight_decay")
         }
-        updated, state, used = take_step("SGD", tree, self.state, learning_rate, hyper, None)
+        updated, state, used = take_step(
+            "SGD",
+            tree,
+            parameters,
+            self.state,
+            learning_rate,
+            hyper,
+            self._options,
+            grad_scale,
+            None,
+        )
         self._replace_state({**state, **used, **others})
         self._initialized = True
         return updated
 
+    def ema_parameters(self, dtype: mx.Dtype | None = None) -> Any:
+        """The moving average of the parameters, as a tree for ``model.update``.
+
+        Its structure is that of ``mlx.utils.tree_unflatten``: dicts and lists by the
+        parameters' paths. What it returns does not change with later steps.
+
+        Args:
+            dtype (Dtype, optional): Of the arrays. Default: each parameter's own (float32
+                for tensors that are no longer trained).
+
+        Raises:
+            ValueError: There is no average: no ``ema_decay``, or neither a step nor
+                :meth:`init` yet.
+
+        Example:
+            >>> optimizer = SGD(learning_rate=1.0, ema_decay=0.5)
+            >>> parameters = {"w": mx.array([1.0, 2.0])}
+            >>> parameters = optimizer.apply_gradients({"w": mx.ones(2)}, parameters)
+            >>> parameters["w"], optimizer.ema_parameters()["w"]
+            (array([0, 1], dtype=float32), array([0.5, 1.5], dtype=float32))
+        """
+        return _packing.averages(self.state, dtype, "SGD")
+
     def unpacked_state(self) -> dict[str, Any]:
-        """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array.
+        """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array, and
+        beside it ``"master"``, ``"compensation"`` and ``"ema"`` where they are kept.
 
         Its arrays are views; while they live, the next step copies the momentum once
         instead of writing in place.

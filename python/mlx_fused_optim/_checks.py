@@ -1,0 +1,106 @@
+"""Checks of numbers that a step is given: each returns the value in one type, or raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from .schedules import Schedule
+from .schedules._checks import LARGEST_FLOAT32
+
+Scheduled = Schedule | Callable[[mx.array], Any]
+LearningRate = float | mx.array | Scheduled
+Hyperparameter = float | Scheduled
+
+SMALLEST_FLOAT32 = 2.0**-149
+
+
+def as_float(value: Any) -> float | None:
+    """A number as a float; None for what is not one, text and truth values included."""
+    if isinstance(value, (bool, str, bytes)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond float64
+        return math.inf
+    except (TypeError, ValueError):
+        return None
+
+
+def checked_number(op: str, name: str, value: Any, allowed: str = "a float") -> float:
+    number = as_float(value)
+    if number is None:
+        raise TypeError(
+            f"[{op}] {name} must be a number: got {type(value).__name__}, allowed {allowed}."
+        )
+    return number
+
+
+def checked_factor(
+    op: str,
+    name: str,
+    value: Any,
+    allowed: str = "a float, a schedule or a callable",
+    at_most: float = LARGEST_FLOAT32,
+) -> float:
+    """A float from 0 on."""
+    number = checked_number(op, name, value, allowed)
+    if not 0 <= number <= at_most:
+        raise ValueError(
+            f"[{op}] {name} is out of range: got {number}, allowed 0 to {at_most:g}, finite."
+        )
+    return number
+
+
+def checked_positive(
+    op: str, name: str, value: Any, infinite: bool = False, at_least: float = SMALLEST_FLOAT32
+) -> float:
+    """A float above 0 that float32 has too; ``infinite`` allows infinity."""
+    number = checked_number(op, name, value)
+    if not (at_least <= number <= LARGEST_FLOAT32 or (infinite and number == math.inf)):
+        also = ", or inf" if infinite else ", finite"
+        raise ValueError(
+            f"[{op}] {name} is out of range: got {number}, allowed {at_least:.3g} to "
+            f"{LARGEST_FLOAT32:g}{also}."
+        )
+    return number
+
+
+def checked_flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"[{op}] {name} must be a truth value: got {type(value).__name__}, allowed True or "
+            "False."
+        )
+    return value
+
+
+def checked_scalar(op: str, name: str, value: Any) -> mx.array:
+    """A hyperparameter that is not a schedule, as a scalar array."""
+    if not isinstance(value, mx.array):
+        number = as_float(value)
+        if number is None:
+            raise TypeError(
+                f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
+                "float, a scalar array, a schedule or a callable."
+            )
+        if not 0 <= number <= LARGEST_FLOAT32:
+            raise ValueError(
+                f"[{op}] {name} is out of range: got {number}, allowed 0 to "
+                f"{LARGEST_FLOAT32:g}, finite."
+            )
+        return mx.array(number)
+    if value.ndim != 0:
+        raise ValueError(
+            f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "
+            "allowed shape ()."
+        )
+    if not mx.issubdtype(value.dtype, mx.floating) and not mx.issubdtype(value.dtype, mx.integer):
+        raise ValueError(
+            f"[{op}] {name} must be a real number: got {value.dtype}, "
+            "allowed a floating or integer dtype."
+        )
+    return value

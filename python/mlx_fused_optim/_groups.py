@@ -1,0 +1,239 @@
+"""Groups of tensors that differ from the others: which tensor is in which, and their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from . import _ext
+from ._checks import checked_factor, checked_positive, checked_scalar
+from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from ._packing import Layout
+
+Predicate = Callable[[str, mx.array], Any]
+GroupList = Sequence[tuple[Predicate, dict[str, Any]]]
+
+KEYS = ("learning_rate", "learning_rate_factor", "momentum", "weight_decay", "trust_coefficient")
+# Overrides that replace a number of the step, and their column in a row of numbers: what
+# the step's own is multiplied with, then what is added.
+SCALARS = {"learning_rate": 0, "momentum": 2, "weight_decay": 4}
+TRUST_COEFFICIENT = 6
+# Overrides that decide whether a tensor has a term at all, and the flag of that term.
+TERMS = {"momentum": "momentum", "weight_decay": "weight_decay", "trust_coefficient": "trust_ratio"}
+
+
+class Member(NamedTuple):
+    """One group: checked overrides."""
+
+    predicate: Predicate
+    overrides: dict[str, Any]
+
+
+class Groups:
+    """All groups. A tensor that no predicate takes is in row 0, which changes nothing."""
+
+    def __init__(self, members: tuple[Member, ...] = ()):
+        self.members = members
+        # What is found once: the row of each tensor, by layout; what the kernel is given, by
+        # layout and flags; the numbers, where no group has a scheduled one.
+        self.rows: dict[str, list[int]] = {}
+        self.made: dict[tuple[str, int], _ext.Groups] = {}
+        self.numbers: dict[float | None, mx.array] = {}
+
+    @cached_property
+    def added_flags(self) -> int:
+        """Terms that a group has, whatever the other tensors have."""
+        bits = 0
+        for member in self.members:
+            for key, term in TERMS.items():
+                if _is_term(member.overrides.get(key)):
+                    bits |= _ext.FLAGS[term]
+        return bits
+
+
+def _is_term(value: Any) -> bool:
+    """Whether an override is there and is not a constant 0: a scheduled one is a term even
+    where its value is 0, and so is an array, whose value nobody knows yet."""
+    return value is not None and (isinstance(value, mx.array) or callable(value) or value != 0)
+
+
+NO_GROUPS = Groups()
+
+
+def checked_groups(op: str, groups: Any) -> Groups:
+    """``[(predicate, overrides), ...]`` checked."""
+    if isinstance(groups, Groups):
+        return groups
+    if not isinstance(groups, (list, tuple)):
+        raise TypeError(
+            f"[{op}] groups is of the wrong type: got {type(groups).__name__}, allowed a list of "
+            "(predicate, overrides)."
+        )
+    members = tuple(_checked_member(op, number, group) for number, group in enumerate(groups))
+    return Groups(members) if members else NO_GROUPS
+
+
+# The functions are given their groups at each step; what was found for them stays here.
+_known: dict[tuple[Any, ...], Groups] = {}
+_MOST_KNOWN = 16
+
+
+def known_groups(groups: Groups) -> Groups:
+    """Equal groups that were here before, or these."""
+    key = tuple(_identity(member) for member in groups.members)
+    groups = _known[key] = _known.pop(key, groups)
+    if len(_known) > _MOST_KNOWN:
+        del _known[next(iter(_known))]
+    return groups
+
+
+def _identity(member: Member) -> tuple[Any, ...]:
+    """Equal for equal groups only: numbers by value, and the rest by the identity of what the
+    known groups keep alive."""
+    overrides = (
+        (key, value if value is None or isinstance(value, float) else id(value))
+        for key, value in member.overrides.items()
+    )
+    return (id(member.predicate), *overrides)
+
+
+def _checked_member(op: str, number: int, group: Any) -> Member:
+    if not isinstance(group, (list, tuple)) or len(group) != 2:
+        raise TypeError(
+            f"[{op}] group {number} is of the wrong type: got {group!r}, allowed a pair "
+            "(predicate, overrides)."
+        )
+    predicate, overrides = group
+    if not callable(predicate):
+        raise TypeError(
+            f"[{op}] the predicate of group {number} cannot be called: got "
+            f"{type(predicate).__name__}, allowed a function of path and array."
+        )
+    if not isinstance(overrides, dict):
+        raise TypeError(
+            f"[{op}] the overrides of group {number} are of the wrong type: got "
+            f"{type(overrides).__name__}, allowed a dict."
+        )
+    for key in overrides:
+        if key not in KEYS:
+            raise ValueError(
+                f"[{op}] group {number} overrides what no group can: got {key!r}, allowed "
+                f"{', '.join(KEYS)}."
+            )
+    if "learning_rate" in overrides and "learning_rate_factor" in overrides:
+        raise ValueError(
+            f"[{op}] group {number} has two learning rates: got learning_rate and "
+            "learning_rate_factor, allowed one of them."
+        )
+    checked = {key: _checked_override(op, number, key, v) for key, v in overrides.items()}
+    return Member(predicate, checked)
+
+
+def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
+    name = f"{key} of group {number}"
+    if key == "trust_coefficient":
+        return None if value is None else checked_positive(op, name, value)
+    if key == "learning_rate_factor":
+        return checked_factor(op, name, value, "a float")
+    if callable(value):
+        return value
+    if isinstance(value, mx.array):
+        return checked_scalar(op, name, value)
+    return checked_factor(op, name, value, "a float, a scalar array, a schedule or a callable")
+
+
+def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:
+    """The row of each tensor of the layout, found once for it. ``whole`` is the tree that has
+    these tensors and maybe more; of the first one each group must have a tensor, because a
+    predicate that takes none is most likely misspelt."""
+    rows = groups.rows.get(layout.key)
+    if rows is not None:
+        return rows
+    paths = [path for path, _, _ in layout.tensors]
+    rows = [_row(groups, path, p) for path, p in zip(paths, tree.parameters, strict=True)]
+    if not groups.rows:
+        leaves: Any = tree_flatten(whole)
+        others = (_row(groups, path, a) for path, a in leaves if isinstance(a, mx.array))
+        taken = {*rows, *others}
+        for number in range(len(groups.members)):
+            if number + 1 not in taken:
+                raise ValueError(
+                    f"[{op}] group {number} has no tensor: got a predicate that takes none of "
+                    f"those that no group before it takes, such as "
+                    f"'{paths[0] if paths else ''}', allowed one that takes a tensor."
+                )
+    groups.rows[layout.key] = rows
+    return rows
+
+
+def _row(groups: Groups, path: str, array: mx.array) -> int:
+    for number, member in enumerate(groups.members):
+        if member.predicate(path, array):
+            return number + 1
+    return 0
+
+
+def for_kernel(groups: Groups, key: str, rows: list[int], flags: int) -> _ext.Groups:
+    """The rows, and which terms the tensors of each row have. ``flags`` are those of the step
+    without groups."""
+    made = groups.made.get((key, flags))
+    if made is None:
+        made = groups.made[key, flags] = _ext.Groups(rows, _flags_of(groups, flags))
+    return made
+
+
+def _flags_of(groups: Groups, flags: int) -> list[int]:
+    own = flags & sum(_ext.FLAGS[term] for term in (*TERMS.values(), "nesterov"))
+    result = [own]
+    for _, overrides in groups.members:
+        row = own
+        for key, term in TERMS.items():
+            if key in overrides:
+                row &= ~_ext.FLAGS[term]
+                row |= _ext.FLAGS[term] if _is_term(overrides[key]) else 0
+        if not row & _ext.FLAGS["momentum"]:
+            row &= ~_ext.FLAGS["nesterov"]
+        result.append(row)
+    return result
+
+
+def numbers_of(
+    groups: Groups, trust_coefficient: float | None, step: mx.array, op: str, stream: Any
+) -> mx.array:
+    """A row for each group, see SgdGroup in csrc/math/sgd.h."""
+    numbers = groups.numbers.get(trust_coefficient)
+    if numbers is not None:
+        return numbers
+    rows: list[list[Any]] = [[1.0, 0.0, 1.0, 0.0, 1.0, 0.0, trust_coefficient or 0.0]]
+    for number, (_, overrides) in enumerate(groups.members):
+        row = list(rows[0])
+        row[0] = overrides.get("learning_rate_factor", 1.0)
+        for key, column in SCALARS.items():
+            if key in overrides:
+                name = f"{key} of group {number}"
+                row[column : column + 2] = [0.0, _value(overrides[key], name, step, op)]
+        if "trust_coefficient" in overrides:
+            row[TRUST_COEFFICIENT] = overrides["trust_coefficient"] or 0.0
+        rows.append(row)
+    flat = [value for row in rows for value in row]
+    if not any(isinstance(value, mx.array) for value in flat):
+        groups.numbers[trust_coefficient] = mx.array(rows, mx.float32)
+        return groups.numbers[trust_coefficient]
+    scalars = [
+        value.astype(mx.float32, stream=stream) if isinstance(value, mx.array) else mx.array(value)
+        for value in flat
+    ]
+    return mx.stack(scalars, stream=stream).reshape(len(rows), -1, stream=stream)
+
+
+def _value(value: Any, name: str, step: mx.array, op: str) -> Any:
+    """A constant as it is, and what is scheduled as an array."""
+    if isinstance(value, Schedule):
+        return value(step)
+    return checked_scalar(op, name, value(step)) if callable(value) else value
