@@ -6,6 +6,7 @@ Rounding counts as the identity there: a derivative goes straight through it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -200,6 +201,10 @@ class Step:
         )
         return [*parameters, *(arena for slot in state.slots for arena in slot)]
 
+    def of_gradients(self, arrays: list[mx.array]) -> Callable[..., list[mx.array]]:
+        n = len(SHAPES)
+        return lambda *gradients: self(*arrays[:n], *gradients, *arrays[2 * n :])
+
     def outputs(self, values: Values) -> list[np.ndarray]:
         """What __call__ gives, by the mathematics."""
         new = mathematics(self.options, values)
@@ -208,8 +213,8 @@ class Step:
     def weights(self) -> list[np.ndarray]:
         """Of the outputs in a loss: few digits, so that every dtype has them."""
         random = np.random.default_rng(5)
-        outputs = self.outputs(wide(self.values))
-        return [random.integers(-8, 9, np.shape(x)) / 8.0 for x in outputs]
+        shapes = [*SHAPES, *((self.arena.size,) for _ in self.slots)]
+        return [random.integers(-8, 9, shape) / 8.0 for shape in shapes]
 
 
 def wide(values: Values) -> Values:
@@ -249,6 +254,8 @@ def assert_derivatives(got: Values, want: Values, step: Step) -> None:
         elif name in SLOTS:
             kind = step.options.slot_dtype(name, step.dtype)
         tolerance = 1e-4 if kind == "float32" else 2e-2
+        if step.dtype != "float32" and step.options.stochastic:
+            tolerance = 2e-2  # the average's derivative goes through the half type
         size = max(1.0, *(np.abs(x).max(initial=0) for x in want[name]))
         for a, b in zip(got[name], want[name], strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size, err_msg=name)
@@ -303,8 +310,7 @@ def test_jvp(name, dtype):
         for w, t in zip(step.weights(), tangents, strict=True)
     )
     tolerance = 2e-4 if dtype == "float32" else 3e-2
-    assert abs(got - slope) <= tolerance * max(1, abs(slope), *(np.abs(t).max() for t in map(
-        lambda t: np.array(t.astype(mx.float32)), tangents)))  # fmt: skip
+    assert abs(got - slope) <= tolerance * max(10, abs(slope))
 
 
 @pytest.mark.parametrize("name", ["clip_norm", "trust ratio, decay", "skip_nonfinite"])
@@ -338,7 +344,7 @@ def test_a_skipped_step_is_the_identity():
             assert np.array_equal(a, b)
         for name, derivatives in got.items():
             assert all((d == 0).all() for d in derivatives), name
-        for a, b in zip(outputs, arrays, strict=False):
+        for a, b in zip(outputs, [*arrays[: len(SHAPES)], arrays[-1]], strict=True):
             assert same(a, b)
 
 
@@ -350,15 +356,13 @@ def test_vmap_over_gradients(name, dtype):
     """Each step of a batch as if it were alone; the norms are each one's own."""
     step = Step(options_of(name, dtype), dtype)
     arrays = step.arrays(step.values)
-    n, batch = len(SHAPES), 3
+    batch = 3
     random = np.random.default_rng(8)
     gradients = [
         mx.array((random.standard_normal((batch, *s)) * 2).astype(np.float32)) for s in SHAPES
     ]
 
-    def of_gradients(*gradients: mx.array) -> list[mx.array]:
-        return step(*arrays[:n], *gradients, *arrays[2 * n :])
-
+    of_gradients = step.of_gradients(arrays)
     batched = mx.vmap(of_gradients)(*gradients)
     for b in range(batch):
         alone = of_gradients(*(g[b] for g in gradients))
@@ -379,7 +383,7 @@ def test_vmap_skips_one_of_a_batch():
     bad = np.array(gradients[1])
     bad[1, 0] = np.nan
     gradients[1] = mx.array(bad)
-    new = mx.vmap(lambda *g: step(*arrays[:n], *g, *arrays[2 * n :]))(*gradients)
+    new = mx.vmap(step.of_gradients(arrays))(*gradients)
     for many, one, old in zip(new, step(*arrays), [*arrays[:n], arrays[-1]], strict=True):
         np.testing.assert_allclose(np.array(many[0]), np.array(one), rtol=1e-6, atol=1e-6)
         assert np.array_equal(of_mlx(many[1]), of_mlx(old))
@@ -391,9 +395,7 @@ def test_vmap_without_norms_has_the_same_bits():
         arrays, n = step.arrays(step.values), len(SHAPES)
         gradients = [mx.stack([g, g * 2]) for g in arrays[n : 2 * n]]
 
-        def of_gradients(*g, step=step, arrays=arrays):
-            return step(*arrays[:n], *g, *arrays[2 * n :])
-
+        of_gradients = step.of_gradients(arrays)
         batched = mx.vmap(of_gradients)(*gradients)
         for b in range(2):
             for many, one in zip(batched, of_gradients(*(g[b] for g in gradients)), strict=True):
