@@ -10,7 +10,7 @@ the cheap ones first, and the list says which one caught it:
     build    CMake and the compilers
     metal    tests/test_metal.py: counts, bytes, bindings, errors
     table    the conformance table, in the double's own process
-    more     what is held or given away, and schedules
+    more     what is held or given away, and schedules: in the step, and their accuracy
 
 The exit code is 0 if every bug was caught, and if without a bug nothing was.
 """
@@ -159,6 +159,11 @@ MUTANTS = [
     # ---- Maths
     Mutant("contraction_left_on", "csrc/math/portability.h", "#pragma METAL fp contract(off)", ""),
     Mutant("decay_after_momentum", "csrc/math/sgd.h", "gradient + hyper.momentum * velocity", "gradient + hyper.momentum * gradient"),
+    Mutant("logarithm_of_two", "csrc/math/elementary.h", "-1.904654299957767e-9f", "1.904654299957767e-9f"),
+    Mutant("two_by_the_logarithm", "csrc/math/elementary.h", "3.851926067e-8f", "-3.851926067e-8f"),
+    Mutant("third_of_the_logarithm", "csrc/math/elementary.h", "-9.934107758624577e-9f", "9.934107758624577e-9f"),
+    Mutant("half_of_pi", "csrc/math/elementary.h", "-4.371139000186243e-8f", "4.371139000186243e-8f"),
+    Mutant("sixth_of_the_sine", "csrc/math/elementary.h", "4.967053879312289e-9f", "-4.967053879312289e-9f"),
     Mutant("term_of_exp2", "csrc/math/elementary.h", "tail * z + 1.6666667e-1f", "tail * z + 1.6666e-1f"),
     Mutant("first_segment_for_ever", "csrc/math/schedule.h", "step < schedule.segments[i].start", "step <= schedule.segments[i].start"),
 ]  # fmt: skip
@@ -209,6 +214,7 @@ def caught_by() -> tuple[str, str]:
             "tests/test_holding.py",
             "tests/test_schedules_step.py",
             "tests/test_exponential_decay.py",
+            "tests/test_schedules_exact.py",
         ],
     }
     for name, arguments in tests.items():
@@ -233,6 +239,11 @@ def prepare() -> None:
 
 
 def main(names: list[str]) -> int:
+    if not shutil.which("clang++-19"):
+        sys.exit("clang++-19 is not installed: tools/apt-packages lists what is needed")
+    unknown = set(names) - {m.name for m in MUTANTS}
+    if unknown:
+        sys.exit(f"no such bug: {', '.join(sorted(unknown))}")
     prepare()
     mutants = [m for m in MUTANTS if not names or m.name in names]
     for m in mutants:
