@@ -31,4 +31,5 @@ build metal_on_cpu_asan -DCMAKE_CXX_COMPILER=clang++-19 \
 PYTHONPATH=build/metal_on_cpu/package "$python" -m pytest -q \
   tests/test_metal.py tests/test_holding.py tests/test_schedules_step.py tests/test_check.py
 # The conformance table: Metal's rows, against the CPU's bits.
-METAL_ON_CPU=build "$python" -m pytest -q tests/test_conformance.py -k metal
+METAL_ON_CPU=build "$python" -m pytest -q tests/test_conformance.py \
+  tests/test_full_conformance.py -k metal
