@@ -55,9 +55,20 @@ def between(dtype: str) -> np.ndarray:
     )  # fmt: skip
 
 
+def exists(values: np.ndarray) -> np.ndarray:
+    """Which float32 numbers every device has: Apple's GPUs flush subnormal ones to zero."""
+    subnormal = (np.abs(values) < 2.0**-126) & (values != 0)
+    return ~(subnormal & mx.metal.is_available())
+
+
 def without_minus_zero(values: np.ndarray) -> np.ndarray:
     """A difference that is zero is never -0.0."""
     return np.where(values == 0, np.float32(0), values)
+
+
+def numbers_between(dtype: str) -> np.ndarray:
+    values = without_minus_zero(between(dtype))
+    return values[exists(values)]
 
 
 def stored(values: np.ndarray, dtype: str, options: Full, step: int = 0) -> np.ndarray:
@@ -90,7 +101,7 @@ def words(dtype: str, size: int, seed: int, step: int) -> np.ndarray:
 @every_half
 def test_to_nearest(dtype):
     """In the full kernel; maximize makes the step one that is not plain."""
-    values = without_minus_zero(between(dtype))
+    values = numbers_between(dtype)
     got = stored(-values, dtype, Full(maximize=True))
     assert np.array_equal(one_nan(got, dtype), one_nan(narrowed(values, dtype), dtype))
 
@@ -98,7 +109,7 @@ def test_to_nearest(dtype):
 @every_half
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_at_random(dtype, seed):
-    values = without_minus_zero(between(dtype))
+    values = numbers_between(dtype)
     got = stored(values, dtype, Full(stochastic=True, seed=seed), step=seed % 7)
     random = words(dtype, values.size, seed, seed % 7)
     want = narrowed(round_at_random(values, dtype, random), dtype)
@@ -109,7 +120,7 @@ def test_at_random(dtype, seed):
 @pytest.mark.parametrize("seed", [0, 12345])
 def test_a_velocity_at_random(dtype, seed):
     """By the upper half of the random bits. -0.0 is added to zero times momentum."""
-    values = without_minus_zero(between(dtype))
+    values = numbers_between(dtype)
     options = Full(momentum=0.9, stochastic=True, seed=seed, momentum_dtype=dtype)
     got = stored_velocity(values, dtype, options, step=3)
     random = words("float32", values.size, seed, 3) >> 16
@@ -122,6 +133,7 @@ def test_a_velocity_at_random(dtype, seed):
 def test_numbers_of_the_type_stay(dtype, stochastic):
     """Zero of either sign, subnormal numbers and infinities too."""
     every = np.arange(2**16, dtype=np.uint16)
+    every = every[exists(widened(every, dtype))]
     parameter, zero = to_mlx(every, dtype), mx.zeros(every.shape)
     options = Full(stochastic=stochastic, seed=3, maximize=not stochastic)
     (after,), _ = full_step(options, [parameter], [zero], first_state(options, [parameter]), 1.0)
