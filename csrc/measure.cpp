@@ -39,10 +39,10 @@ mx::array sum_of_squares(const mx::array& x, mx::Stream s) {
   return mx::sum(values, s);
 }
 
-/// With the derivative 0 at 0, where the root has none.
+/// 0, infinity and NaN are their own roots, and as such have a derivative.
 mx::array root(const mx::array& x, mx::Stream s) {
-  const auto is_zero = mx::equal(x, mx::array(0.0f), s);
-  return mx::where(is_zero, x, mx::sqrt(mx::where(is_zero, mx::array(1.0f), x, s), s), s);
+  const auto ordinary = mx::logical_and(mx::greater(x, mx::array(0.0f), s), mx::isfinite(x, s), s);
+  return mx::where(ordinary, mx::sqrt(mx::where(ordinary, x, mx::array(1.0f), s), s), x, s);
 }
 
 } // namespace
@@ -73,12 +73,7 @@ std::vector<mx::array> measure_composed(
     unscale = mx::divide(unscale, scale, s);
   }
 
-  auto total = mx::array(0.0f);
-  auto finite = mx::array(true);
-  std::vector<mx::array> sums; // of squares, for each tensor: gradient and parameter
-  for (size_t i = 0; i < plan.gradient_count; ++i) {
-    auto g = mx::astype(in.arrays[i], mx::float32, s);
-    finite = mx::logical_and(finite, mx::all(mx::isfinite(g, s), s), s);
+  const auto squares = [&](mx::array g) {
     if (flags & kGradScale) {
       g = mx::multiply(g, unscale, s);
     }
@@ -88,7 +83,21 @@ std::vector<mx::array> measure_composed(
       g = mx::where(mx::greater(g, limit, s), limit, g, s);
       g = mx::where(mx::less(g, least, s), least, g, s);
     }
-    const auto sum = sum_of_squares(g, s);
+    return sum_of_squares(g, s);
+  };
+  auto total = mx::array(0.0f);
+  auto finite = mx::array(true);
+  std::vector<mx::array> sums; // of squares, for each tensor: gradient and parameter
+  for (size_t i = 0; i < plan.gradient_count; ++i) {
+    const auto g = mx::astype(in.arrays[i], mx::float32, s);
+    const auto is_finite = mx::all(mx::isfinite(g, s), s);
+    finite = mx::logical_and(finite, is_finite, s);
+    auto sum = squares(g);
+    if (flags & kSkipNonfinite) {
+      // A skipped step is the identity: infinities have no way into its derivatives.
+      const auto harmless = squares(mx::where(is_finite, g, mx::array(0.0f), s));
+      sum = mx::where(is_finite, harmless, mx::stop_gradient(sum, s), s);
+    }
     total = mx::add(total, sum, s);
     if (plan.has_parameters) {
       sums.push_back(sum);

@@ -47,6 +47,12 @@ class ComposedStep {
 
   mx::array scalar(SgdScalar i) const;
   mx::array measured(int i) const { return mx::take(*in_.measured, i, 0, s_); }
+  mx::array applies() const { return mx::not_equal(measured(kMeasuredApply), number(0), s_); }
+  /// 1 where the step is skipped: infinities have no way into its derivatives.
+  mx::array norm(int i) const {
+    const bool skips = plan_.flags() & kSkipNonfinite;
+    return skips ? mx::where(applies(), measured(i), number(1), s_) : measured(i);
+  }
   Numbers numbers() const;
   Numbers tensor_numbers(Numbers numbers, size_t i) const;
   Tensor update(size_t i, const Numbers& numbers) const;
@@ -87,8 +93,8 @@ Numbers ComposedStep::numbers() const {
     n.unscale = mx::divide(number(1), scalar(kGradScaleFactor), s_);
   }
   if (plan_.flags() & kClipNorm) {
-    const auto norm = add(measured(kMeasuredNorm), number(1e-6f));
-    n.clip_factor = mx::minimum(mx::divide(number(control_.clip_norm), norm, s_), number(1), s_);
+    const auto least = add(norm(kMeasuredNorm), number(1e-6f));
+    n.clip_factor = mx::minimum(mx::divide(number(control_.clip_norm), least, s_), number(1), s_);
   }
   return n;
 }
@@ -109,14 +115,14 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
   }
   if (flags & kTrustRatio) {
     const int at = kMeasuredTensors + 2 * plan_.arena->tensors[i];
-    const auto gradient = multiply(measured(at), n.clip_factor), parameter = measured(at + 1);
+    const auto gradient = multiply(norm(at), n.clip_factor), parameter = norm(at + 1);
     const bool decays = (flags & kWeightDecay) && !(flags & kDecoupled);
     const auto both = mx::logical_and(
         mx::greater(gradient, number(0), s_), mx::greater(parameter, number(0), s_), s_);
     const auto below = decays ? add(gradient, multiply(n.weight_decay, parameter)) : gradient;
     // What is not chosen must not divide by zero either: its derivative would be NaN.
-    const auto ratio = mx::divide(
-        multiply(coefficient, parameter), mx::where(both, below, number(1), s_), s_);
+    const auto ratio =
+        mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s_), s_);
     n.trust_ratio = mx::where(both, ratio, number(1), s_);
   }
   return n;
@@ -131,6 +137,9 @@ mx::array ComposedStep::parameter(size_t i) const {
 mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
   const uint32_t flags = plan_.flags();
   auto g = wide(in_.gradients[i]);
+  if (flags & kSkipNonfinite) {
+    g = mx::where(applies(), g, number(0), s_);
+  }
   if (flags & kMaximize) {
     g = mx::negative(g, s_);
   }
@@ -223,7 +232,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   }
 
   if (flags & kSkipNonfinite) {
-    const auto apply = mx::not_equal(measured(kMeasuredApply), number(0), s_);
+    const auto apply = applies();
     next.parameter = mx::where(apply, next.parameter, given, s_);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (old[slot]) {

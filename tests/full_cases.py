@@ -266,12 +266,10 @@ def covering_array(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, int]]
             if name in row:
                 continue
 
-            def gain(choice: int, name: str = name, row: dict[str, int] = row) -> int:
-                return sum(pair((name, choice), other) in missing for other in row.items())
-
             # Of equals another one in each row, so that triples meet too.
             order = [(i + len(rows)) % len(choices[name]) for i in range(len(choices[name]))]
-            row[name] = max(order, key=gain)
+            gains = [sum(pair((name, i), other) in missing for other in row.items()) for i in order]
+            row[name] = order[gains.index(max(gains))]
         missing -= {pair(a, b) for a, b in itertools.combinations(row.items(), 2)}
         rows.append({name: row[name] for name in names})
     return rows

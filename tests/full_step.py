@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from bits import DTYPES, dtype_name, to_mlx
+from bits import DTYPES, dtype_name
 
 SLOTS = ("velocity", "master", "compensation", "average")
 
@@ -125,7 +125,8 @@ def first_state(options: Full, parameters: Sequence[mx.array], step: int = 0) ->
                     values = np.array(parameters[tensor].astype(mx.float32)).reshape(-1)
                     flat[offset : offset + values.size] = values
             slots[number].append(mx.array(flat).astype(DTYPES[name]).reshape(shape))
-    return State(slots, mx.array(step, mx.uint64), mx.array(0, mx.uint64))
+    # From NumPy: MLX takes no number above 2^63 - 1.
+    return State(slots, mx.array(np.array(step, np.uint64)), mx.array(0, mx.uint64))
 
 
 def full_step(
@@ -183,8 +184,3 @@ def full_step(
         stream=stream,
     )
     return stepped["w"], State(slots, step, skipped, used, measured)
-
-
-def arena_array(values: np.ndarray, dtype: str, shape: Sequence[int]) -> mx.array:
-    """An arena from its bits."""
-    return to_mlx(values, dtype).reshape(shape)

@@ -20,6 +20,8 @@ from conformance import BACKENDS, COMPOSED, LAYOUTS, results
 from full_cases import ALONE, CHOICES, FULL_CASES, SLOTS, FullCase, covering_array
 from full_references import (
     RIGHT,
+    Bounded,
+    Element,
     Mistake,
     Place,
     arenas_of,
@@ -149,6 +151,23 @@ def test_bits_of_float32_rounded_once(backend, case):
         assert mismatches(case, bits) == []
 
 
+def excess(case: FullCase, dtype: str, got: Element, want: dict[str, Bounded]) -> dict[str, float]:
+    """By how much numbers are further from float64 than their bounds; 0 and less is right."""
+    numbers = {
+        name: widened(bits, dtype if name == "parameter" else case.options.slot_dtype(name, dtype))
+        for name, bits in got.items()
+    }
+    if "compensation" in numbers:
+        left = numbers.pop("compensation").astype(np.float64)
+        numbers["sum"] = numbers["parameter"] + left
+    assert numbers.keys() == want.keys()
+    found = {}
+    for name, value in numbers.items():
+        error = np.abs(value.astype(np.float64) - want[name].value)
+        found[name] = np.max(error - want[name].error, initial=-np.inf)
+    return found
+
+
 @every_case
 def test_close_to_float64(case):
     bits = results(0)[case.name]
@@ -158,20 +177,46 @@ def test_close_to_float64(case):
             continue  # no bound: test_bits_of_float32_rounded_once
         for number, place, dtype, old, gradient in tensors_of(case, bits, step):
             want = full_step_float64(case.options, dtype, old, gradient, place, used, measured)
-            got = {"parameter": widened(bits[f"p{step}.{place.tensor}"], dtype)}
+            got = {"parameter": bits[f"p{step}.{place.tensor}"]}
             for slot in old.keys() - {"parameter"}:
                 whole = bits[f"{slot}{step}.{_slot_number(case, slot, number)}"]
                 here = whole[place.offset : place.offset + gradient.size]
-                name = case.options.slot_dtype(slot, dtype)
-                got[slot] = widened(here, name).reshape(gradient.shape)
-            if "compensation" in got:
-                left = got.pop("compensation").astype(np.float64)
-                got["sum"] = got["parameter"] + left
-            assert got.keys() == want.keys()
-            for name, value in got.items():
-                error = np.abs(value.astype(np.float64) - want[name].value)
-                excess = np.max(error - want[name].error, initial=-np.inf)
-                assert excess <= 0, f"{name} of tensor {place.tensor}, step {step}: {excess}"
+                got[slot] = here.reshape(gradient.shape)
+            for name, more in excess(case, dtype, got, want).items():
+                assert more <= 0, f"{name} of tensor {place.tensor}, step {step}: {more}"
+
+
+BEYOND_THE_BOUND = [
+    "gradient_not_negated", "gradient_not_unscaled", "not_clipped_by_value", "not_clipped_by_norm",
+    "skipped_step_taken", "trust_ratio_left_out", "trust_ratio_without_decay", "groups_ignored",
+    "flags_of_groups_ignored", "decay_coupled", "decay_of_the_parameter", "master_always_wins",
+    "master_rounded", "compensation_forgotten", "average_of_the_old",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BEYOND_THE_BOUND)
+def test_the_bounds_catch(mistake):
+    """A control: a step with this mistake is further from float64 than its bound."""
+    wrong = replace(RIGHT, **{mistake: True})
+    for dtype in ("float32", "float16", "bfloat16"):
+        title = CATCHING[mistake]
+        if dtype == "float32" and title in OF_HALF_TYPES:
+            continue
+        case = next(c for c in FULL_CASES if c.title == title and c.parameters == (dtype,))
+        bits, found = results(0)[case.name], -np.inf
+        for step in range(case.steps):
+            used, measured = outcome(case, bits, step)
+            for _, place, name, old, gradient in tensors_of(case, bits, step):
+                arguments = (case.options, name, old, gradient, place, used, measured)
+                with np.errstate(invalid="ignore"):  # infinities of a step not skipped
+                    more = excess(
+                        case,
+                        name,
+                        full_step_float32(*arguments, wrong),
+                        full_step_float64(*arguments),
+                    )
+                found = max(found, *more.values())
+        assert found > 0, dtype
 
 
 # ---- What was measured -----------------------------------------------------------------
@@ -329,6 +374,7 @@ CATCHING = {
     "average_of_the_exact": "ema",
     "velocity_in_the_parameters_dtype": "momentum_float32",
 }
+OF_HALF_TYPES = {"master_weights", "compensated", "stochastic", "momentum_float32"}
 EXACT_ONLY_IN_FLOAT32 = {"scaled_by_division", "norm_without_epsilon"}
 
 
@@ -343,8 +389,7 @@ def test_the_table_catches(mistake, dtype):
         return
     if mistake in EXACT_ONLY_IN_FLOAT32:
         dtype = "float32"  # the store of a half type hides almost all of it
-    of_half_types = {"master_weights", "compensated", "stochastic", "momentum_float32"}
-    if dtype == "float32" and title in of_half_types:
+    if dtype == "float32" and title in OF_HALF_TYPES:
         dtype = "bfloat16"
     if mistake == "average_of_the_exact" and dtype == "float32":
         dtype = "float16"  # a float32 parameter is exact
