@@ -37,6 +37,7 @@ State = dict[str, Any]
 
 # In the order of the kernel (SgdSlot in csrc/sgd.h), with the names at a tensor's path.
 SLOTS = ("momentum", "master", "compensation", "ema")
+_INDEX = {slot: index for index, slot in enumerate(SLOTS)}
 LOOSE = dict(zip(("v", *SLOTS[1:]), SLOTS, strict=True))
 # Of float32 parameters nothing is lost that these could keep.
 _OF_HALF_TYPES = ("master", "compensation")
@@ -98,17 +99,16 @@ def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[lis
         numbers = layout.arenas_of(slot)
         if not numbers:
             continue
-        if entry is None:
-            return None
-        arenas = _slot_arenas(layout.key, entry, slot, op)
+        arenas = None if entry is None else _slot_arenas(layout.key, entry, slot, op)
         if arenas is None:
             complete = False
             continue
         if slot == "momentum":
             for number, arena in zip(numbers, arenas, strict=False):
-                dtype = wanted.dtype(slot, layout.arenas[number][0])
+                # One that no momentum can have is refused by the step.
+                dtype = wanted.momentum_dtype or layout.arenas[number][0]
                 complete = complete and (arena.dtype == dtype or arena.dtype not in _DTYPES)
-        found[SLOTS.index(slot)] = arenas
+        found[_INDEX[slot]] = arenas
     return found if complete else None
 
 
@@ -119,14 +119,13 @@ def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout) -> S
     old = entries.get(layout.key)
     if not isinstance(old, dict):
         return state
-    entry = {"table": old["table"]} if "table" in old else {}
-    if "momentum" in old:
-        entry["momentum"] = old["momentum"]
-    entry.update((slot, arrays) for slot, arrays in zip(SLOTS, arenas, strict=True) if arrays)
-    entries = {**entries, layout.key: entry}
-    if not any(slot in entry for slot in SLOTS):
-        del entries[layout.key]
-    return {**state, "arenas": entries}
+    entry = {name: old[name] for name in ("table", "momentum") if name in old}
+    for slot, arrays in zip(SLOTS, arenas, strict=True):
+        if arrays:
+            entry[slot] = arrays
+    if entry.keys().isdisjoint(SLOTS):
+        return {**state, "arenas": {k: v for k, v in entries.items() if k != layout.key}}
+    return {**state, "arenas": {**entries, layout.key: entry}}
 
 
 def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: str) -> State:
@@ -335,7 +334,7 @@ def _places(layout: Layout, number: int) -> Iterator[tuple[str, tuple[int, ...],
 
 def _slot_arenas(key: str, entry: Any, slot: str, op: str) -> list[mx.array] | None:
     """The arrays of a slot of an entry; None if it has no such slot."""
-    if not isinstance(entry, dict) or not any(name in entry for name in SLOTS):
+    if not isinstance(entry, dict) or entry.keys().isdisjoint(SLOTS):
         raise ValueError(
             f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
             f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."

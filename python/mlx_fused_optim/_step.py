@@ -87,9 +87,11 @@ def take_step(
     options: Options,
     grad_scale: LearningRate | None,
     stream: Any,
+    packs: bool,
 ) -> tuple[Any, _packing.State, dict[str, mx.array]]:
     """The updated tree of parameters, the next state, and the values of this step of the
-    hyperparameters that are scheduled; ``state`` is left as it is.
+    hyperparameters that are scheduled; ``state`` is left as it is. With ``packs``, what it
+    lacks for these tensors begins; else it is an error.
 
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
@@ -125,6 +127,12 @@ def take_step(
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
     if arenas is None:
+        if not packs:
+            raise ValueError(
+                f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got "
+                "the state of other parameters, or of steps with other options; allowed one "
+                "from fused_sgd_init(parameters, state=..., and the options of the step)."
+            )
         state = _packing.packed(state, tree, layout, wanted, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []
     if options.is_measured:
