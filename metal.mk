@@ -8,7 +8,7 @@ metal-check-if-possible:
 	@if command -v clang++-19 > /dev/null; then $(MAKE) metal-check; else \
 	  echo "Metal is not checked: clang++-19 is not installed (tools/apt-packages)"; fi
 
-# Plants bugs, one after another, and asks that each is caught: some 15 minutes.
+# Plants bugs, one after another, and asks that each is caught: some 20 minutes.
 metal-mutants: $(VENV)/installed
 	$(RUN)/python tests/metal_on_cpu/mutants.py $(ARGS)
 

@@ -61,8 +61,12 @@ def readme(text: str, runs: dict[str, dict]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     peers = ("ours", "ours compiled", "mlx compiled", "torch fused", "optax jit")
+    before = None
     for run in runs.values():
-        lines.append(f"| **{_device(run)}, {run['dtype']}** | | | | | |")
+        heading = f"| **{_device(run)}, {run['dtype']}** | | | | | |"
+        if heading != before:  # runs of one kind are one part of the table
+            lines.append(heading)
+        before = heading
         for result in run["results"]:
             times = result["candidates"]
             cells = [f"{times[p]['median_ms']:.2f}" if p in times else "" for p in peers]
@@ -80,9 +84,9 @@ def _run(name: str, run: dict) -> str:
     machine, versions = run["machine"], run["versions"]
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     lines = [
-        f"## {_device(run)}, {run['dtype']}",
+        f"## {_device(run)}, {run['dtype']}, {run['date']}",
         "",
-        f"{run['date']}, {machine['system']}, {packages}. Load average at the start: "
+        f"{machine['system']}, {packages}. Load average at the start: "
         f"{machine['load']}. From `bench/results/{name}.json`.",
         "",
     ]

@@ -39,6 +39,12 @@ mx::array sum_of_squares(const mx::array& x, mx::Stream s) {
   return mx::sum(values, s);
 }
 
+/// With the derivative 0 at 0, where the root has none.
+mx::array root(const mx::array& x, mx::Stream s) {
+  const auto is_zero = mx::equal(x, mx::array(0.0f), s);
+  return mx::where(is_zero, x, mx::sqrt(mx::where(is_zero, mx::array(1.0f), x, s), s), s);
+}
+
 } // namespace
 
 std::vector<mx::array> measure_gradients(
@@ -90,7 +96,7 @@ std::vector<mx::array> measure_composed(
       sums.push_back(sum_of_squares(mx::astype(parameter, mx::float32, s), s));
     }
   }
-  const auto norm = mx::sqrt(total, s);
+  const auto norm = root(total, s);
   if (flags & kClipNorm) {
     finite = mx::logical_and(finite, mx::isfinite(norm, s), s);
   }
@@ -98,7 +104,7 @@ std::vector<mx::array> measure_composed(
 
   // In front of the tensors' norms: the root of 1 and of 0 is itself.
   sums.insert(sums.begin(), {total, mx::astype(apply, mx::float32, s)});
-  const auto measured = mx::sqrt(mx::stack(sums, 0, s), s);
+  const auto measured = root(mx::stack(sums, 0, s), s);
   const auto skipped =
       mx::add(*in.skipped, mx::astype(mx::logical_not(apply, s), mx::uint64, s), s);
   return {measured, skipped};

@@ -29,11 +29,9 @@ mx::array mix32(mx::array x, mx::Stream s) {
 
 /// `rounded`, with the derivative of x.
 mx::array straight_through(const mx::array& x, const mx::array& rounded, mx::Stream s) {
-  // The difference is exact, and so is the sum; infinities have none.
-  auto difference =
-      mx::where(mx::equal(x, rounded, s), mx::array(0.0f), mx::subtract(rounded, x, s), s);
-  auto sum = mx::add(x, mx::stop_gradient(difference, s), s);
-  return mx::where(mx::isfinite(rounded, s), sum, rounded, s);
+  // Minus zero: adding it would take the sign of -0.0. Infinities have no difference.
+  const auto zero = mx::subtract(mx::stop_gradient(x, s), x, s);
+  return mx::where(mx::isfinite(x, s), mx::subtract(rounded, zero, s), rounded, s);
 }
 
 } // namespace

@@ -109,15 +109,14 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
   }
   if (flags & kTrustRatio) {
     const int at = kMeasuredTensors + 2 * plan_.arena->tensors[i];
-    const auto gradient = measured(at), parameter = measured(at + 1);
+    const auto gradient = multiply(measured(at), n.clip_factor), parameter = measured(at + 1);
     const bool decays = (flags & kWeightDecay) && !(flags & kDecoupled);
-    const auto ratio = mx::divide(
-        multiply(coefficient, parameter),
-        add(multiply(gradient, n.clip_factor),
-            decays ? multiply(n.weight_decay, parameter) : number(0)),
-        s_);
     const auto both = mx::logical_and(
         mx::greater(gradient, number(0), s_), mx::greater(parameter, number(0), s_), s_);
+    const auto below = decays ? add(gradient, multiply(n.weight_decay, parameter)) : gradient;
+    // What is not chosen must not divide by zero either: its derivative would be NaN.
+    const auto ratio = mx::divide(
+        multiply(coefficient, parameter), mx::where(both, below, number(1), s_), s_);
     n.trust_ratio = mx::where(both, ratio, number(1), s_);
   }
   return n;

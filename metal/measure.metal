@@ -21,9 +21,7 @@ inline void store_measure(Pointer to, Measure from) {
   to->peak = from.peak;
 }
 
-inline Measure merged(Measure a, Measure b) {
-  return {fold(a.sum, b.sum), max(a.peak, b.peak)};
-}
+inline Measure merged(Measure a, Measure b) { return {fold(a.sum, b.sum), max(a.peak, b.peak)}; }
 
 /// The last array that starts at or before `block`.
 inline uint32_t array_of_block(constant MeasureTable& table, uint32_t block) {
@@ -97,7 +95,7 @@ inline float sum_of_lanes(threadgroup float4* quads) {
       for (uint32_t i = 0; i < count; ++i) {
         const float g = sgd_gradient(x[i], hyper, flags);
         squares[i] = g * g;
-        peak = array.is_gradient ? peak_of(peak, x[i]) : 0;
+        peak = peak_of(peak, x[i]); // of parameters, nobody looks at it
       }
       sums[quad] = sums[quad] + squares;
     }

@@ -32,7 +32,7 @@ enum MeasureBuffer : uint32_t {
 /// A sum of squares, and the largest magnitude: of a chunk, of an array, of all.
 struct Measure {
   fused_math::Real sum;
-  uint32_t peak; // see peak_of; of gradients only
+  uint32_t peak; // see peak_of
 };
 
 /// One array of a dispatch; its elements are neighbours.

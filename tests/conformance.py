@@ -1,7 +1,8 @@
 """The conformance table: what every backend must compute, and how a backend joins.
 
 A **case** is a sequence of steps: dtypes, options, schedule, the tensors and how they lie
-in memory. ``run_case`` performs it with MLX and mlx_fused_optim and returns bits. A
+in memory. ``run_case`` performs it with MLX and mlx_fused_optim and returns bits; those of
+full_cases.py are about the full step. A
 **backend** runs all cases somewhere and returns their bits: on a device of this process
 (``InProcess``), or in a process of its own with another environment (``Subprocess``).
 tests/test_conformance.py compares the bits with NumPy, with mlx.optimizers.SGD and between
@@ -15,6 +16,7 @@ process and writes the bits to OUTPUT; that is how ``Subprocess`` works.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import platform
@@ -29,6 +31,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
+from full_cases import FULL_CASES, FullCase
 
 STEPS = 3
 
@@ -218,6 +221,7 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+ALL_CASES: list[Case | FullCase] = [*CASES, *FULL_CASES]
 
 Bits = dict[str, np.ndarray]
 """Of each step: ``p<step>.<tensor>``, ``v<step>.<tensor>``, ``rate<step>``, ``step<step>``."""
@@ -230,12 +234,14 @@ def learning_rate(case: Case):
     return constants.get(case.rate) or exponential_decay(*DECAYING_RATE)
 
 
-def run_case(case: Case, device: mx.Device) -> Bits:
+def run_case(case: Case | FullCase, device: mx.Device) -> Bits:
     """Perform the steps of a case on a device: every number after every step.
 
     The first step writes to fresh memory, the second may write in place, and before the
     third somebody else holds everything, so that it must not.
     """
+    if isinstance(case, FullCase):
+        return case.run(device)
     import mlx_fused_optim as optim
 
     first, gradients = case.values()
@@ -279,7 +285,7 @@ class Backend(Protocol):
 
     name: str
 
-    def run(self, cases: Sequence[Case]) -> Mapping[str, Bits]: ...
+    def run(self, cases: Sequence[Case | FullCase]) -> Mapping[str, Bits]: ...
 
 
 @dataclass(frozen=True)
@@ -289,7 +295,7 @@ class InProcess:
     name: str
     device: mx.Device
 
-    def run(self, cases: Sequence[Case]) -> Mapping[str, Bits]:
+    def run(self, cases: Sequence[Case | FullCase]) -> Mapping[str, Bits]:
         return {case.name: run_case(case, self.device) for case in cases}
 
 
@@ -301,8 +307,8 @@ class Subprocess:
     environment: Mapping[str, str]
     device: str = "cpu"
 
-    def run(self, cases: Sequence[Case]) -> Mapping[str, Bits]:
-        assert list(cases) == CASES  # the program below knows no other
+    def run(self, cases: Sequence[Case | FullCase]) -> Mapping[str, Bits]:
+        assert list(cases) == ALL_CASES  # the program below knows no other
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "bits.pickle"
             path = os.pathsep.join(filter(None, sys.path))
@@ -310,10 +316,14 @@ class Subprocess:
                 [sys.executable, __file__, str(output), self.device],
                 env={**os.environ, "PYTHONPATH": path, **self.environment},
                 check=True,
-                timeout=300,
+                timeout=600,
             )
             results: dict[str, Bits] = pickle.loads(output.read_bytes())
         return results
+
+
+# The step in MLX operations. Its norms are summed in another order.
+COMPOSED = "cpu-composed"
 
 
 def _cpu_backends() -> list[Backend]:
@@ -329,6 +339,7 @@ def _cpu_backends() -> list[Backend]:
                 "MLX_FUSED_OPTIM_NUM_THREADS": threads,
             }
             rows.append(Subprocess(f"cpu-{isa}-{threads}", environment))
+    rows.append(Subprocess(COMPOSED, {"MLX_FUSED_OPTIM_COMPOSED": "1"}))
     return rows
 
 
@@ -362,6 +373,12 @@ def _gpu_backends() -> list[Backend]:
 BACKENDS: list[Backend] = _cpu_backends() + _gpu_backends()
 
 
+@functools.cache
+def results(backend_number: int) -> Mapping[str, Bits]:
+    """The bits of all cases on a backend, which runs them once a process."""
+    return BACKENDS[backend_number].run(ALL_CASES)
+
+
 if __name__ == "__main__":
     chosen = mx.Device(mx.gpu if sys.argv[2:] == ["gpu"] else mx.cpu)
-    Path(sys.argv[1]).write_bytes(pickle.dumps(InProcess("", chosen).run(CASES)))
+    Path(sys.argv[1]).write_bytes(pickle.dumps(InProcess("", chosen).run(ALL_CASES)))

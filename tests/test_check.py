@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import mlx.core as mx
 import pytest
@@ -16,9 +17,13 @@ def same_device():
 
 
 def test_all_held(capsys):
+    start = time.process_time()
     assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
     assert out.count("| yes |") == 4 and "| no |" not in out and "All held, in" in out
+    # Less than half a minute, of which the timings take 3 s for each model. The
+    # processor's time: what else the machine does is not counted.
+    assert time.process_time() - start < 20
     assert "| mlx | 0.32.4 |" in out and "| device | Device(cpu, 0)" in out
 
 
@@ -52,6 +57,14 @@ def test_an_exception_is_an_answer(capsys, monkeypatch):
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
     assert out.count("| no |") == 4 and "RuntimeError: no such kernel" in out
+
+
+@pytest.mark.skipif(mx.is_available(mx.Device(mx.gpu)), reason="MLX has a GPU here")
+def test_a_device_that_is_not_there_is_no_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        check.main(["--device", "gpu"])
+    assert stopped.value.code == 2
+    assert "error: MLX has no gpu on this machine" in capsys.readouterr().err
 
 
 def test_as_a_program():

@@ -24,14 +24,10 @@ from conformance import (
     LAYOUTS,
     STEPS,
     Case,
+    results,
     run_case,
 )
 from references import NOTHING, Broken, step_float32, step_float64
-
-
-@functools.cache
-def results(backend_number: int):
-    return BACKENDS[backend_number].run(CASES)
 
 
 @pytest.fixture(params=range(len(BACKENDS)), ids=[b.name for b in BACKENDS], scope="module")

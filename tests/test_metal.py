@@ -23,6 +23,8 @@ if not hasattr(double, "metal_on_cpu_log"):
 double.metal_on_cpu_log.restype = ctypes.c_char_p
 
 SOURCES = 24  # buffers for parameters and gradients in a dispatch
+FULL_SOURCES = 16  # likewise, of a full step
+CHUNK = 2048  # elements that are summed together
 THREADS = 256
 
 
@@ -68,6 +70,73 @@ class Training:
         self.parameters = tree["w"]
         del tree
         mx.eval(self.parameters, self.optimizer.state)
+
+
+class FullTraining:
+    """Full steps of the extension, of arrays that nobody else holds."""
+
+    def __init__(self, shapes, flags, dtype=mx.float32, momentum_dtype=None, place=lambda g: g):
+        self.flags = sum(_ext.FLAGS[name] for name in flags)
+        self.momentum_dtype = momentum_dtype
+        self.parameters = [mx.random.normal(s).astype(dtype) for s in shapes]
+        self.gradients = [place(mx.random.normal(s).astype(dtype)) for s in shapes]
+        mx.eval(self.parameters, self.gradients)
+        self.step_number = mx.array(3, mx.uint64)
+        self.skipped = mx.array(0, mx.uint64)
+        self.groups = self.group_numbers = None
+        self.layout = _ext.Layout(self.tree())
+        arenas = [(dtype, shape) for dtype, shape, _, _ in self.layout.arenas]
+        halves = [(dtype, shape) for dtype, shape in arenas if dtype != mx.float32]
+        made = {
+            "momentum": [mx.zeros(shape, momentum_dtype or dtype) for dtype, shape in arenas],
+            "master_weights": [mx.zeros(shape) for _, shape in halves],
+            "compensated": [mx.zeros(shape, dtype) for dtype, shape in halves],
+            "ema": [mx.zeros(shape) for _, shape in arenas],
+        }
+        self.slots = [arrays if name in flags else [] for name, arrays in made.items()]
+        mx.eval(self.slots)
+
+    def tree(self):
+        return _ext.Tree({"w": self.gradients}, {"w": self.parameters}, "test")
+
+    def step(self) -> None:
+        measured = ("clip_norm", "skip_nonfinite", "trust_ratio")
+        tree, self.parameters = self.tree(), None
+        slots, self.slots = self.slots, None
+        result, self.slots, self.step_number, self.used, self.measured, skipped = _ext.sgd_step(
+            tree,
+            self.layout,
+            slots,
+            self.step_number,
+            learning_rate=0.1,
+            momentum=0.9,
+            weight_decay=0.01,
+            grad_scale=4.0,
+            dampening=0.0,
+            flags=self.flags,
+            clip_value=0.7,
+            clip_norm=0.5,
+            trust_coefficient=0.02,
+            ema_decay=0.9,
+            seed=1,
+            momentum_dtype=self.momentum_dtype,
+            groups=self.groups,
+            group_numbers=self.group_numbers,
+            skipped=self.skipped
+            if any(self.flags & _ext.FLAGS[name] for name in measured)
+            else None,
+        )
+        self.parameters = result["w"]
+        self.skipped = self.skipped if skipped is None else skipped
+        del tree, slots
+        mx.eval(self.parameters, self.slots, self.step_number, self.used, self.skipped)
+
+    def slot_arrays(self) -> list[mx.array]:
+        return [array for slot in self.slots for array in slot]
+
+    def everything(self) -> list[np.ndarray]:
+        arrays = [*self.parameters, *self.slot_arrays(), self.step_number, self.skipped]
+        return [np.array(a.view(mx.uint16) if a.itemsize == 2 else a) for a in arrays]
 
 
 # ---- Dispatches and bytes ----------------------------------------------------------
@@ -181,9 +250,13 @@ def test_every_kernel_is_asked_for_by_its_name():
                 training.step()
         mx.eval(optim.exponential_decay(0.1, 0.9)(mx.arange(3)))
 
+        FullTraining([(3,)], ["clip_norm"]).step()
+
     asked = {d["kernel"] for d in dispatches(everything)}
     steps = {f"sgd_step_{p}_{g}" for p in DTYPES for g in DTYPES}
-    assert asked == steps | {"sgd_finish", "schedule_values", "pack_2", "pack_4"}
+    measure = {"measure_chunks", "measure_arrays", "measure_finish"}
+    others = {"sgd_finish", "schedule_values", "pack_2", "pack_4"}
+    assert asked == steps | {"sgd_full"} | measure | others
 
 
 def test_options_are_specialised_and_named():
@@ -203,6 +276,300 @@ def test_options_are_specialised_and_named():
         pipelines.add(log[0]["pipeline"])
         assert ("velocities" in str(log[0]["traffic"])) == (momentum > 0)
     assert len(pipelines) == 5
+
+
+# ---- The full step -----------------------------------------------------------------
+
+SLOTS = ("velocities", "masters", "compensations", "averages")
+
+
+def test_448_tensors_of_a_full_step_take_few_dispatches_and_four_stages():
+    training = FullTraining([(16, 12)] * 448, ["momentum", "clip_norm", "skip_nonfinite"])
+    training.step()
+    log = dispatches(training.step)
+    kernels = [d["kernel"] for d in log]
+    chunks, steps = math.ceil(448 / SOURCES), math.ceil(448 / (FULL_SOURCES - 1))
+    assert kernels == (
+        ["measure_chunks"] * chunks
+        + ["measure_arrays", "measure_finish"]
+        + ["sgd_full"] * steps
+        + ["sgd_finish"]
+    )
+    assert len(log) == 52
+    # Each stage reads what the one before it wrote; within one there is no barrier.
+    barriers = [i for i, d in enumerate(log) if d["barrier"]]
+    assert barriers == [chunks, chunks + 1, chunks + 2]
+
+
+@pytest.mark.parametrize("momentum_dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("slots", [["master_weights", "ema"], ["compensated"], []])
+def test_a_full_step_moves_exactly_its_bytes(dtype, momentum_dtype, slots):
+    shapes = [(64, 12), (256,)]  # which leave no gaps
+    training = FullTraining(
+        shapes, ["momentum", "stochastic", "maximize", *slots], dtype, momentum_dtype
+    )
+    training.step()
+    log = dispatches(training.step)
+    assert [d["kernel"] for d in log] == ["sgd_full", "sgd_finish"]
+    half = dtype != mx.float32
+    size, count = sum(math.prod(s) for s in shapes), dtype.size
+    widths = {
+        "velocities": momentum_dtype.size,
+        "masters": 4 if half and "master_weights" in slots else 0,
+        "compensations": count if half and "compensated" in slots else 0,
+        "averages": 4 if "ema" in slots else 0,
+    }
+    for name, width in widths.items():
+        moved = bytes_of(log, name)
+        assert (moved["read"], moved["written"]) == (width * size, width * size), name
+        assert moved["accesses"] == (2 * size / 4 if width else 0), name
+    everything = bytes_of(log, "source", "parameters_out", *SLOTS)
+    kept = sum(widths.values())
+    assert everything["read"] == (2 * count + kept) * size
+    assert everything["written"] == (count + kept) * size
+    assert everything["read_again"] == 0
+
+
+def test_measuring_reads_each_gradient_once():
+    shapes = [(3 * CHUNK + 5,), (64, 64), (1,), (0,)]
+    training = FullTraining(shapes, ["clip_norm", "trust_ratio"])
+    log = dispatches(training.step)
+    kernels = [d["kernel"] for d in log]
+    assert kernels[:3] == ["measure_chunks", "measure_arrays", "measure_finish"]
+    size = 4 * sum(math.prod(s) for s in shapes)
+    read = bytes_of(log[:1], "source")
+    assert (read["read"], read["read_again"]) == (2 * size, 0)  # gradients and parameters
+    # A sum in two parts and a peak, of each chunk and of each array.
+    chunks = 2 * sum(math.ceil(math.prod(s) / CHUNK) for s in shapes)
+    assert bytes_of(log[:1], "chunk_sums")["written"] == 12 * chunks
+    assert bytes_of(log[1:2], "chunk_sums")["read"] == 12 * chunks
+    assert bytes_of(log[1:2], "array_sums_out")["written"] == 12 * 2 * len(shapes)
+    assert bytes_of(log[2:3], "measured_out")["written"] == 4 * (2 + 2 * len(shapes))
+    squares = [np.square(np.array(g, np.float64)).sum() for g in training.gradients]
+    exact = [math.sqrt(sum(squares)), 1.0]
+    measured = np.array(training.measured, np.float64)
+    np.testing.assert_allclose(measured[:2], exact, rtol=7.5e-7)
+    np.testing.assert_allclose(measured[2::2], np.sqrt(squares), rtol=7.5e-7)
+
+
+def two_sum(a, b):
+    total = a + b
+    seen = total - a
+    return total, (a - (total - seen)) + (b - seen)
+
+
+def fold_of(high, low):
+    """csrc/math/norm.h in NumPy: the sum of numbers in two parts."""
+    rows = math.ceil(len(high) / 1024)
+    high, low = (
+        np.pad(part, (0, rows * 1024 - len(part))).reshape(rows, 1024) for part in (high, low)
+    )
+
+    def fold(a, b):
+        total, rest = two_sum(a[0], b[0])
+        return total, (a[1] + b[1]) + rest
+
+    zero = np.zeros(1024, np.float32)
+    total = zero, zero
+    for row in range(rows):
+        total = fold(total, (high[row], low[row]))
+    half = 512
+    while half:
+        total = fold([t[:half] for t in total], [t[half:] for t in total])
+        half //= 2
+    return total
+
+
+def sum_of_squares(x):
+    chunks = math.ceil(len(x) / CHUNK)
+    x = np.pad(x, (0, chunks * CHUNK - len(x))).reshape(chunks, 16, 128)
+    sums = np.zeros((chunks, 128), np.float32)
+    for row in range(16):
+        sums += x[:, row] * x[:, row]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return fold_of(sums[:, 0], np.zeros(chunks, np.float32))
+
+
+def norm_of(sums):
+    high, low = fold_of(*(np.concatenate(part) for part in zip(*sums, strict=True)))
+    return np.sqrt(high + low)[0]
+
+
+@pytest.mark.parametrize(
+    ("threads", "order"), [(256, "forward"), (256, "reverse"), (96, "shuffled"), (32, "reverse")]
+)
+def test_norms_have_their_bits_whatever_the_threads(monkeypatch, threads, order):
+    """Sizes around chunks and around the lanes of a fold, in every dtype."""
+    monkeypatch.setenv("METAL_ON_CPU_ORDER", order)
+    monkeypatch.setenv("METAL_ON_CPU_MAX_THREADS", str(threads))
+    shapes = [(1025 * CHUNK + 3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (1,), (130,), (63, 65)]
+    training = FullTraining(shapes, ["clip_norm", "trust_ratio", "grad_scale", "clip_value"])
+    training.gradients = [
+        (3 * g).astype(list(DTYPES.values())[i % 3]) for i, g in enumerate(training.gradients)
+    ]
+    # The order is that of memory: a transposed matrix, and a stretch that begins anywhere.
+    memory = [np.array(g.astype(mx.float32)).ravel() for g in training.gradients]
+    training.gradients[6] = training.gradients[6].reshape(65, 63).T
+    training.gradients[1] = mx.concatenate([mx.zeros(1, mx.float16), training.gradients[1]])[1:]
+    mx.eval(training.gradients)
+    parameters = [np.array(p).ravel() for p in training.parameters]
+    training.step()
+    gradients = [sum_of_squares(np.clip(g * np.float32(0.25), -0.7, 0.7)) for g in memory]
+    pairs = zip(gradients, map(sum_of_squares, parameters), strict=True)
+    expected = [norm_of(gradients), 1, *(norm_of([s]) for pair in pairs for s in pair)]
+    np.testing.assert_array_equal(np.array(training.measured), np.array(expected, np.float32))
+
+
+def test_unaligned_memory_of_a_full_step_is_read_element_by_element():
+    """One element into a buffer: the harness refuses a wide access there."""
+    training = FullTraining([(64,), (64,)], ["clip_norm", "momentum"])
+    training.step()
+    aligned = dispatches(training.step)
+    training.gradients = [mx.random.normal((65,))[1:] for _ in range(2)]
+    mx.eval(training.gradients)
+    log = dispatches(training.step)
+    for kernel in ("measure_chunks", "sgd_full"):
+        before, after = ([d for d in each if d["kernel"] == kernel] for each in (aligned, log))
+        difference = bytes_of(after, "source")["accesses"] - bytes_of(before, "source")["accesses"]
+        assert difference == 2 * 64 - 2 * 64 / 4
+    training.slots[0] = [mx.random.normal((129,))[1:]]
+    mx.eval(training.slots)
+    log = dispatches(training.step)
+    assert bytes_of(log, "velocities")["accesses"] == 2 * 128
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@pytest.mark.parametrize("threads", [1024, 96, 32])
+def test_threads_change_no_bit_of_a_full_step(monkeypatch, order, threads):
+    """Against plain MLX operations, with sizes around blocks of every threadgroup."""
+    block = 16 * min(threads, THREADS)
+    shapes = [(block - 1,), (block,), (block + 1,), (block // 16, 40), (3, 5), (1,)]
+    flags = ["momentum", "nesterov", "weight_decay", "clip_value", "stochastic", "ema", "groups"]
+
+    def result():
+        mx.random.seed(threads)
+        place = lambda g: mx.contiguous(g.T).T  # noqa: E731
+        training = FullTraining(shapes, flags, mx.bfloat16, mx.float32, place)
+        own = _ext.FLAGS["momentum"] | _ext.FLAGS["weight_decay"]
+        training.groups = _ext.Groups([i % 2 for i in range(len(shapes))], [own, 0])
+        training.group_numbers = mx.random.uniform(0.5, 1.5, (2, _ext.GROUP_NUMBERS))
+        for _ in range(2):
+            training.step()
+        return training.everything()
+
+    with monkeypatch.context() as composed:
+        composed.setenv("MLX_FUSED_OPTIM_COMPOSED", "1")
+        expected = result()
+    monkeypatch.setenv("METAL_ON_CPU_ORDER", order)
+    monkeypatch.setenv("METAL_ON_CPU_MAX_THREADS", str(threads))
+    for ours, theirs in zip(result(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_variants_are_compiled_for_options_and_dtypes_and_for_nothing_else():
+    """One for each pair of dtypes, however many steps, tensors, groups and values."""
+    pipelines = []
+    for dtype in DTYPES.values():
+        training = FullTraining([(9,)] * 40, ["momentum", "weight_decay", "groups"], dtype)
+        training.group_numbers = mx.ones((2, _ext.GROUP_NUMBERS))
+        for step in range(6):
+            flags = [_ext.FLAGS["momentum"], _ext.FLAGS["weight_decay"] * (step % 2)]
+            training.groups = _ext.Groups([i % 2 for i in range(40)], flags)
+            gradient = list(DTYPES.values())[step % 3]
+            training.gradients = [mx.random.normal((9,)).astype(gradient) for _ in range(40)]
+            mx.eval(training.gradients)
+            pipelines += [d["pipeline"] for d in dispatches(training.step) if d["pipeline"]]
+    flags = sum(_ext.FLAGS[name] for name in ("momentum", "weight_decay", "groups"))
+    # Its flags, and the formats of parameter, gradient and velocity.
+    assert set(pipelines) == {f"sgd_full_{flags}_{p}_{g}_{p}" for p in range(3) for g in range(3)}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_skipped_step_leaves_everything_as_it_was(held):
+    flags = ["momentum", "skip_nonfinite", "compensated", "ema"]
+    training = FullTraining([(70,), (3, 5)], flags, mx.bfloat16)
+    training.step()
+    assert [training.step_number.item(), training.skipped.item()] == [4, 0]
+    before = training.everything()
+    kept = [training.parameters, training.slots] if held else None
+    gradient = np.array(training.gradients[1].astype(mx.float32))
+    gradient[2, 3] = math.nan
+    training.gradients[1] = mx.array(gradient)
+    log = dispatches(training.step)
+    written = bytes_of(log, "parameters_out", *SLOTS)
+    assert written["written"] > 0 and (bytes_of(log, "parameters_out")["read"] == 0) == held
+    assert [training.step_number.item(), training.skipped.item()] == [4, 1]
+    after = training.everything()
+    assert all((a == b).all() for a, b in zip(before[:-1], after[:-1], strict=True))
+    del kept
+
+
+def test_the_memory_between_tensors_is_zero_in_every_slot():
+    mx.set_cache_limit(1 << 20)
+    shapes = [(3,), (129,), (1,)]
+    flags = ["momentum", "master_weights", "ema", "weight_decay"]
+    for other in ("master_weights", "compensated"):
+        training = FullTraining(shapes, [*flags[:1], other, *flags[2:]], mx.float16)
+        training.step()
+        held = list(training.slots), list(training.parameters)  # so the next takes fresh memory
+        junk = [mx.full((512,), math.nan, dtype) for dtype in DTYPES.values() for _ in range(9)]
+        mx.eval(junk)
+        del junk  # which is not zero
+        training.step()
+        del held
+        (_, _, _, offsets) = training.layout.arenas[0]
+        used = np.zeros(512, bool)
+        for offset, (size,) in zip(offsets, shapes, strict=True):
+            used[offset : offset + size] = True
+        arenas = [np.array(a) for a in training.slot_arrays()]
+        assert len(arenas) == 3
+        for arena in arenas:
+            gaps = ~used[: arena.size]
+            assert (arena[gaps] == 0).all() and (arena[~gaps] != 0).any()
+
+
+def test_gradients_in_pieces_are_packed_for_their_norm_and_for_their_step():
+    shapes = [(6, 8), (3, 4, 5), (7,)]
+
+    def every_second(g):
+        return mx.repeat(g, 2, axis=-1)[..., ::2]
+
+    training = FullTraining(shapes, ["clip_norm"], place=every_second)
+    log = dispatches(training.step)
+    kernels = [d["kernel"] for d in log]
+    # A norm wants neighbours; a step reads any matrix as it is.
+    packs = kernels.index("measure_chunks")
+    assert kernels == (
+        ["pack_4"] * packs
+        + ["measure_chunks", "measure_arrays", "measure_finish", "sgd_full", "sgd_finish"]
+    )
+    assert packs == 3
+    exact = math.sqrt(sum(float(mx.square(g).sum()) for g in training.gradients))
+    assert training.measured[0].item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_nothing_to_measure_counts_the_step():
+    training = FullTraining([(0,)], ["clip_norm", "skip_nonfinite"])
+    log = dispatches(training.step)
+    assert [d["kernel"] for d in log] == ["measure_arrays", "measure_finish", "sgd_finish"]
+    assert training.measured.tolist() == [0, 1]
+    assert [training.step_number.item(), training.skipped.item()] == [4, 0]
+
+
+@pytest.mark.parametrize("flags", [["momentum", "maximize"], ["clip_norm"]])
+@pytest.mark.parametrize("setting", ["METAL_ON_CPU_COMPILER_ERROR", "METAL_ON_CPU_MAX_THREADS"])
+def test_a_full_step_that_cannot_run_changes_nothing(monkeypatch, flags, setting):
+    training = FullTraining([(5,), (70,)], flags)
+    training.step()
+    arrays = [*training.parameters, *training.slot_arrays()]
+    before = [np.array(a) for a in arrays]
+    monkeypatch.setenv(setting, "16")
+    with pytest.raises(RuntimeError, match="MLX_FUSED_OPTIM_COMPOSED=1"):
+        training.step()
+    assert all((np.array(a) == b).all() for a, b in zip(arrays, before, strict=True))
 
 
 # ---- Layouts -----------------------------------------------------------------------
@@ -323,9 +690,16 @@ def test_a_compiler_error_is_shown_with_the_way_on(monkeypatch):
 
 
 def test_a_gpu_with_tiny_threadgroups_is_refused(monkeypatch):
+    training = Training([(5,)])
+    parameters = list(training.parameters)
+    before = [mx.array(p) for p in parameters]
+    mx.eval(before)
     monkeypatch.setenv("METAL_ON_CPU_MAX_THREADS", "16")
-    with pytest.raises(RuntimeError, match="got threadgroups of at most 16 threads, needed 32"):
-        Training([(5,)]).step()
+    with pytest.raises(RuntimeError) as error:
+        training.step()
+    assert "got threadgroups of at most 16 threads, needed 32" in str(error.value)
+    assert "MLX_FUSED_OPTIM_COMPOSED=1" in str(error.value)
+    assert all(same(a, b) for a, b in zip(parameters, before, strict=True))
 
 
 @pytest.mark.parametrize(

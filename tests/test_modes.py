@@ -12,7 +12,8 @@ from bits import of_mlx, same
 from mlx.utils import tree_flatten
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": (), "d": (0, 3)}
-if mx.is_available(mx.gpu) and not mx.metal.is_available():
+CUDA = mx.is_available(mx.gpu) and not mx.metal.is_available()
+if CUDA:
     # MLX 0.32.4 on CUDA divides by zero where it compiles operations on an empty array.
     del SHAPES["d"]
 OPTIONS = [
@@ -103,7 +104,12 @@ def test_a_chosen_stream(options, rate):
                 parameters = optimizer.apply_gradients(gradients, parameters)
         else:
             parameters = optimizer.apply_gradients(gradients, parameters)
-        if number > 1:
+        if CUDA:
+            # Not mx.async_eval: MLX 0.32.4 can deadlock where the GPU waits for a CPU
+            # stream, with any operations (docs/cuda.md).
+            mx.eval(parameters, optimizer.state)
+            mx.synchronize()
+        elif number > 1:
             mx.async_eval(parameters)
     assert_same_run(parameters, optimizer, *eager(5, rate, options))
 
@@ -126,11 +132,14 @@ def test_the_stream_of_the_function():
 def test_two_threads():
     """Each trains its own model on its own stream; the results are the sequential ones."""
     jobs = [(RATES["schedule"], OPTIONS[1]), (0.05, OPTIONS[2])]
-    want = [eager(30, *job) for job in jobs]
     got, errors = [None, None], []
-    # Large enough that both use the pool of helper threads at the same time.
-    big = mx.arange(200_000, dtype=mx.float32) * 1e-3
-    mx.eval(big)
+    # All on the CPU: a GPU draws other random numbers, and an array in its memory must
+    # not first be read by two threads at once (docs/cuda.md).
+    with mx.stream(mx.cpu):
+        want = [eager(30, *job) for job in jobs]
+        # Large enough that both use the pool of helper threads at the same time.
+        big = mx.arange(200_000, dtype=mx.float32) * 1e-3
+        mx.eval(big)
 
     def train(number, rate, options):
         try:

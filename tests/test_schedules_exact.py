@@ -102,6 +102,36 @@ def test_the_check_notices_float32():
         check(mlx_schedule, lambda t: 0.1 * 0.999999**t, [10**6])
 
 
+SPAN = 2**17
+RATE = 1 - 2.0**-17
+
+
+@pytest.mark.parametrize(
+    ("schedule", "exact", "before_rounding"),
+    [
+        # exp2_parts: the excess to 2^-28, and it is less than half of the value.
+        (exponential_decay(1.0, RATE), lambda x: np.exp2(x * SPAN * math.log2(RATE)), 2**-29),
+        # Nothing but the excess, to 2^-28.
+        (polynomial_decay(0.0, 1.0, 0.5, SPAN), lambda x: -np.expm1(np.log1p(-x) / 2), 2**-28),
+        (polynomial_decay(0.0, 1.0, 1.5, SPAN), lambda x: -np.expm1(np.log1p(-x) * 1.5), 2**-28),
+        # The sine to 2^-31, squared.
+        (cosine_decay(0.0, SPAN, 1.0), lambda x: np.sin(math.pi / 2 * x) ** 2, 2**-30),
+    ],
+    ids=["exponential", "square root", "power", "cosine"],
+)
+def test_the_last_rounding_is_nearly_all_of_the_error(schedule, exact, before_rounding):
+    """What csrc/math/elementary.h promises, on a range dense enough to meet it.
+
+    2 ulp would let a wrong low half of a constant pass. An error of 2^-n before the last
+    rounding adds at most 2^(24 - n) to its half ulp.
+    """
+    steps = np.arange(1, SPAN)
+    want = exact(steps / SPAN)
+    got = np.array(schedule(unsigned(steps))).astype(np.float64)
+    error = np.abs(got - want) / 2.0 ** (np.frexp(want)[1] - 24)
+    assert error.max() <= 0.5 + before_rounding * 2**24
+
+
 # ---- Arguments ----------------------------------------------------------------------
 
 values = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.sampled_from([0.1, 1e-3, 1.0, 3e-4]))

@@ -29,7 +29,11 @@ inline Source source(const mx::array& a, size_t begin = 0) {
 
 /// Null where there is no array.
 template <typename T>
-T* pointer(const mx::array* a) {
+T* pointer(mx::array* a) {
+  return a ? mx::gpu_ptr<T>(*a) : nullptr;
+}
+template <typename T>
+const T* pointer(const mx::array* a) {
   return a ? mx::gpu_ptr<T>(*a) : nullptr;
 }
 

@@ -36,7 +36,7 @@ void launch_chunks(
     const MeasurePlan& plan,
     const MeasureInputs& in,
     const MeasureBatches& batches,
-    const mx::array& chunks) {
+    mx::array& chunks) {
   const int device = encoder.device().cuda_device();
   set_inputs(encoder, in.arrays, plan.array_count());
   set_inputs(encoder, {in.step, in.given});
@@ -60,8 +60,8 @@ void launch_folds(
     const MeasurePlan& plan,
     const MeasureBatches& batches,
     const mx::array& chunks,
-    const mx::array& sums,
-    const mx::array& measured) {
+    mx::array& sums,
+    mx::array& measured) {
   const auto kernel = other_kernel(Other::measure_fold, encoder.device().cuda_device());
   set_inputs(encoder, {&chunks});
   set_outputs(encoder, {&sums, &measured});
@@ -89,8 +89,8 @@ void launch_finish(
     const MeasurePlan& plan,
     const MeasureInputs& in,
     const mx::array& sums,
-    const mx::array& measured,
-    const mx::array& skipped) {
+    mx::array& measured,
+    mx::array& skipped) {
   set_inputs(encoder, {&sums, in.skipped});
   set_outputs(encoder, {&measured, &skipped});
   FinishLaunch finish{
@@ -124,8 +124,8 @@ void measure(const Measurement& measurement) {
   // All memory before anything is changed.
   auto measured_memory = allocate(measurement.measured.nbytes(), stream);
   auto skipped_memory = allocate(measurement.skipped.nbytes(), stream);
-  const auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
-  const auto sums = temporary<ArraySum>(batches.arrays(), stream);
+  auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
+  auto sums = temporary<ArraySum>(batches.arrays(), stream);
   measurement.measured.set_data(std::move(measured_memory));
   measurement.skipped.set_data(std::move(skipped_memory));
   encoder.add_temporary(chunks);

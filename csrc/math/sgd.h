@@ -228,7 +228,8 @@ MATH_FN SgdHyper sgd_tensor_hyper(
     const float parameter = norms[1];
     const float decay =
         (flags & kWeightDecay) && !(flags & kDecoupled) ? hyper.weight_decay * parameter : 0.0f;
-    if (norms[0] > 0.0f && parameter > 0.0f) {
+    // What has vanished, or was clipped from infinity, has no direction to scale.
+    if (gradient > 0.0f && parameter > 0.0f) {
       hyper.trust_ratio = divide_float(trust_coefficient * parameter, gradient + decay);
     }
   }

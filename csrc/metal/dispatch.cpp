@@ -92,8 +92,8 @@ std::vector<Dispatch> make_dispatches(
   std::vector<Dispatch> dispatches;
   for (auto dtype : {mx::float32, mx::float16, mx::bfloat16}) {
     bool has_room = false; // in the latest dispatch, which is of this dtype
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      auto& parameter = *parameters[i];
+    for (size_t i = 0; i < plan.tensor_count(); ++i) {
+      auto& parameter = *parameters[plan.whole ? 0 : i];
       auto& gradient = *gradients[i];
       if (gradient.dtype() != dtype || gradient.size() == 0) {
         continue;

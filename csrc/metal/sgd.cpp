@@ -78,8 +78,10 @@ struct Readable {
       const SgdInputs& in) {
     auto together = encoder.start_concurrent(); // the copies, if there are any
     auto flat = [&](const mx::array& a) { return &packer.readable(a, metal::is_contiguous(a)); };
+    for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
+      parameters.push_back(flat(in.parameters[i]));
+    }
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      parameters.push_back(flat(in.parameter(i)));
       auto& gradient = in.gradients[i];
       gradients.push_back(&packer.readable(gradient, metal::matrix_view(gradient).has_value()));
     }
@@ -178,7 +180,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
   // Kernels first: if they do not compile, nothing has changed.
   const StepKernels kernels(device, plan_, in);
   auto& encoder = mx::metal::get_command_encoder(stream());
-  metal::Packer packer(device, encoder, 2 * plan_.tensor_count() + kSlots);
+  metal::Packer packer(device, encoder, inputs.size());
   const Readable readable(packer, encoder, plan_, in);
   set_outputs(plan_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
 

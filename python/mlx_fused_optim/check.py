@@ -253,7 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each timing; 0: none")
     options = parser.parse_args(arguments)
     if options.device:
-        mx.set_default_device(mx.Device(getattr(mx, options.device)))
+        device = mx.Device(getattr(mx, options.device))
+        if not mx.is_available(device):
+            parser.error(f"MLX has no {options.device} on this machine")
+        mx.set_default_device(device)
     start = time.perf_counter()
 
     print("| | |\n|---|---|")

@@ -117,8 +117,8 @@ MTL::ComputePipelineState* Device::get_kernel(
   std::map<int, uint32_t> constants;
   for (auto& [value, type, index] : values) {
     const auto& known = library().constants;
-    const auto constant = std::find_if(
-        known.begin(), known.end(), [&](auto& c) { return c.index == int(index); });
+    const auto constant =
+        std::find_if(known.begin(), known.end(), [&](auto& c) { return c.index == int(index); });
     const auto expected = constant == known.end() ? MTL::DataType::DataTypeNone
         : constant->flag                          ? MTL::DataType::DataTypeBool
                                                   : MTL::DataType::DataTypeUInt;

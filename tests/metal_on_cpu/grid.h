@@ -130,9 +130,10 @@ Kernel make_kernel(
     arguments[I].by_reference = ArgumentType<P>::is_reference,
     arguments[I].element = sizeof(typename ArgumentType<P>::Value)),
    ...);
-  return {name, arguments, cooperative, [](const Argument* a, Buffers& buffers, const Thread& thread) {
-            Function(argument<P>(a[I], buffers, thread)...);
-          }};
+  return {
+      name, arguments, cooperative, [](const Argument* a, Buffers& buffers, const Thread& thread) {
+        Function(argument<P>(a[I], buffers, thread)...);
+      }};
 }
 
 template <typename... P>

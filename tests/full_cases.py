@@ -1,0 +1,342 @@
+"""The part of the conformance table that is about the full step: every option alone for
+each dtype, and combinations in which every two choices meet.
+
+Like the cases of conformance.py, each is a few steps that give bits; the slots and all that
+was measured are among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
+from full_references import arenas_of
+from full_step import SLOTS, Full, Group, State, full_step
+
+STEPS = 3
+Bits = dict[str, np.ndarray]
+"""Of each step: ``p<step>.<tensor>``, ``<slot><step>.<arena>``, ``used<step>``, ``step<step>``
+and, where gradients are measured, ``measured<step>`` and ``skipped<step>``."""
+
+# Vector widths and blocks of the kernels, the chunk of a norm and its lanes, one less and
+# one more; two tensors smaller than any of them, and none at all.
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (2049,), (), (1,), (0,), (3,), (7, 5), (127,), (129,), (2047,), (16, 128), (513,), (4, 1025),
+)  # fmt: skip
+MATRICES = ((1, 7), (33, 65), (3, 5), (16, 33), (2, 3, 130), (2, 1025))
+# Parts for several threads, and more than one chunk in a lane of the fold.
+LARGE = ((32769,), (5,), (65537,), (0,), (1,))
+# More chunks, and more tensors, than a fold has lanes.
+LONG = ((1024 * 2048 + 4099,), (3,))
+MANY = tuple((1 + i % 3,) for i in range(1027))
+
+GROUPS = (
+    Group(trust_coefficient=0.003),
+    Group((0.5, 0.01), (0.9, 0.05), (2.0, 0.001), 0.002),
+    Group((0.0, 0.03), without=("momentum", "nesterov")),
+    Group(without=("weight_decay", "trust_ratio")),
+)
+
+# Exact in no format, so that a number narrowed on its way shows.
+ALONE: dict[str, Full] = {
+    "maximize": Full(maximize=True),
+    "grad_scale": Full(grad_scale=3.0),
+    "clip_value": Full(clip_value=0.7),
+    "clip_norm": Full(clip_norm=1.3),
+    "skip_nonfinite": Full(skip_nonfinite=True),
+    "trust_ratio": Full(trust_coefficient=0.003),
+    "trust_ratio_decay": Full(trust_coefficient=0.003, weight_decay=0.01),
+    "groups": Full(momentum=0.9, nesterov=True, weight_decay=0.01, groups=GROUPS),
+    "decoupled": Full(momentum=0.9, weight_decay=0.01, decoupled=True),
+    "master_weights": Full(momentum=0.9, weight_decay=0.01, master_weights=True),
+    "compensated": Full(compensated=True),
+    "stochastic": Full(momentum=0.9, stochastic=True, seed=2**63 + 12345),
+    "ema": Full(ema_decay=0.97),
+    "momentum_float32": Full(momentum=0.9, momentum_dtype="float32"),
+    "momentum_float16": Full(momentum=0.9, momentum_dtype="float16"),
+    "momentum_bfloat16": Full(momentum=0.9, momentum_dtype="bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class FullCase:
+    """One row. The numbers of ``parameters`` cycle through its dtypes; ``numbers`` says where
+    the scalars of the steps come from; the ``bad`` step has infinities and NaN among its
+    gradients; of a ``measured`` case only what was measured is kept."""
+
+    title: str
+    options: Full
+    parameters: tuple[str, ...]
+    gradient: str
+    numbers: str = "constant"
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+    layout: str = "contiguous"
+    first_step: int = 3
+    steps: int = STEPS
+    bad: int | None = None
+    scale: float = 1.0
+    measured_only: bool = field(default=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.title}-{'+'.join(self.parameters)}-{self.gradient}-{self.layout}"
+
+    @property
+    def dtypes(self) -> list[str]:
+        return [self.parameters[i % len(self.parameters)] for i in range(len(self.shapes))]
+
+    def values(self) -> tuple[list[np.ndarray], list[list[np.ndarray]], dict[str, np.ndarray]]:
+        """Bits of the first parameters, of the gradients of each step, and of the first slots
+        (``<slot>.<arena>``)."""
+        random = np.random.default_rng(sum(map(ord, self.name)))
+
+        def draw(shape: tuple[int, ...]) -> np.ndarray:
+            values = random.standard_normal(shape).astype(np.float32)
+            # Never zero: a forgotten element would not show.
+            return np.where(np.abs(values) < 2**-6, np.float32(0.5), values).astype(np.float32)
+
+        def placed(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> np.ndarray:
+            values = np.float32(scale) * draw(shape)
+            if self.layout == "broadcast":
+                values = np.broadcast_to(values[:1], shape).copy()
+            return narrowed(values, dtype)
+
+        parameters = [placed(s, d) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        gradients = [
+            [placed(s, self.gradient, self.scale) for s in self.shapes] for _ in range(self.steps)
+        ]
+        if self.bad is not None:
+            for tensor, value in ((-1, np.nan), (0, np.inf), (4, -np.inf)):
+                bits = gradients[self.bad][tensor]
+                bits[..., -1:] = narrowed(np.float32(value), self.gradient)
+
+        slots = {}
+        for number, arena in enumerate(arenas_of(self.shapes, self.dtypes)):
+            for slot in SLOTS:
+                dtype = self.options.slot_dtype(slot, arena.dtype)
+                if dtype is None:
+                    continue
+                flat = np.zeros(arena.size, np.float32)
+                for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
+                    values = draw((math.prod(self.shapes[tensor]),))
+                    if slot == "compensation":
+                        values = values * np.float32(2**-10)
+                    if slot == "master":
+                        near = widened(parameters[tensor], arena.dtype).reshape(-1)
+                        # Within a rounding of the parameter; every fifth was set by somebody.
+                        near = near * (1 + np.float32(2**-13) * values.astype(np.float32))
+                        values = np.where(np.arange(values.size) % 5 == 2, values, near)
+                    flat[offset : offset + values.size] = values
+                slots[f"{slot}.{number}"] = narrowed(flat, dtype)
+        return parameters, gradients, slots
+
+    def scalars(self) -> dict[str, Any]:
+        """The learning rate and what else does not come from the options."""
+        if self.numbers == "constant":
+            return {"learning_rate": 0.1}
+        values = self.expected_scalars(0)
+        if self.numbers == "arrays":
+            return {name: mx.array(value) for name, value in values.items()}
+        import mlx_fused_optim as optim
+
+        return {name: optim.exponential_decay(v, 0.7)._device for name, v in values.items()}
+
+    def expected_scalars(self, step: int) -> dict[str, float]:
+        """What a step is to use, in float64; ``step`` counts from 0 of the schedules."""
+        values: dict[str, float] = {"learning_rate": 0.1}
+        for name in ("momentum", "weight_decay", "grad_scale"):
+            number = getattr(self.options, name)
+            if number is not None:
+                values[name] = number
+        if self.numbers == "schedules":
+            return {name: value * 0.7**step for name, value in values.items()}
+        return values
+
+    def run(self, device: mx.Device) -> Bits:
+        """Perform the steps: every number after every step.
+
+        The first step writes to fresh memory, the second may write in place, and before the
+        third somebody else holds everything, so that it must not.
+        """
+        from conformance import LAYOUTS
+
+        first, gradients, slots = self.values()
+        result: Bits = {}
+        kept: Any = None
+        with mx.stream(device):
+            place = LAYOUTS[self.layout]
+            state = State(
+                [
+                    [
+                        to_mlx(slots[f"{slot}.{number}"], dtype)
+                        for number, arena in enumerate(arenas_of(self.shapes, self.dtypes))
+                        if (dtype := self.options.slot_dtype(slot, arena.dtype))
+                    ]
+                    for slot in SLOTS
+                ],
+                mx.array(self.first_step, mx.uint64),
+                mx.array(7, mx.uint64),
+            )
+            scalars = self.scalars()
+            parameters = [place(p, d) for p, d in zip(first, self.dtypes, strict=True)]
+            for step in range(self.steps):
+                if step == STEPS - 1:
+                    kept = (parameters, state)
+                gradient = [place(g, self.gradient) for g in gradients[step]]
+                parameters, state = full_step(
+                    self.options, parameters, gradient, state, stream=device, **scalars
+                )
+                del gradient
+                mx.eval(parameters, [x for x in state if x is not None])
+                self._record(result, step, parameters, state)
+        del kept
+        return result
+
+    def _record(self, result: Bits, step: int, parameters: list[mx.array], state: State) -> None:
+        # A function of its own: its variables must not hold an array into the next step.
+        for name in ("used", "step", "measured", "skipped"):
+            value = getattr(state, name)
+            if value is not None:
+                bits = of_mlx(value)
+                result[f"{name}{step}"] = one_nan(bits, "float32") if bits.itemsize < 8 else bits
+        if self.measured_only:
+            return
+        for i, parameter in enumerate(parameters):
+            result[f"p{step}.{i}"] = one_nan(of_mlx(parameter), dtype_name(parameter.dtype))
+        for slot, arrays in zip(SLOTS, state.slots, strict=True):
+            for number, array in enumerate(arrays):
+                bits = one_nan(of_mlx(array), dtype_name(array.dtype))
+                result[f"{slot}{step}.{number}"] = bits
+
+
+# ---- Combinations -------------------------------------------------------------------
+
+CHOICES: dict[str, Sequence[Any]] = {
+    "dtypes": (("float32",), ("float16",), ("bfloat16",), tuple(DTYPES)),
+    "gradient": tuple(DTYPES),
+    "layout": ("contiguous", "transposed", "broadcast", "reversed", "odd_offset", "every_other"),
+    "numbers": ("constant", "arrays", "schedules"),
+    "momentum": (
+        {},
+        {"momentum": 0.9, "dampening": 0.3},
+        {"momentum": 0.9, "nesterov": True},
+    ),
+    "momentum_dtype": (None, *DTYPES),
+    "weight_decay": ({}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "decoupled": True}),
+    "maximize": (False, True),
+    "grad_scale": (None, 3.0),
+    "clip_value": (None, 0.7),
+    "clip_norm": (None, 1.3, 1e9),
+    "skip_nonfinite": (False, True),
+    "trust_coefficient": (None, 0.003),
+    "groups": (None, GROUPS),
+    "keeps": ({}, {"master_weights": True}, {"compensated": True}),
+    "stochastic": ({}, {"stochastic": True, "seed": 11}),
+    "ema_decay": (None, 0.97),
+}
+
+
+def covering_array(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, int]]:
+    """Rows of choices (by number) in which every two choices of different names meet.
+
+    Greedy: a row begins with a pair that has not met yet, and takes for each other name the
+    choice that brings most new pairs.
+    """
+    names = list(choices)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(choices[a]))
+        for j in range(len(choices[b]))
+    }
+
+    def pair(a: tuple[str, int], b: tuple[str, int]) -> tuple:
+        return (a, b) if names.index(a[0]) < names.index(b[0]) else (b, a)
+
+    rows = []
+    while missing:
+        row = dict(min(missing, key=lambda p: (names.index(p[0][0]), names.index(p[1][0]), p)))
+        for name in names:
+            if name in row:
+                continue
+
+            def gain(choice: int, name: str = name, row: dict[str, int] = row) -> int:
+                return sum(pair((name, choice), other) in missing for other in row.items())
+
+            # Of equals another one in each row, so that triples meet too.
+            order = [(i + len(rows)) % len(choices[name]) for i in range(len(choices[name]))]
+            row[name] = max(order, key=gain)
+        missing -= {pair(a, b) for a, b in itertools.combinations(row.items(), 2)}
+        rows.append({name: row[name] for name in names})
+    return rows
+
+
+def _combination(number: int, row: Mapping[str, int]) -> FullCase:
+    chosen = {name: CHOICES[name][i] for name, i in row.items()}
+    dtypes, gradient, layout, numbers = (
+        chosen.pop(name) for name in ("dtypes", "gradient", "layout", "numbers")
+    )
+    options: dict[str, Any] = {}
+    for name, value in chosen.items():
+        options.update(value if isinstance(value, dict) else {name: value})
+    return FullCase(
+        f"pairs{number}",
+        Full(**options),
+        dtypes,
+        gradient,
+        numbers,
+        shapes=SHAPES if layout == "contiguous" else MATRICES,
+        layout=layout,
+        bad=1 if options["skip_nonfinite"] else None,
+    )
+
+
+def _cases() -> list[FullCase]:
+    cases = []
+    for dtype in DTYPES:
+        for title, options in ALONE.items():
+            bad = 1 if options.skip_nonfinite else None
+            cases.append(FullCase(title, options, (dtype,), dtype, bad=bad))
+    cases += [_combination(i, row) for i, row in enumerate(covering_array(CHOICES))]
+
+    everything = Full(
+        momentum=0.9, nesterov=True, weight_decay=0.01, maximize=True, grad_scale=3.0,
+        clip_value=0.7, clip_norm=1.3, skip_nonfinite=True, trust_coefficient=0.003,
+        groups=GROUPS, master_weights=True, stochastic=True, seed=5, ema_decay=0.97,
+        momentum_dtype="bfloat16",
+    )  # fmt: skip
+    randomly = replace(everything, master_weights=False, momentum_dtype=None)
+    for title, options in (("everything", everything), ("randomly", randomly)):
+        large = FullCase(f"{title}_large", options, ("bfloat16",), "bfloat16", shapes=LARGE)
+        cases.append(large)
+        cases.append(replace(large, title=f"{title}_late", shapes=SHAPES, first_step=2**40 + 1))
+    measured = Full(clip_norm=1.3, trust_coefficient=0.003)
+    cases.append(
+        FullCase("long", measured, ("bfloat16",), "bfloat16", shapes=LONG, steps=1,
+                 measured_only=True)
+    )  # fmt: skip
+    cases.append(FullCase("many", measured, ("float32",), "float16", shapes=MANY, steps=1))
+    # Finite gradients, but a norm beyond float32; and one below it.
+    overflow = Full(clip_norm=1.3, skip_nonfinite=True, momentum=0.9)
+    cases.append(FullCase("overflow", overflow, ("float32",), "float32", scale=1e20))
+    cases.append(
+        FullCase("overflow_scaled", replace(overflow, grad_scale=2.0**40), ("float16",),
+                 "bfloat16", scale=1e20)
+    )  # fmt: skip
+    infinite = Full(clip_norm=1.3, trust_coefficient=0.003, weight_decay=0.01)
+    cases.append(FullCase("infinite", infinite, ("float32",), "float32", scale=1e20))
+    small = Full(clip_norm=5e-5)  # of a norm that an epsilon of 1e-6 changes
+    cases.append(FullCase("small_norm", small, ("float32",), "float32", scale=1e-6))
+    underflow = Full(clip_norm=1.3, trust_coefficient=0.003)
+    cases.append(FullCase("underflow", underflow, ("float32",), "float32", scale=1e-30))
+    assert len({case.name for case in cases}) == len(cases)
+    return cases
+
+
+FULL_CASES: list[FullCase] = _cases()

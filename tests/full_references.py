@@ -1,0 +1,543 @@
+"""What a full step must give, in NumPy: from the mathematics, not from the kernels.
+
+``full_step_float32`` is the arithmetic that is promised, bit for bit: float32, each
+operation rounded, rounded once more at the store. ``full_step_float64`` is the mathematics
+with a bound, carried through every operation, on how far such arithmetic may be from it.
+``norm_float32`` has the sums of squares in the promised order; ``round_at_random`` and
+``random_words`` are the rounding and its random bits, ``arena_of`` says where an element is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from bits import EPSILON, TINIEST, narrowed, widened
+from full_step import Full
+
+# ---- Where a tensor is ---------------------------------------------------------------
+
+
+class Arena(NamedTuple):
+    dtype: str
+    tensors: list[int]
+    offsets: list[int]
+    size: int
+    fingerprint: int
+
+
+def arenas_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[Arena]:
+    """One arena a dtype (these tests stay below 128 MiB), tensors at multiples of 256 bytes,
+    named by the 64-bit FNV-1a hash of what they are."""
+    arenas = []
+    for dtype in dict.fromkeys(dtypes):
+        tensors = [i for i, name in enumerate(dtypes) if name == dtype]
+        granule = 256 // (4 if dtype == "float32" else 2)
+        offsets, size, text = [], 0, b""
+        for i in tensors:
+            offsets.append(size)
+            size += -(-math.prod(shapes[i]) // granule) * granule
+            number = 1 + ["float32", "float16", "bfloat16"].index(dtype)
+            lengths = b"".join(length.to_bytes(4, "little") for length in shapes[i])
+            text += f"w.{i}".encode() + bytes([0xFF, number]) + lengths + b"\xfe"
+        hashed = 0xCBF29CE484222325
+        for byte in text:
+            hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
+        arenas.append(Arena(dtype, tensors, offsets, size, hashed))
+    return arenas
+
+
+# ---- Rounding ------------------------------------------------------------------------
+
+
+def random_words(seed: int, step: int, fingerprint: int, positions: np.ndarray) -> np.ndarray:
+    """32 random bits for each position: SplitMix64's finaliser makes a key of seed, step and
+    arena; MurmurHash3's, twice, spreads the position over it."""
+
+    def mix64(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def mix32(x: np.ndarray) -> np.ndarray:
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    key = mix64((seed + 0x9E3779B97F4A7C15) % 2**64)
+    key = mix64(mix64(key ^ step) ^ fingerprint)
+    # In 64 bits: a product of two 32-bit numbers fits.
+    position = positions.astype(np.uint64)
+    low, high = np.uint64(key % 2**32), np.uint64(key >> 32)
+    return mix32(mix32((position + low) % 2**32) ^ high).astype(np.uint32)
+
+
+class Format(NamedTuple):
+    digits: int  # behind the point
+    least: int  # exponent of the smallest normal number
+    most: int  # exponent of the largest numbers
+    random_digits: int  # bits that decide about a normal number
+
+
+FORMATS = {"float16": Format(10, -14, 15, 13), "bfloat16": Format(7, -126, 127, 16)}
+
+
+def neighbours(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of finite float32 numbers: the largest number of ``dtype`` that is not above |x|, the
+    next one after it (both in float64), and how far |x| is between them, all exact."""
+    form = FORMATS[dtype]
+    magnitude = np.abs(x.astype(np.float64))
+    exponent = np.maximum(np.frexp(magnitude)[1] - 1, form.least)
+    unit = np.ldexp(1.0, exponent - form.digits)
+    lower = np.floor(magnitude / unit)
+    return lower * unit, (lower + 1) * unit, magnitude / unit - lower
+
+
+def round_at_random(x: np.ndarray, dtype: str, random: np.ndarray) -> np.ndarray:
+    """float32 numbers to those of ``dtype`` (as float32), away from zero with the probability
+    of the part that is cut off, by the low bits of ``random``."""
+    if dtype == "float32":
+        return x
+    form = FORMATS[dtype]
+    finite = np.where(np.isfinite(x), x, 0).astype(np.float32)
+    lower, upper, part = neighbours(finite, dtype)
+    normal = np.abs(finite.astype(np.float64)) >= 2.0**form.least
+    fraction = (random % 2**form.random_digits) / 2.0**form.random_digits
+    up = part + fraction >= 1
+    if dtype == "float16":  # below the normal numbers float32 has bits to spare
+        up = np.where(normal, up, part > (random % 2**16) / 2.0**16)
+    magnitude = np.where(up, upper, lower)
+    largest = (2 - 2.0**-form.digits) * 2.0**form.most
+    magnitude = np.where(magnitude > largest, np.inf, magnitude)
+    return np.where(np.isfinite(x), np.copysign(magnitude, finite), x).astype(np.float32)
+
+
+def round_to_nearest(x: np.ndarray, dtype: str) -> np.ndarray:
+    return widened(narrowed(x, dtype), dtype)
+
+
+# ---- Norms ---------------------------------------------------------------------------
+
+
+def _fold(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of 1024 lanes one after another, then halves of the lanes, in two float32."""
+
+    def add(a, b):
+        # Knuth's sum: `total` and its rounding error.
+        total = a[0] + b[0]
+        there = total - a[0]
+        error = (a[0] - (total - there)) + (b[0] - there)
+        return total, (a[1] + b[1]) + error
+
+    rows = max(1, -(-high.size // 1024))
+    high, low = (
+        np.pad(part, (0, rows * 1024 - part.size)).reshape(rows, 1024) for part in (high, low)
+    )
+    lanes = (np.zeros(1024, np.float32),) * 2
+    for row in range(rows):
+        lanes = add(lanes, (high[row], low[row]))
+    half = 512
+    while half:
+        lanes = add([part[:half] for part in lanes], [part[half:] for part in lanes])
+        half //= 2
+    return lanes
+
+
+def _folded(high: np.ndarray, low: np.ndarray) -> np.float32:
+    return high[0] if not np.isfinite(high[0]) else high[0] + low[0]
+
+
+def sum_of_squares(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of float32 numbers in order: chunks of 2048 in 128 lanes, and their sums folded."""
+    chunks = max(1, -(-x.size // 2048))
+    squares = np.pad(x, (0, chunks * 2048 - x.size)).reshape(chunks, 16, 128)
+    squares = squares * squares
+    lanes = np.zeros((chunks, 128), np.float32)
+    for row in range(16):
+        lanes = lanes + squares[:, row]
+    half = 64
+    while half:
+        lanes = lanes[:, :half] + lanes[:, half:]
+        half //= 2
+    return _fold(lanes[:, 0], np.zeros(chunks, np.float32))
+
+
+def measured_float32(
+    options: Full, gradients: Sequence[np.ndarray], parameters: Sequence[np.ndarray], scale: Any
+) -> np.ndarray:
+    """The norm of all gradients, whether to do the step, and the norms of every tensor: of
+    float32 numbers in the order in which they are summed."""
+    with np.errstate(all="ignore"):
+        ready = [_clipped_by_value(_unscaled(g, options, scale), options) for g in gradients]
+        sums = [sum_of_squares(g) for g in ready]
+        total = _folded(*_fold(*(np.concatenate(part) for part in zip(*sums, strict=True))))
+        norm = np.sqrt(total)
+        apply = True
+        if options.skip_nonfinite:
+            apply = all(np.isfinite(g).all() for g in gradients)
+            if options.clip_norm is not None:
+                apply = apply and bool(np.isfinite(norm))
+        numbers = [norm, np.float32(apply)]
+        if options.trust_coefficient is not None:
+            for own, parameter in zip(sums, parameters, strict=True):
+                numbers += [np.sqrt(_folded(*own)), np.sqrt(_folded(*sum_of_squares(parameter)))]
+    return np.array(numbers, np.float32)
+
+
+def _unscaled(g: np.ndarray, options: Full, scale: Any) -> np.ndarray:
+    if options.grad_scale is None:
+        return g
+    return g * (np.float32(1) / np.float32(scale))
+
+
+def _clipped_by_value(g: np.ndarray, options: Full) -> np.ndarray:
+    if options.clip_value is None:
+        return g
+    limit = np.float32(options.clip_value)
+    return np.clip(g, -limit, limit)  # NaN stays
+
+
+# ---- The step in float32 -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Mistakes that a test must catch: each is a step that does something else."""
+
+    gradient_not_negated: bool = False
+    gradient_not_unscaled: bool = False
+    scaled_by_division: bool = False
+    not_clipped_by_value: bool = False
+    clipped_before_unscaling: bool = False
+    not_clipped_by_norm: bool = False
+    norm_without_epsilon: bool = False
+    skipped_step_taken: bool = False
+    trust_ratio_left_out: bool = False
+    trust_ratio_without_decay: bool = False
+    groups_ignored: bool = False
+    flags_of_groups_ignored: bool = False
+    decay_coupled: bool = False
+    decay_of_the_parameter: bool = False  # not of the master
+    master_always_wins: bool = False
+    master_rounded: bool = False
+    compensation_forgotten: bool = False
+    compensation_of_the_exact: bool = False
+    rounded_to_nearest: bool = False
+    same_bits_for_velocity: bool = False
+    position_in_the_tensor: bool = False
+    one_key_for_every_step: bool = False
+    one_key_for_every_arena: bool = False
+    average_of_the_old: bool = False
+    average_of_the_exact: bool = False
+    velocity_in_the_parameters_dtype: bool = False
+
+
+RIGHT = Mistake()
+
+
+class Numbers(NamedTuple):
+    """Of one tensor: the scalars, and what it has."""
+
+    rate: Any
+    momentum: Any
+    weight_decay: Any
+    flags: set[str]
+    trust_coefficient: Any
+
+
+def numbers_of(
+    options: Full, tensor: int, used: Sequence[Any], wrong: Mistake = RIGHT, cast=np.float32
+) -> Numbers:
+    rate, momentum, weight_decay = (cast(x) for x in used[:3])
+    flags, trust = set(options.flags), cast(np.float32(options.trust_coefficient or 0))
+    if options.groups is not None and not wrong.groups_ignored:
+        group = options.groups[tensor % len(options.groups)]
+
+        def own(value, pair):
+            times, plus = (cast(np.float32(x)) for x in pair)
+            return times * value + plus
+
+        rate, momentum = own(rate, group.rate), own(momentum, group.momentum)
+        weight_decay = own(weight_decay, group.weight_decay)
+        trust = cast(np.float32(group.trust_coefficient))
+        if not wrong.flags_of_groups_ignored:
+            flags -= set(group.without)
+    return Numbers(rate, momentum, weight_decay, flags, trust)
+
+
+class Place(NamedTuple):
+    """Where a tensor and its state are, and when."""
+
+    tensor: int
+    offset: int
+    step: int
+    fingerprint: int
+
+
+Element = dict[str, np.ndarray]
+"""Of one tensor: 'parameter' and its slots, as bits."""
+
+
+def full_step_float32(
+    options: Full,
+    dtype: str,
+    old: Element,
+    gradient: np.ndarray,
+    place: Place,
+    used: Sequence[np.float32],
+    measured: np.ndarray | None,
+    wrong: Mistake = RIGHT,
+) -> Element:
+    """One tensor: bits in, bits out; the gradient is in float32 numbers. ``used`` are the
+    scalars of the step, ``measured`` what was measured before it."""
+    if options.skip_nonfinite and not measured[1] and not wrong.skipped_step_taken:
+        return dict(old)
+    own = numbers_of(options, place.tensor, used, wrong)
+    has = own.flags.__contains__
+    with np.errstate(all="ignore"):
+        numbers = {
+            name: widened(bits, dtype if name == "parameter" else options.slot_dtype(name, dtype))
+            for name, bits in old.items()
+        }
+        before = numbers["parameter"]
+        w = before
+        if "master" in old:
+            kept = round_to_nearest(numbers["master"], dtype) == before
+            w = np.where(kept | wrong.master_always_wins, numbers["master"], before)
+
+        g = gradient if not has("maximize") or wrong.gradient_not_negated else -gradient
+        if wrong.clipped_before_unscaling:
+            g = _clipped_by_value(g, options)
+        if not wrong.gradient_not_unscaled:
+            scaled = g / np.float32(used[3]) if wrong.scaled_by_division else None
+            g = _unscaled(g, options, used[3]) if scaled is None else scaled
+        if not wrong.not_clipped_by_value and not wrong.clipped_before_unscaling:
+            g = _clipped_by_value(g, options)
+        factor = np.float32(1)
+        if has("clip_norm") and not wrong.not_clipped_by_norm:
+            epsilon = np.float32(0 if wrong.norm_without_epsilon else 1e-6)
+            factor = np.float32(options.clip_norm) / (measured[0] + epsilon)
+            factor = np.minimum(factor, np.float32(1))
+            g = g * factor
+        decay = own.weight_decay * (before if wrong.decay_of_the_parameter else w)
+        coupled = not has("decoupled") or wrong.decay_coupled
+        if has("weight_decay") and coupled:
+            g = g + decay
+        if has("trust_ratio") and not wrong.trust_ratio_left_out:
+            of_gradient, of_parameter = measured[2 + 2 * place.tensor : 4 + 2 * place.tensor]
+            if of_gradient * factor > 0 and of_parameter > 0:
+                below = of_gradient * factor
+                if has("weight_decay") and coupled and not wrong.trust_ratio_without_decay:
+                    below = below + own.weight_decay * of_parameter
+                g = g * ((own.trust_coefficient * of_parameter) / below)
+
+        new: Element = {}
+        random = None
+        if has("stochastic") and not wrong.rounded_to_nearest:
+            first = 0 if wrong.position_in_the_tensor else place.offset
+            step = 0 if wrong.one_key_for_every_step else place.step
+            fingerprint = 0 if wrong.one_key_for_every_arena else place.fingerprint
+            positions = first + np.arange(w.size, dtype=np.uint64)
+            random = random_words(options.seed, step, fingerprint, positions).reshape(w.shape)
+
+        def stored(x: np.ndarray, name: str, bits: np.ndarray | None) -> np.ndarray:
+            if bits is None:
+                return round_to_nearest(x, name)
+            return round_at_random(x, name, bits)
+
+        update = g
+        if "velocity" in old:
+            velocity = numbers["velocity"]
+            if has("momentum"):
+                velocity = own.momentum * velocity + np.float32(1 - options.dampening) * g
+                update = g + own.momentum * velocity if has("nesterov") else velocity
+            name = options.slot_dtype("velocity", dtype)
+            bits = random
+            if random is not None and not wrong.same_bits_for_velocity:
+                bits = random >> 16
+            if wrong.velocity_in_the_parameters_dtype:
+                velocity = round_to_nearest(velocity, dtype)
+            new["velocity"] = narrowed(stored(velocity, name, bits), name)
+        if has("weight_decay") and not coupled:
+            update = update + decay
+
+        move = own.rate * update
+        if "compensation" in old:
+            lost = np.float32(0) if wrong.compensation_forgotten else numbers["compensation"]
+            change = lost - move
+            exact = w + change
+            parameter = round_to_nearest(exact, dtype)
+            left = exact - parameter
+            if not wrong.compensation_of_the_exact:
+                left = change - (parameter - w)
+            new["compensation"] = narrowed(left, dtype)
+        else:
+            exact = w - move
+            at_random = random if "master" not in old else None
+            parameter = stored(exact, dtype, at_random)
+        new["parameter"] = narrowed(parameter, dtype)
+        if "master" in old:
+            new["master"] = narrowed(parameter if wrong.master_rounded else exact, "float32")
+        if "average" in old:
+            of = exact if "master" in old or "compensation" in old else parameter
+            of = exact if wrong.average_of_the_exact else of
+            of = before if wrong.average_of_the_old else of
+            weight = np.float32(1 - options.ema_decay)
+            average = numbers["average"]
+            new["average"] = narrowed(average + weight * (of - average), "float32")
+    return {name: bits.reshape(old[name].shape) for name, bits in new.items()}
+
+
+# ---- The step in float64, with bounds ------------------------------------------------
+
+
+class Bounded:
+    """A number in float64, and how far float32 arithmetic may be from it.
+
+    Each operation errs by half an ulp of its result, at most 2^-24 of it or 2^-150, and hands
+    on the errors of its operands.
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave the operation to us
+
+    def __init__(self, value: Any, error: Any = 0.0):
+        self.value, self.error = np.asarray(value, np.float64), np.asarray(error, np.float64)
+
+    @staticmethod
+    def of(x: Any) -> Bounded:
+        return x if isinstance(x, Bounded) else Bounded(np.float64(x))
+
+    def rounded(self, unit: float = 2.0**-24, least: float = 2.0**-150) -> Bounded:
+        more = (np.abs(self.value) + self.error) * unit + least
+        # float64 itself errs by 2^-53 of these.
+        return Bounded(self.value, (self.error + more) * (1 + 2.0**-20))
+
+    def __add__(self, other: Any) -> Bounded:
+        other = Bounded.of(other)
+        return Bounded(self.value + other.value, self.error + other.error).rounded()
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Bounded:
+        return Bounded(-self.value, self.error)
+
+    def __sub__(self, other: Any) -> Bounded:
+        return self + -Bounded.of(other)
+
+    def __mul__(self, other: Any) -> Bounded:
+        other = Bounded.of(other)
+        error = np.abs(self.value) * other.error + np.abs(other.value) * self.error
+        return Bounded(self.value * other.value, error + self.error * other.error).rounded()
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Bounded:
+        other = Bounded.of(other)
+        value = self.value / other.value
+        error = (self.error + np.abs(value) * other.error) / (np.abs(other.value) - other.error)
+        return Bounded(value, error).rounded()
+
+    def clipped(self, low: float, high: float) -> Bounded:
+        ends = (np.clip(self.value + sign * self.error, low, high) for sign in (-1, 1))
+        value = np.clip(self.value, low, high)
+        return Bounded(value, np.maximum(*(np.abs(end - value) for end in ends)))
+
+    def stored(self, dtype: str, at_random: bool) -> Bounded:
+        """To nearest within half of the distance of two numbers, at random within it."""
+        if dtype == "float32":
+            return self
+        part = 1.0 if at_random else 0.5
+        return self.rounded(part * EPSILON[dtype], part * TINIEST[dtype])
+
+
+def full_step_float64(
+    options: Full,
+    dtype: str,
+    old: Element,
+    gradient: np.ndarray,
+    place: Place,
+    used: Sequence[np.float32],
+    measured: np.ndarray | None,
+) -> dict[str, Bounded]:
+    """Of one tensor: 'parameter' and its slots; with compensation also 'sum', what parameter
+    and compensation are together, instead of the compensation."""
+    numbers = {
+        name: Bounded(
+            widened(bits, dtype if name == "parameter" else options.slot_dtype(name, dtype))
+        )
+        for name, bits in old.items()
+    }
+    if options.skip_nonfinite and not measured[1]:
+        if "compensation" in numbers:
+            left = numbers.pop("compensation")
+            numbers["sum"] = Bounded(numbers["parameter"].value + left.value)
+        return numbers
+    own = numbers_of(options, place.tensor, used, cast=lambda x: Bounded(np.float64(x)))
+    has = own.flags.__contains__
+    w = numbers["parameter"]
+    if "master" in old:
+        kept = narrowed(widened(old["master"], "float32"), dtype)
+        same = widened(kept, dtype) == widened(old["parameter"], dtype)
+        w = Bounded(np.where(same, numbers["master"].value, w.value))
+
+    g = Bounded(gradient) if not has("maximize") else Bounded(-gradient)
+    if has("grad_scale"):
+        g = g * (Bounded(1.0) / used[3])
+    if has("clip_value"):
+        limit = np.float64(np.float32(options.clip_value))
+        g = g.clipped(-limit, limit)
+    factor = Bounded(1.0)
+    if has("clip_norm"):
+        norm = Bounded(measured[0]) + np.float32(1e-6)
+        factor = (Bounded(np.float32(options.clip_norm)) / norm).clipped(0, 1)
+        g = g * factor
+    decays, decoupled = has("weight_decay"), has("decoupled")
+    if decays and not decoupled:
+        g = g + own.weight_decay * w
+    if has("trust_ratio"):
+        # trust_coefficient |w| / (|g| + weight_decay |w|), You, Gitman and Ginsburg, 2017.
+        of_gradient, of_parameter = measured[2 + 2 * place.tensor : 4 + 2 * place.tensor]
+        below = Bounded(of_gradient) * factor
+        if decays and not decoupled:
+            below = below + own.weight_decay * np.float64(of_parameter)
+        if of_gradient * factor.value > 0 and of_parameter > 0:
+            g = g * (own.trust_coefficient * np.float64(of_parameter) / below)
+
+    new: dict[str, Bounded] = {}
+    update = g
+    if "velocity" in old:
+        velocity = numbers["velocity"]
+        if has("momentum"):
+            velocity = own.momentum * velocity + np.float32(1 - options.dampening) * g
+            update = g + own.momentum * velocity if has("nesterov") else velocity
+        name = options.slot_dtype("velocity", dtype)
+        new["velocity"] = velocity.stored(name, has("stochastic"))
+    if decays and decoupled:
+        update = update + own.weight_decay * w
+
+    move = own.rate * update
+    if "compensation" in old:
+        change = numbers["compensation"] - move
+        exact = w + change
+        new["parameter"] = exact.stored(dtype, False)
+        # What is left is at most a rounding of the parameter, and has its own.
+        largest = new["parameter"].error + 2.0**-22 * (np.abs(w.value) + np.abs(change.value))
+        error = change.error + 2.0**-24 * (np.abs(change.value) + largest)
+        error = error + (2.0**-24 + EPSILON[dtype] / 2) * largest + TINIEST[dtype]
+        total = w.value + change.value
+        new["sum"] = Bounded(total, error)
+    else:
+        exact = w - move
+        at_random = has("stochastic") and "master" not in old
+        new["parameter"] = exact.stored(dtype, at_random)
+    if "master" in old:
+        new["master"] = exact
+    if "average" in old:
+        of = exact if "master" in old or "compensation" in old else new["parameter"]
+        average = numbers["average"]
+        new["average"] = average + np.float32(1 - options.ema_decay) * (of - average)
+    return new
+

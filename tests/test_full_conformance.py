@@ -1,0 +1,362 @@
+"""The full step's part of the conformance table (tests/full_cases.py), for every backend.
+
+For each case and step, from the very bits that went into the step:
+- the bits that come out are those of float32 arithmetic in NumPy, rounded once;
+- they are within the bound of the float64 result;
+- the norms that were measured have the promised bits, and are within 1e-6 of float64;
+- a skipped step changes nothing, and is counted;
+- they are those of the first backend.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from bits import widened
+from conformance import BACKENDS, COMPOSED, LAYOUTS, results
+from full_cases import ALONE, CHOICES, FULL_CASES, SLOTS, FullCase, covering_array
+from full_references import (
+    RIGHT,
+    Mistake,
+    Place,
+    arenas_of,
+    full_step_float32,
+    full_step_float64,
+    measured_float32,
+)
+
+every_case = pytest.mark.parametrize("case", FULL_CASES, ids=lambda c: c.name)
+
+
+@pytest.fixture(params=range(len(BACKENDS)), ids=[b.name for b in BACKENDS], scope="module")
+def backend(request):
+    return request.param
+
+
+@functools.cache
+def arenas(case: FullCase):
+    return arenas_of(case.shapes, case.dtypes)
+
+
+@functools.cache
+def values(case: FullCase):
+    return case.values()
+
+
+def applies(case: FullCase, bits, step: int) -> bool:
+    measured = bits.get(f"measured{step}")
+    return measured is None or bool(measured.view(np.float32)[1])
+
+
+def counter(case: FullCase, bits, step: int) -> int:
+    """Of the schedules and the random numbers: steps that were skipped do not count."""
+    return case.first_step if step == 0 else int(bits[f"step{step - 1}"])
+
+
+def tensors_of(case: FullCase, bits, step: int):
+    """(arena number, place, dtype, what went in as bits, the gradient in float32)."""
+    first, gradients, slots = values(case)
+    for number, arena in enumerate(arenas(case)):
+        for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
+            shape = case.shapes[tensor]
+            here = slice(offset, offset + math.prod(shape))
+            old = {"parameter": bits[f"p{step - 1}.{tensor}"] if step else first[tensor]}
+            for slot in SLOTS:
+                if f"{slot}.{number}" in slots:
+                    index = _slot_number(case, slot, number)
+                    whole = bits[f"{slot}{step - 1}.{index}"] if step else slots[f"{slot}.{number}"]
+                    old[slot] = whole[here].reshape(shape)
+            gradient = widened(gradients[step][tensor], case.gradient)
+            place = Place(tensor, offset, counter(case, bits, step), arena.fingerprint)
+            yield number, place, arena.dtype, old, gradient
+
+
+def _slot_number(case: FullCase, slot: str, number: int) -> int:
+    """Of an arena among those that have the slot."""
+    return sum(case.options.slot_dtype(slot, a.dtype) is not None for a in arenas(case)[:number])
+
+
+def outcome(case: FullCase, bits, step: int):
+    """What a step needs to know besides the tensors."""
+    measured = bits.get(f"measured{step}")
+    used = bits[f"used{step}"].view(np.float32)
+    return used, None if measured is None else measured.view(np.float32)
+
+
+def mismatches(case: FullCase, bits, wrong: Mistake = RIGHT) -> list[str]:
+    """Where bits are not those of the (perhaps wrong) reference."""
+    found = []
+    if case.measured_only:
+        return found
+    for step in range(case.steps):
+        used, measured = outcome(case, bits, step)
+        want: dict[str, np.ndarray] = {}
+        for number, place, dtype, old, gradient in tensors_of(case, bits, step):
+            new = full_step_float32(
+                case.options, dtype, old, gradient, place, used, measured, wrong
+            )
+            assert new.keys() == old.keys()
+            want[f"p{step}.{place.tensor}"] = new.pop("parameter")
+            for slot, part in new.items():
+                key = f"{slot}{step}.{_slot_number(case, slot, number)}"
+                # Between the tensors are zeros.
+                whole = want.setdefault(key, np.zeros(arenas(case)[number].size, part.dtype))
+                whole[place.offset : place.offset + part.size] = part.reshape(-1)
+        names = ("measured", "used", "step", "skipped")
+        got_keys = {k for k in bits if not k.startswith(names) and _step_of(k) == step}
+        assert want.keys() == got_keys
+        for key, expected in want.items():
+            got = bits[key]
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype), key
+            nan = [np.isnan(_numbers(case, key, x)) for x in (got, expected)]
+            same = (got == expected) | (nan[0] & nan[1])
+            if not same.all():
+                found.append(f"{key}: elements {np.flatnonzero(~same.reshape(-1))[:5]}")
+    return found
+
+
+def _step_of(key: str) -> int:
+    return int("".join(itertools.filterfalse(str.isalpha, key.partition(".")[0])))
+
+
+def _numbers(case: FullCase, key: str, bits: np.ndarray) -> np.ndarray:
+    name, _, number = key.partition(".")
+    if name[0] == "p":
+        return widened(bits, case.dtypes[int(number)])
+    slot = name.rstrip("0123456789")
+    having = [a.dtype for a in arenas(case) if case.options.slot_dtype(slot, a.dtype)]
+    return widened(bits, case.options.slot_dtype(slot, having[int(number)]))
+
+
+@functools.cache
+def mismatches_of_the_first(case: FullCase) -> list[str]:
+    return mismatches(case, results(0)[case.name])
+
+
+def identical(a, b) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@every_case
+def test_bits_of_float32_rounded_once(backend, case):
+    bits = results(backend)[case.name]
+    if identical(bits, results(0)[case.name]):
+        assert mismatches_of_the_first(case) == []  # the same question, asked once
+    else:
+        assert mismatches(case, bits) == []
+
+
+@every_case
+def test_close_to_float64(case):
+    bits = results(0)[case.name]
+    for step in range(0 if case.measured_only else case.steps):
+        used, measured = outcome(case, bits, step)
+        if measured is not None and np.isinf(measured[0]) and measured[1]:
+            continue  # no bound: test_bits_of_float32_rounded_once
+        for number, place, dtype, old, gradient in tensors_of(case, bits, step):
+            want = full_step_float64(case.options, dtype, old, gradient, place, used, measured)
+            got = {"parameter": widened(bits[f"p{step}.{place.tensor}"], dtype)}
+            for slot in old.keys() - {"parameter"}:
+                whole = bits[f"{slot}{step}.{_slot_number(case, slot, number)}"]
+                here = whole[place.offset : place.offset + gradient.size]
+                name = case.options.slot_dtype(slot, dtype)
+                got[slot] = widened(here, name).reshape(gradient.shape)
+            if "compensation" in got:
+                left = got.pop("compensation").astype(np.float64)
+                got["sum"] = got["parameter"] + left
+            assert got.keys() == want.keys()
+            for name, value in got.items():
+                error = np.abs(value.astype(np.float64) - want[name].value)
+                excess = np.max(error - want[name].error, initial=-np.inf)
+                assert excess <= 0, f"{name} of tensor {place.tensor}, step {step}: {excess}"
+
+
+# ---- What was measured -----------------------------------------------------------------
+
+MEASURED = [case for case in FULL_CASES if case.options.is_measured]
+
+
+def in_order(case: FullCase, values: np.ndarray) -> np.ndarray:
+    """The numbers of an array in the order in which they are summed: that of memory where
+    they fill it."""
+    return (values.T if case.layout == "transposed" else values).reshape(-1)
+
+
+@functools.cache
+def measured_by_reference(case: FullCase) -> list[np.ndarray]:
+    bits = results(0)[case.name]
+    first, gradients, _ = values(case)
+    found = []
+    for step in range(case.steps):
+        before = [bits[f"p{step - 1}.{i}"] for i in range(len(first))] if step else first
+        # The first parameters lie as the gradients do; later ones are an arena's.
+        parameters = [
+            in_order(case, widened(p, d)) if step == 0 else widened(p, d).reshape(-1)
+            for p, d in zip(before, case.dtypes, strict=True)
+        ]
+        ready = [in_order(case, widened(g, case.gradient)) for g in gradients[step]]
+        scale = bits[f"used{step}"].view(np.float32)[3]
+        found.append(measured_float32(case.options, ready, parameters, scale))
+    return found
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda c: c.name)
+def test_norms_have_the_promised_bits(case):
+    bits = results(0)[case.name]
+    for step, want in enumerate(measured_by_reference(case)):
+        got = bits[f"measured{step}"].view(np.float32)
+        assert np.array_equal(got, want, equal_nan=True), step
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda c: c.name)
+def test_norms_are_close_to_float64(backend, case):
+    bits = results(backend)[case.name]
+    first, gradients, _ = values(case)
+    options = case.options
+    composed = BACKENDS[backend].name == COMPOSED
+    for step in range(case.steps):
+        got = bits[f"measured{step}"].view(np.float32).astype(np.float64)
+        scale = np.float64(bits[f"used{step}"].view(np.float32)[3])
+        with np.errstate(all="ignore"):
+            ready = [widened(g, case.gradient).astype(np.float64) / scale for g in gradients[step]]
+            if options.clip_value is not None:
+                limit = np.float64(np.float32(options.clip_value))
+                ready = [np.clip(g, -limit, limit) for g in ready]
+            norms = [np.sqrt(sum(np.square(g).sum() for g in ready))]
+            if options.trust_coefficient is not None:
+                before = [bits[f"p{step - 1}.{i}"] for i in range(len(first))] if step else first
+                for g, bits_of, dtype in zip(ready, before, case.dtypes, strict=True):
+                    parameter = widened(bits_of, dtype).astype(np.float64)
+                    norms += [np.sqrt(np.square(x).sum()) for x in (g, parameter)]
+        for a, b in zip(np.delete(got, 1), norms, strict=True):
+            if not np.isfinite(b):
+                assert not np.isfinite(a)
+            elif b * b > 3.4e38:  # a square beyond float32
+                assert a == np.inf
+            elif b * b < 1e-35 and b:  # squares below it
+                assert a <= b * (1 + 1e-6)
+            else:
+                # A sum in MLX's order promises less.
+                assert abs(a - b) <= (1e-5 if composed else 1e-6) * b
+
+
+def test_skipped_steps(backend):
+    """Exactly those with a gradient that is not finite, or a norm to clip that is not."""
+    skipping = [case for case in FULL_CASES if case.options.skip_nonfinite]
+    assert {case.bad for case in skipping} == {None, 1}
+    for case in FULL_CASES:
+        bits = results(backend)[case.name]
+        skipped, count = 7, case.first_step
+        for step in range(case.steps):
+            overflows = case.title == "overflow"
+            bad = case.options.skip_nonfinite and (step == case.bad or overflows)
+            assert applies(case, bits, step) is not bad, (case.name, step)
+            skipped, count = skipped + bad, count + (not bad)
+            assert bits[f"step{step}"] == count
+            if case.options.is_measured:
+                assert bits[f"skipped{step}"] == skipped
+            else:
+                assert f"skipped{step}" not in bits
+
+
+def test_scalars_that_were_used(backend):
+    for case in FULL_CASES:
+        bits = results(backend)[case.name]
+        for step in range(case.steps):
+            expected = case.expected_scalars(counter(case, bits, step))
+            used = bits[f"used{step}"].view(np.float32)
+            names = ("learning_rate", "momentum", "weight_decay", "grad_scale")
+            for name, got in zip(names, used, strict=True):
+                want = expected.get(name, float(name == "grad_scale"))
+                tolerance = 2 * np.spacing(np.float32(want)) if case.numbers == "schedules" else 0
+                assert abs(float(got) - float(np.float32(want))) <= tolerance, (case.name, name)
+
+
+# ---- Backends, layouts, the table itself --------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(1, len(BACKENDS)), ids=[b.name for b in BACKENDS[1:]])
+def test_same_bits_as_the_first_backend(number):
+    for case in FULL_CASES:
+        first, other = results(0)[case.name], results(number)[case.name]
+        if BACKENDS[number].name == COMPOSED:
+            if {"clip_norm", "trust_ratio"} & case.options.flags:
+                continue  # from its own norms: test_bits_of_float32_rounded_once
+            first, other = (
+                {k: v for k, v in bits.items() if not k.startswith("measured")}
+                for bits in (first, other)
+            )
+        assert identical(first, other), case.name
+
+
+def test_every_two_choices_meet():
+    rows = covering_array(CHOICES)
+    for (a, of_a), (b, of_b) in itertools.combinations(CHOICES.items(), 2):
+        met = {(row[a], row[b]) for row in rows}
+        assert met == set(itertools.product(range(len(of_a)), range(len(of_b)))), (a, b)
+    assert {case.title for case in FULL_CASES} >= {f"pairs{i}" for i in range(len(rows))}
+    assert set(CHOICES["layout"]) == set(LAYOUTS)
+
+
+CATCHING = {
+    "gradient_not_negated": "maximize",
+    "gradient_not_unscaled": "grad_scale",
+    "scaled_by_division": "grad_scale",
+    "not_clipped_by_value": "clip_value",
+    "clipped_before_unscaling": None,
+    "not_clipped_by_norm": "clip_norm",
+    "norm_without_epsilon": "small_norm",
+    "skipped_step_taken": "skip_nonfinite",
+    "trust_ratio_left_out": "trust_ratio",
+    "trust_ratio_without_decay": "trust_ratio_decay",
+    "groups_ignored": "groups",
+    "flags_of_groups_ignored": "groups",
+    "decay_coupled": "decoupled",
+    "decay_of_the_parameter": "master_weights",
+    "master_always_wins": "master_weights",
+    "master_rounded": "master_weights",
+    "compensation_forgotten": "compensated",
+    "compensation_of_the_exact": None,
+    "rounded_to_nearest": "stochastic",
+    "same_bits_for_velocity": "stochastic",
+    "position_in_the_tensor": "stochastic",
+    "one_key_for_every_step": "stochastic",
+    "one_key_for_every_arena": "stochastic",
+    "average_of_the_old": "ema",
+    "average_of_the_exact": "ema",
+    "velocity_in_the_parameters_dtype": "momentum_float32",
+}
+EXACT_ONLY_IN_FLOAT32 = {"scaled_by_division", "norm_without_epsilon"}
+
+
+@pytest.mark.parametrize("mistake", [f.name for f in fields(Mistake)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_table_catches(mistake, dtype):
+    """A control: a step with this mistake has other bits than ours."""
+    title = CATCHING[mistake]
+    wrong = replace(RIGHT, **{mistake: True})
+    if title is None:  # needs two options: some combination has them
+        assert any(mismatches(case, results(0)[case.name], wrong) for case in FULL_CASES)
+        return
+    if mistake in EXACT_ONLY_IN_FLOAT32:
+        dtype = "float32"  # the store of a half type hides almost all of it
+    of_half_types = {"master_weights", "compensated", "stochastic", "momentum_float32"}
+    if dtype == "float32" and title in of_half_types:
+        dtype = "bfloat16"
+    if mistake == "average_of_the_exact" and dtype == "float32":
+        dtype = "float16"  # a float32 parameter is exact
+    case = next(c for c in FULL_CASES if c.title == title and c.parameters == (dtype,))
+    bits = results(0)[case.name]
+    assert mismatches(case, bits) == []
+    assert mismatches(case, bits, wrong)
+
+
+def test_every_option_alone():
+    """In the table for every dtype; a flag without a row is a forgotten option."""
+    from mlx_fused_optim import _ext
+
+    plain = {"momentum", "nesterov", "weight_decay"}
+    assert {f for options in ALONE.values() for f in options.flags} | plain == set(_ext.FLAGS)
