@@ -540,4 +540,3 @@ def full_step_float64(
         average = numbers["average"]
         new["average"] = average + np.float32(1 - options.ema_decay) * (of - average)
     return new
-

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from . import _ext, _groups, _packing
 from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
 
@@ -71,7 +72,7 @@ def begun(
     """A state that has everything a step of these tensors needs."""
     wanted = wanted_slots(hyper, options)
     if wanted.slots and len(tree) > 0:
-        state = _packing.packed(state, tree, _packing.layout_of(tree), wanted, op)
+        state = _packing.packed(state, tree, layout_of(tree), wanted, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
     return state
@@ -116,7 +117,7 @@ def take_step(
     if not isinstance(scale, float) or scale != 1:
         flags |= _ext.FLAGS["grad_scale"]
 
-    layout = _packing.layout_of(tree)
+    layout = layout_of(tree)
     groups = numbers = None
     if options.groups.members:
         rows = _groups.rows_of(options.groups, layout, tree, parameters, op)
