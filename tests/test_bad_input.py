@@ -518,13 +518,13 @@ def test_states_of_the_optimizer(name, how):
 @pytest.mark.parametrize("name", NEEDS_TABLE)
 def test_tables_in_a_new_process(name, monkeypatch):
     """A layout that this process has seen needs no table; forget it."""
-    from mlx_fused_optim import _packing
+    from mlx_fused_optim import _layout
 
     make, words = NEEDS_TABLE[name]
     check = untouched()
     optimizer = optim.SGD(0.1, momentum=0.9)
     optimizer.state = make(copied(check.optimizer.state))
-    monkeypatch.setattr(_packing, "_layouts", {})
+    monkeypatch.setattr(_layout, "_layouts", {})
     assert_refused(
         lambda: optimizer.apply_gradients(check.gradients, check.parameters), "SGD", *words
     )
@@ -595,11 +595,11 @@ def test_a_state_of_another_optimizer_of_mlx():
 
 def test_a_loaded_state_in_a_compiled_step_says_what_to_do(monkeypatch):
     """Its table has no value inside the trace; init() before helps."""
-    from mlx_fused_optim import _packing
+    from mlx_fused_optim import _layout
 
     def loaded():
         check = untouched()
-        monkeypatch.setattr(_packing, "_layouts", {})
+        monkeypatch.setattr(_layout, "_layouts", {})
         # Another layout than the state's: its momentum has to be found in there.
         part = {"a": check.parameters["a"]}
         optimizer = optim.SGD(0.1, momentum=0.9)

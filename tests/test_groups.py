@@ -1,5 +1,8 @@
 """Groups of tensors with numbers of their own."""
 
+import copy
+import pickle
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
@@ -287,3 +290,16 @@ def test_groups_in_a_training_step_of_a_model():
     mx.eval(model.parameters(), value)
     for path, array in flat(model.parameters()).items():
         assert same(array, before[path]) == path.endswith("bias"), path
+
+
+def test_copies_of_an_optimizer_with_groups():
+    """As any other: a deep copy goes its own way, and a pickle where its predicates can."""
+    options = {**BASE, "ema_decay": 0.5, "clip_norm": 1.0}
+    optimizer = optim.SGD(**options, groups=[(bias, {"weight_decay": 0.0})])
+    w = optimizer.apply_gradients(tensors(1), tensors(0))
+    others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer.groups))]
+    others[1] = optim.SGD(**options, groups=others[1])
+    others[1].state = optimizer.state
+    want = optimizer.apply_gradients(tensors(2), w)
+    for other in others:
+        assert_same(other.apply_gradients(tensors(2), w), want)

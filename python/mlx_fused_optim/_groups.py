@@ -14,7 +14,7 @@ from ._checks import checked_factor, checked_positive, checked_scalar
 from .schedules import Schedule
 
 if TYPE_CHECKING:
-    from ._packing import Layout
+    from ._layout import Layout
 
 Predicate = Callable[[str, mx.array], Any]
 GroupList = Sequence[tuple[Predicate, dict[str, Any]]]
@@ -45,6 +45,10 @@ class Groups:
         self.rows: dict[str, list[int]] = {}
         self.made: dict[tuple[str, int], _ext.Groups] = {}
         self.numbers: dict[float | None, mx.array] = {}
+
+    def __reduce__(self) -> tuple[type[Groups], tuple[tuple[Member, ...]]]:
+        """Copied and pickled without what is found again."""
+        return Groups, (self.members,)
 
     @cached_property
     def added_flags(self) -> int:

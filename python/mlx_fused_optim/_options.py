@@ -3,9 +3,8 @@ checks, for the optimizer and the functions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -26,10 +25,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 SMALLEST_SCALE = 2.0**-126
 
 
-@dataclass(frozen=True)
-class Options:
-    """Checked options; without arguments those of the plain step."""
-
+class _Fields(NamedTuple):
     momentum_dtype: mx.Dtype | None = None
     master_weights: bool = False
     rounding: str = "nearest"
@@ -44,6 +40,10 @@ class Options:
     groups: Groups = NO_GROUPS
     trust_coefficient: float | None = None
     ema_decay: float | None = None
+
+
+class Options(_Fields):
+    """Checked options; without arguments those of the plain step."""
 
     @cached_property
     def flags(self) -> int:
@@ -94,8 +94,8 @@ class Option:
         return getattr(instance._options, self._name)
 
     def __set__(self, instance: Any, value: Any) -> None:
-        options = {field.name: getattr(instance._options, field.name) for field in fields(Options)}
-        instance._options = checked_options("SGD", **{**options, self._name: value})
+        options = {**instance._options._asdict(), self._name: value}
+        instance._options = checked_options("SGD", **options)
 
 
 def checked_options(op: str, **options: Any) -> Options:

@@ -31,46 +31,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import _ext
+from ._layout import SLOTS, Layout, described, encoded, layout_of_table
 from ._options import DTYPES
 
 State = dict[str, Any]
 
-# In the order of the kernel (SgdSlot in csrc/sgd.h), with the names at a tensor's path.
-SLOTS = ("momentum", "master", "compensation", "ema")
+# The names at a tensor's path.
 LOOSE = dict(zip(("v", *SLOTS[1:]), SLOTS, strict=True))
-# Of float32 parameters nothing is lost that these could keep.
-_OF_HALF_TYPES = ("master", "compensation")
-
 # What a state keeps of one tensor, by slot.
 Kept = dict[str, mx.array]
-
-
-class Layout:
-    """Where each tensor lives, in the shapes that Python needs."""
-
-    def __init__(self, key: str, made: _ext.Layout):
-        self.key = key
-        self.made = made
-        self.tensors = made.tensors
-        self.arenas = made.arenas
-        self._halves = [i for i, (dtype, *_) in enumerate(self.arenas) if dtype != mx.float32]
-        self._all = list(range(len(self.arenas)))
-
-    def arenas_of(self, slot: str) -> list[int]:
-        """The numbers of the arenas that have a slot."""
-        return self._halves if slot in _OF_HALF_TYPES else self._all
-
-
-_layouts: dict[str, Layout] = {}
-
-
-def layout_of(tree: _ext.Tree) -> Layout:
-    # The prefix keeps tree_unflatten from taking a number for a list index.
-    key = f"layout_{tree.fingerprint}"
-    layout = _layouts.get(key)
-    if layout is None:
-        layout = _layouts[key] = Layout(key, _ext.Layout(tree))
-    return layout
 
 
 class Wanted(NamedTuple):
@@ -98,15 +67,14 @@ def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[lis
         numbers = layout.arenas_of(slot)
         if not numbers:
             continue
-        if entry is None:
-            return None
-        arenas = _slot_arenas(layout.key, entry, slot, op)
+        arenas = None if entry is None else _slot_arenas(layout.key, entry, slot, op)
         if arenas is None:
             complete = False
             continue
         if slot == "momentum":
             for number, arena in zip(numbers, arenas, strict=False):
-                dtype = wanted.dtype(slot, layout.arenas[number][0])
+                # One that no momentum can have is refused by the step.
+                dtype = wanted.momentum_dtype or layout.arenas[number][0]
                 complete = complete and (arena.dtype == dtype or arena.dtype not in _DTYPES)
         found[SLOTS.index(slot)] = arenas
     return found if complete else None
@@ -119,14 +87,13 @@ def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout) -> S
     old = entries.get(layout.key)
     if not isinstance(old, dict):
         return state
-    entry = {"table": old["table"]} if "table" in old else {}
-    if "momentum" in old:
-        entry["momentum"] = old["momentum"]
-    entry.update((slot, arrays) for slot, arrays in zip(SLOTS, arenas, strict=True) if arrays)
-    entries = {**entries, layout.key: entry}
-    if not any(slot in entry for slot in SLOTS):
-        del entries[layout.key]
-    return {**state, "arenas": entries}
+    entry = {name: old[name] for name in ("table", "momentum") if name in old}
+    for slot, arrays in zip(SLOTS, arenas, strict=True):
+        if arrays:
+            entry[slot] = arrays
+    if entry.keys().isdisjoint(SLOTS):
+        return {**state, "arenas": {k: v for k, v in entries.items() if k != layout.key}}
+    return {**state, "arenas": {**entries, layout.key: entry}}
 
 
 def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: str) -> State:
@@ -159,7 +126,7 @@ def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: st
     mine = [found.pop(path, {}) for path in shapes]
     for kept, (path, shape) in zip(mine, shapes.items(), strict=True):
         _check_shapes(kept, path, shape, op)
-    entry = {"table": _encode(layout)}
+    entry = {"table": encoded(layout)}
     for slot in wanted.slots:
         if layout.arenas_of(slot):
             entry[slot] = _fill_arenas(layout, slot, wanted, mine, tree.parameters)
@@ -266,12 +233,6 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 # ---- Parts ---------------------------------------------------------------------
 
 
-def described(value: Any) -> str:
-    if isinstance(value, mx.array):
-        return f"{value.dtype} of shape {value.shape}"
-    return "nothing" if value is None else type(value).__name__
-
-
 def _everything(state: State, op: str) -> dict[str, Kept]:
     """By path, what the state keeps of each tensor, as views where it is in arenas."""
     tensors = _loose(state, op)
@@ -335,7 +296,7 @@ def _places(layout: Layout, number: int) -> Iterator[tuple[str, tuple[int, ...],
 
 def _slot_arenas(key: str, entry: Any, slot: str, op: str) -> list[mx.array] | None:
     """The arrays of a slot of an entry; None if it has no such slot."""
-    if not isinstance(entry, dict) or not any(name in entry for name in SLOTS):
+    if not isinstance(entry, dict) or entry.keys().isdisjoint(SLOTS):
         raise ValueError(
             f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
             f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."
@@ -357,9 +318,7 @@ def _checked_layout(key: str, entry: Any, op: str) -> Layout:
             f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
             f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."
         )
-    layout = _layouts.get(key)
-    if layout is None:
-        layout = _layouts[key] = _decode(key, entry["table"], op)
+    layout = layout_of_table(key, entry["table"], op)
     for slot in SLOTS:
         arenas = _slot_arenas(key, entry, slot, op)
         if arenas is None:
@@ -448,37 +407,6 @@ def _placed(tensors: dict[str, Kept]) -> State:
     if isinstance(tree, list):  # of a tree that is a list: a dict has the same paths
         tree = {str(i): node for i, node in enumerate(tree) if node}
     return tree
-
-
-def _encode(layout: Layout) -> mx.array:
-    import json
-
-    rows = [[path, list(shape), _name(dtype)] for path, shape, dtype in layout.tensors]
-    return mx.array(list(json.dumps(rows).encode()), mx.uint8)
-
-
-def _decode(key: str, table: Any, op: str) -> Layout:
-    import json
-
-    try:
-        rows = json.loads(bytes(table.tolist()))
-        made = _ext.Layout([(path, tuple(shape), DTYPES[name]) for path, shape, name in rows])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"[{op}] state['arenas']['{key}']['table'] cannot be read: got "
-            f"{described(table)} ({error}), allowed the table that was saved with the state. "
-            "Inside mx.compile it has no value yet: call optimizer.init(parameters) first."
-        ) from error
-    if f"layout_{made.fingerprint}" != key:
-        raise ValueError(
-            f"[{op}] state['arenas']['{key}'] does not match its table: got the tensors of "
-            f"'layout_{made.fingerprint}', allowed those of the key."
-        )
-    return Layout(key, made)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 _DTYPES = tuple(DTYPES.values())

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from . import _ext, _groups, _packing
 from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
 
@@ -71,7 +72,7 @@ def begun(
     """A state that has everything a step of these tensors needs."""
     wanted = wanted_slots(hyper, options)
     if wanted.slots and len(tree) > 0:
-        state = _packing.packed(state, tree, _packing.layout_of(tree), wanted, op)
+        state = _packing.packed(state, tree, layout_of(tree), wanted, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
     return state
@@ -87,9 +88,11 @@ def take_step(
     options: Options,
     grad_scale: LearningRate | None,
     stream: Any,
+    packs: bool,
 ) -> tuple[Any, _packing.State, dict[str, mx.array]]:
     """The updated tree of parameters, the next state, and the values of this step of the
-    hyperparameters that are scheduled; ``state`` is left as it is.
+    hyperparameters that are scheduled; ``state`` is left as it is. With ``packs``, what it
+    lacks for these tensors begins; else it is an error.
 
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
@@ -114,7 +117,7 @@ def take_step(
     if not isinstance(scale, float) or scale != 1:
         flags |= _ext.FLAGS["grad_scale"]
 
-    layout = _packing.layout_of(tree)
+    layout = layout_of(tree)
     groups = numbers = None
     if options.groups.members:
         rows = _groups.rows_of(options.groups, layout, tree, parameters, op)
@@ -125,6 +128,12 @@ def take_step(
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
     if arenas is None:
+        if not packs:
+            raise ValueError(
+                f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got "
+                "the state of other parameters, or of steps with other options; allowed one "
+                "from fused_sgd_init(parameters, state=..., and the options of the step)."
+            )
         state = _packing.packed(state, tree, layout, wanted, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []
     if options.is_measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import operator
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList, known_groups
 from ._options import Options, checked_options
-from ._step import Hyperparameters, begun, checked_hyperparameters, take_step, wanted_slots
+from ._step import begun, checked_hyperparameters, take_step
 
 
 def fused_sgd_init(
@@ -65,23 +65,23 @@ def fused_sgd_init(
     op = "fused_sgd_init"
     tree = _ext.Tree(parameters, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, 0.0, 0.0, False)
-    options = _checked_options(
-        op,
-        momentum_dtype=momentum_dtype,
-        master_weights=master_weights,
-        rounding=rounding,
-        compensated=compensated,
-        seed=seed,
-        clip_norm=clip_norm,
-        clip_value=clip_value,
-        grad_scale=grad_scale,
-        skip_nonfinite=skip_nonfinite,
-        decoupled=decoupled,
-        maximize=maximize,
-        groups=groups,
-        trust_coefficient=trust_coefficient,
-        ema_decay=ema_decay,
+    given = (
+        momentum_dtype,
+        master_weights,
+        rounding,
+        compensated,
+        seed,
+        clip_norm,
+        clip_value,
+        grad_scale,
+        skip_nonfinite,
+        decoupled,
+        maximize,
+        groups,
+        trust_coefficient,
+        ema_decay,
     )
+    options = _checked_options(op, given)
     if state is None:
         state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
     else:
@@ -176,29 +176,28 @@ def fused_sgd_step(
     op = "fused_sgd_step"
     tree = _ext.Tree(gradients, parameters, op, exact=True)
     hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
-    options = _checked_options(
-        op,
-        momentum_dtype=momentum_dtype,
-        master_weights=master_weights,
-        rounding=rounding,
-        compensated=compensated,
-        seed=seed,
-        clip_norm=clip_norm,
-        clip_value=clip_value,
-        grad_scale=grad_scale,
-        skip_nonfinite=skip_nonfinite,
-        decoupled=decoupled,
-        maximize=maximize,
-        groups=groups,
-        trust_coefficient=trust_coefficient,
-        ema_decay=ema_decay,
+    given = (
+        momentum_dtype,
+        master_weights,
+        rounding,
+        compensated,
+        seed,
+        clip_norm,
+        clip_value,
+        grad_scale,
+        skip_nonfinite,
+        decoupled,
+        maximize,
+        groups,
+        trust_coefficient,
+        ema_decay,
     )
+    options = _checked_options(op, given)
     _packing.check_scalars(state, op)
-    _check_complete(op, tree, state, hyper, options)
     if not callable(learning_rate):
         learning_rate = checked_scalar(op, "learning_rate", learning_rate)
     updated, state, _ = take_step(
-        op, tree, parameters, state, learning_rate, hyper, options, None, stream
+        op, tree, parameters, state, learning_rate, hyper, options, None, stream, packs=False
     )
     return updated, state
 
@@ -226,33 +225,14 @@ def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
 
 
 _PLAIN = Options()
-_DEFAULTS: dict[str, Any] = {**vars(_PLAIN), "groups": ()}
+_DEFAULTS = (None, False, "nearest", False, 0, None, None, 1.0, False, False, False, (), None, None)
 
 
-def _checked_options(op: str, **options: Any) -> Options:
+def _checked_options(op: str, given: tuple[Any, ...]) -> Options:
     # Without options, the usual case, there is nothing to check.
-    if all(_is_default(value, _DEFAULTS[name]) for name, value in options.items()):
+    if all(map(operator.is_, given, _DEFAULTS)):
         return _PLAIN
-    checked = checked_options(op, **options)
+    checked = checked_options(op, **dict(zip(Options._fields, given, strict=True)))
     if checked.groups.members:
-        checked = replace(checked, groups=known_groups(checked.groups))
+        checked = checked._replace(groups=known_groups(checked.groups))
     return checked
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and bool(value == default))
-
-
-def _check_complete(
-    op: str, tree: _ext.Tree, state: _packing.State, hyper: Hyperparameters, options: Options
-) -> None:
-    """A pure step changes no layout: what it needs is there, or fused_sgd_init was not asked."""
-    if len(tree) == 0:
-        return
-    wanted = wanted_slots(hyper, options)
-    if _packing.arenas_of(state, _packing.layout_of(tree), wanted, op) is None:
-        raise ValueError(
-            f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got the "
-            "state of other parameters, or of steps with other options; allowed one from "
-            "fused_sgd_init(parameters, state=..., and the options of the step)."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList
 from ._options import Option, checked_options
-from ._step import begun, checked_hyperparameters, take_step
+from ._step import Hyperparameters, begun, checked_hyperparameters, take_step
 
 
 class SGD(Optimizer):
@@ -201,6 +202,7 @@ class SGD(Optimizer):
         )
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
+        self._checked: tuple[tuple[Any, ...], Hyperparameters] | None = None
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -337,6 +339,7 @@ class SGD(Optimizer):
             self._options,
             grad_scale,
             None,
+            packs=True,
         )
         self._replace_state({**state, **used, **others})
         self._initialized = True
@@ -391,10 +394,13 @@ class SGD(Optimizer):
             "apply_gradients()."
         )
 
-    def _hyperparameters(self) -> Any:
+    def _hyperparameters(self) -> Hyperparameters:
         options: dict[str, Any] = {**self._constants, **self._schedulers}
-        momentum, weight_decay = options["momentum"], options["weight_decay"]
-        return checked_hyperparameters("SGD", momentum, weight_decay, self.dampening, self.nesterov)
+        given = (options["momentum"], options["weight_decay"], self.dampening, self.nesterov)
+        # Attributes are plain: checked at the next step, and then again where one has changed.
+        if self._checked is None or not all(map(operator.is_, given, self._checked[0])):
+            self._checked = given, checked_hyperparameters("SGD", *given)
+        return self._checked[1]
 
     def _hyperparameter(self, name: str) -> Any:
         schedule = self._schedulers.get(name)

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from . import _packing
 from ._checks import checked_number, checked_positive
+from ._layout import described
 from ._options import SMALLEST_SCALE
 from .optimizers import SGD
 from .schedules._checks import as_integer
@@ -100,7 +100,7 @@ class GradScaler:
             if not isinstance(value, mx.array) or value.dtype != own.dtype or value.ndim != 0:
                 raise ValueError(
                     f"[GradScaler] state['{name}'] is missing or of the wrong type: got "
-                    f"{_packing.described(value)}, allowed a scalar array of {own.dtype}."
+                    f"{described(value)}, allowed a scalar array of {own.dtype}."
                 )
         self._state = {name: state[name] for name in self._state}
 
