@@ -39,7 +39,8 @@ except ImportError as error:
 
 REPORT = Path(__file__).parent.parent / "docs" / "precision.md"
 MARKS = "<!-- precision: begin -->\n", "<!-- precision: end -->\n"
-ELEMENTS = 1 << 24  # of the step that is timed and weighed
+# Of the step that is timed and weighed: large enough that memory is what takes time.
+ELEMENTS = {mx.cpu: 1 << 24, mx.gpu: 1 << 28}
 
 
 class Mode(NamedTuple):
@@ -60,6 +61,21 @@ MODES = {
     "bfloat16, master, momentum float32": Mode(
         mx.bfloat16, {"master_weights": True, "momentum_dtype": mx.float32}
     ),
+}
+
+# Timed and weighed, not trained.
+OPTIONS = {
+    "float32": Mode(mx.float32, {}),
+    "clip_value=1": Mode(mx.float32, {"clip_value": 1.0}),
+    "grad_scale=2": Mode(mx.float32, {"grad_scale": 2.0}),
+    "weight_decay=0.1, decoupled": Mode(mx.float32, {"weight_decay": 0.1, "decoupled": True}),
+    "skip_nonfinite": Mode(mx.float32, {"skip_nonfinite": True}),
+    "clip_norm=1": Mode(mx.float32, {"clip_norm": 1.0}),
+    "clip_norm=1, grad_scale=2, skip_nonfinite": Mode(
+        mx.float32, {"clip_norm": 1.0, "grad_scale": 2.0, "skip_nonfinite": True}
+    ),
+    "trust_coefficient=0.001": Mode(mx.float32, {"trust_coefficient": 1e-3}),
+    "ema_decay=0.999": Mode(mx.float32, {"ema_decay": 0.999}),
 }
 
 
@@ -189,7 +205,7 @@ def train(task: Task, mode: Mode, steps: int) -> float:
 @dataclass
 class Costs:
     bytes_a_parameter: float  # parameter and state, by MLX's counter
-    milliseconds: float  # of a step of ELEMENTS
+    milliseconds: float  # of a step of ELEMENTS, host time included
 
 
 def costs(mode: Mode, repeats: int = 25) -> Costs:
@@ -197,10 +213,11 @@ def costs(mode: Mode, repeats: int = 25) -> Costs:
     gc.collect()
     mx.synchronize()
     time.sleep(0.5)
-    gradients = {"w": mx.random.normal((ELEMENTS,)).astype(mode.dtype)}
+    elements = ELEMENTS[mx.default_device().type]
+    gradients = {"w": mx.random.normal((elements,)).astype(mode.dtype)}
     mx.eval(gradients)
     before = mx.get_active_memory()
-    parameters = {"w": mx.random.normal((ELEMENTS,)).astype(mode.dtype)}
+    parameters = {"w": mx.random.normal((elements,)).astype(mode.dtype)}
     optimizer = optim.SGD(1e-3, momentum=0.9, **mode.options)
     times = []
     for _ in range(repeats):
@@ -209,7 +226,7 @@ def costs(mode: Mode, repeats: int = 25) -> Costs:
         mx.eval(parameters, optimizer.state)
         times.append(1e3 * (time.perf_counter() - start))
     held = mx.get_active_memory() - before
-    return Costs(round(held / ELEMENTS, 2), statistics.median(times[2:]))
+    return Costs(round(held / elements, 2), statistics.median(times[2:]))
 
 
 # ---- Report ------------------------------------------------------------------------
@@ -239,8 +256,21 @@ def table_of(run: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def options_of(run: dict[str, Any]) -> list[list[str]]:
+    return [
+        [name, f"{costs['bytes_a_parameter']:g}", f"{costs['milliseconds']:.2f}"]
+        for name, costs in run["options"].items()
+    ]
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> list[str]:
+    rows = [heads, *lines]
+    rows.insert(1, ["---", *["---:"] * (len(heads) - 1)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def headings(run: dict[str, Any]) -> list[str]:
-    found = ["", "bytes a parameter", f"ms a step of {ELEMENTS // 2**20}M"]
+    found = ["", "bytes a parameter", f"ms a step of {run['elements'] // 2**20}M"]
     for task in run["rows"][0]["losses"]:
         found += [f"{task}: loss", "against float32"]
     return found
@@ -248,13 +278,15 @@ def headings(run: dict[str, Any]) -> list[str]:
 
 def write(run: dict[str, Any]) -> None:
     """The table in docs/precision.md, renewed."""
-    heads = headings(run)
+    million = f"{run['elements'] // 2**20}M"
     lines = [
         f"{run['steps']} steps on {run['machine']}, MLX {run['mlx']}, {run['date']}.",
         "",
-        "| " + " | ".join(heads) + " |",
-        "|---|" + "---:|" * (len(heads) - 1),
-        *("| " + " | ".join(line) + " |" for line in table_of(run)),
+        *markdown(headings(run), table_of(run)),
+        "",
+        f"A step of {million} float32 parameters with momentum, there:",
+        "",
+        *markdown(["", "bytes a parameter", "ms"], options_of(run)),
         "",
     ]
     text = REPORT.read_text()
@@ -280,10 +312,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="renew the table of docs/precision.md")
+    parser.add_argument("--recorded", type=Path, help="write that run of --json into the docs")
     options = parser.parse_args(arguments)
+    if options.recorded:
+        write(json.loads(options.recorded.read_text()))
+        return
     if not 20 <= options.steps <= 100_000:
         parser.error(f"--steps out of range: got {options.steps}, allowed 20 to 100000")
     console = Console()
+    costs(MODES["float32"])  # what a device does at its first step only
     rows = []
     tasks = [digits(), characters()]
     for name in options.modes:
@@ -296,12 +333,16 @@ def main(arguments: list[str] | None = None) -> None:
         "mlx": mx.__version__,
         "date": date.today().isoformat(),
         "steps": options.steps,
+        "elements": ELEMENTS[mx.default_device().type],
         "rows": rows,
+        "options": {name: asdict(costs(mode)) for name, mode in OPTIONS.items()},
     }
     table = Table(*headings(run), title="bfloat16 against float32")
     for line in table_of(run):
         table.add_row(*line)
     console.print(table)
+    for line in options_of(run):
+        console.print(*line)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(run, indent=2) + "\n")
