@@ -596,14 +596,6 @@ def test_vmap_of_grad():
 # ---- Export ------------------------------------------------------------------------------------
 
 
-def test_export_says_that_it_cannot(tmp_path):
-    def body(w, g):
-        return optim.fused_sgd_step(w, g, optim.fused_sgd_init(w), learning_rate=0.1)[0]
-
-    with pytest.raises(ValueError, match="Unable to serialize primitive FusedSGD"):
-        mx.export_function(str(tmp_path / "step.mlxfn"), body, mx.ones(3), mx.ones(3))
-
-
 def test_the_graph_can_be_drawn(tmp_path):
     w = mx.ones(3)
     new, _ = optim.fused_sgd_step(w, w, optim.fused_sgd_init(w), learning_rate=0.1)

@@ -1,0 +1,66 @@
+"""bench/precision.py, in short; and what bfloat16 loses and the options keep."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+REPORT = BENCH.parent / "docs" / "precision.md"
+RECORDED = BENCH / "results" / "precision"
+
+
+@pytest.fixture(scope="module")
+def precision():
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module("precision")
+    sys.path.remove(str(BENCH))
+
+
+def test_a_short_run_is_written_and_becomes_the_table(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "ELEMENTS", {mx.cpu: 4096, mx.gpu: 4096})
+    monkeypatch.setattr(precision, "REPORT", tmp_path / "precision.md")
+    precision.REPORT.write_text("before\n" + "".join(precision.MARKS) + "after\n")
+    path = tmp_path / "run.json"
+    modes = ["float32", "bfloat16", "bfloat16, compensated"]
+    precision.main(["--steps", "20", "--modes", *modes, "--json", str(path)])
+    run = json.loads(path.read_text())
+    assert [row["mode"] for row in run["rows"]] == modes
+    for row in run["rows"]:
+        assert set(row["losses"]) == {"digits", "characters"}
+        assert all(0 < loss < 10 for loss in row["losses"].values())
+    precision.main(["--recorded", str(path)])
+    text = precision.REPORT.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert all(f"| {mode} |" in text for mode in modes)
+
+
+def test_too_few_steps_are_an_error(precision, capsys):
+    with pytest.raises(SystemExit):
+        precision.main(["--steps", "3"])
+    assert "got 3, allowed 20 to 100000" in capsys.readouterr().err
+
+
+def test_a_step_in_bfloat16_learns_digits_as_float32_does(precision):
+    """2000 steps: pure bfloat16 stays behind, the compensated one does not."""
+    task = precision.digits()
+    losses = {
+        name: precision.train(task, precision.MODES[name], 2000)
+        for name in ("float32", "bfloat16", "bfloat16, compensated")
+    }
+    behind = losses["bfloat16"] - losses["float32"]
+    assert behind > 0
+    assert abs(losses["bfloat16, compensated"] - losses["float32"]) < behind / 4
+
+
+def test_the_table_is_that_of_the_recorded_run(precision, tmp_path, monkeypatch):
+    (path,) = RECORDED.glob("*.json")
+    copy = tmp_path / "precision.md"
+    copy.write_text(REPORT.read_text())
+    monkeypatch.setattr(precision, "REPORT", copy)
+    precision.main(["--recorded", str(path)])
+    assert copy.read_text() == REPORT.read_text()
