@@ -795,6 +795,27 @@ def test_an_option_turned_on_and_off_in_the_middle(name, how):
     mx.eval(new)
 
 
+@pytest.mark.parametrize("names", [("t0", "t1"), ("t0", "t1", "t2", "t3", "t4")], ids=len)
+def test_momentum_outlasts_steps_without_it(names):
+    """As in mlx.optimizers, also where its tensors move to other arenas meanwhile."""
+    parameters = tensors(0, ["bfloat16"])
+    optimizer = optim.SGD(0.1, momentum=0.9)
+    parameters = optimizer.apply_gradients(tensors(1, ["float32"]), parameters)
+    want = {k: kept["v"] for k, kept in optimizer.unpacked_state().items() if k in parameters}
+    optimizer.momentum, optimizer.ema_decay = 0.0, 0.5
+    for number in range(2):
+        gradients = tensors(number, ["float32"])
+        gradients = {k: gradients[k] for k in names}
+        parameters.update(optimizer.apply_gradients(gradients, parameters))
+    unpacked = optimizer.unpacked_state()
+    assert all(same(unpacked[k]["v"], want[k]) for k in parameters)
+    assert {k for k in parameters if "ema" in unpacked[k]} == set(names)
+    optimizer.momentum = 0.9
+    optimizer.init(parameters)
+    unpacked = optimizer.unpacked_state()
+    assert all(same(unpacked[k]["v"], want[k]) for k in parameters)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES])
 def test_momentum_changes_its_dtype(dtype):
     """On loading a state, and by the attribute: cast once."""

@@ -193,6 +193,7 @@ def for_kernel(groups: Groups, key: str, rows: list[int], flags: int) -> _ext.Gr
 
 
 def _flags_of(groups: Groups, flags: int) -> list[int]:
+    # Without momentum a row's nesterov means nothing.
     own = flags & sum(_ext.FLAGS[term] for term in (*TERMS.values(), "nesterov"))
     result = [own]
     for _, overrides in groups.members:
@@ -201,8 +202,6 @@ def _flags_of(groups: Groups, flags: int) -> list[int]:
             if key in overrides:
                 row &= ~_ext.FLAGS[term]
                 row |= _ext.FLAGS[term] if _is_term(overrides[key]) else 0
-        if not row & _ext.FLAGS["momentum"]:
-            row &= ~_ext.FLAGS["nesterov"]
         result.append(row)
     return result
 
