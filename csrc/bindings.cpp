@@ -7,6 +7,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "composed.h"
 #include "sgd.h"
 #include "tree.h"
 
@@ -225,8 +226,10 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "arena_view",
-      [](const mx::array& arena, std::vector<int> shape, size_t offset, mx::StreamOrDevice s) {
-        return arena_view(arena, mx::Shape(shape.begin(), shape.end()), offset, s);
+      [](const mx::array& arena, std::vector<int> lengths, size_t offset, mx::StreamOrDevice s) {
+        const mx::Shape shape(lengths.begin(), lengths.end());
+        return composed_is_asked_for() ? composed_tensor(arena, shape, offset, mx::to_stream(s))
+                                       : arena_view(arena, shape, offset, s);
       },
       "arena"_a,
       "shape"_a,

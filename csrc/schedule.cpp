@@ -190,11 +190,12 @@ mx::array evaluate_schedule(
     const mx::array& steps,
     mx::StreamOrDevice s) {
   auto stream = mx::to_stream(composed_is_asked_for() ? mx::StreamOrDevice(mx::Device::cpu) : s);
+  auto counted = mx::astype(steps, mx::uint64, stream);
+  if (counted.ndim() > 0) { // a scalar is contiguous
+    counted = mx::contiguous(counted, false, stream);
+  }
   return mx::array(
-      steps.shape(),
-      mx::float32,
-      std::make_shared<EvaluateSchedule>(stream, schedule),
-      {mx::contiguous(mx::astype(steps, mx::uint64, stream), false, stream)});
+      steps.shape(), mx::float32, std::make_shared<EvaluateSchedule>(stream, schedule), {counted});
 }
 
 std::vector<mx::array> EvaluateSchedule::jvp(

@@ -171,7 +171,12 @@ std::vector<mx::array> sgd_step_composed(
     const std::vector<mx::array>& inputs,
     mx::Stream stream);
 
-/// The tensors of an arena, and a number of the step, likewise.
+/// A tensor of an arena, all of them, and a number of the step, likewise.
+mx::array composed_tensor(
+    const mx::array& arena,
+    const mx::Shape& shape,
+    size_t offset,
+    mx::Stream stream);
 std::vector<mx::array> composed_tensors(
     const mx::array& arena,
     const Arena& layout,

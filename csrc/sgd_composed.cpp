@@ -10,16 +10,6 @@ namespace {
 
 using namespace fused_math;
 
-/// A tensor of an arena. In slices, which MLX can also export.
-mx::array tensor_of(const mx::array& arena, const mx::Shape& shape, size_t offset, mx::Stream s) {
-  if (arena.ndim() > 1) { // too long for one axis: it has one tensor
-    return mx::reshape(arena, shape, s);
-  }
-  const int begin = static_cast<int>(offset);
-  const int end = static_cast<int>(offset + element_count(shape));
-  return mx::reshape(mx::slice(arena, {begin}, {end}, s), shape, s);
-}
-
 mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::Stream s) {
   return mx::reshape(pack_arena(tensors, arena.offsets, arena.size, s), arena_shape(arena), s);
 }
@@ -130,7 +120,7 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
 
 mx::array ComposedStep::parameter(size_t i) const {
   auto& arena = *plan_.arena;
-  return in_.whole ? tensor_of(in_.parameters[0], arena.shapes[i], arena.offsets[i], s_)
+  return in_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s_)
                    : in_.parameters[i];
 }
 
@@ -169,7 +159,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   std::array<std::optional<mx::array>, kSlots> old;
   for (int slot = 0; slot < kSlots; ++slot) {
     if (in_.slots[slot]) {
-      old[slot] = tensor_of(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s_);
+      old[slot] = composed_tensor(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s_);
     }
   }
 
@@ -318,10 +308,24 @@ mx::array composed_scalar(
   return given->ndim() == 0 ? *given : mx::take(*given, int(i), 0, s);
 }
 
+mx::array composed_tensor(
+    const mx::array& arena,
+    const mx::Shape& shape,
+    size_t offset,
+    mx::Stream s) {
+  // In slices, which MLX can also export.
+  if (arena.ndim() > 1) { // too long for one axis: it has one tensor
+    return mx::reshape(arena, shape, s);
+  }
+  const int begin = static_cast<int>(offset);
+  const int end = static_cast<int>(offset + element_count(shape));
+  return mx::reshape(mx::slice(arena, {begin}, {end}, s), shape, s);
+}
+
 std::vector<mx::array> composed_tensors(const mx::array& arena, const Arena& layout, mx::Stream s) {
   std::vector<mx::array> tensors;
   for (size_t i = 0; i < layout.shapes.size(); ++i) {
-    tensors.push_back(tensor_of(arena, layout.shapes[i], layout.offsets[i], s));
+    tensors.push_back(composed_tensor(arena, layout.shapes[i], layout.offsets[i], s));
   }
   return tensors;
 }

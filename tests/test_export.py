@@ -10,13 +10,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 PARAMETERS = {"w": mx.arange(12.0).reshape(3, 4), "b": mx.ones(5)}
 
 
+# The options that the state depends on.
+KEPT = ("momentum", "clip_norm", "skip_nonfinite", "ema_decay", "trust_coefficient")
+
+
 class Exported:
     """A step as a function of flat arrays, which is what MLX exports."""
 
     def __init__(self, learning_rate, **options):
         self.options = {"momentum": 0.9, **options}
         self.learning_rate = learning_rate
-        state = optim.fused_sgd_init(PARAMETERS, **self.options)
+        kept = {name: self.options[name] for name in KEPT if name in self.options}
+        state = optim.fused_sgd_init(PARAMETERS, **kept)
         self.names, self.arrays = zip(*tree_flatten([PARAMETERS, state]), strict=True)
 
     def __call__(self, *arrays):

@@ -79,7 +79,8 @@ MATH_FN T random_float16(T x, typename Bits<T>::type random) {
   using U = typename Bits<T>::type;
   const U magnitude = Bits<T>::of(x) & 0x7fffffffu;
   // In units of 2^-24, below 2^10: whole ones, and the rest against a random
-  // fraction, made of 16 bits as a number in [1, 2).
+  // fraction, made of 16 bits as a number in [1, 2). So the mean is right but for
+  // 2^-16 of a unit.
   const T units = magnitude_of(x) * 16777216.0f;
   const T nearest = (units + 8388608.0f) - 8388608.0f;
   const T whole = nearest > units ? nearest - 1.0f : nearest;
