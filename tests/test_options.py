@@ -1,12 +1,14 @@
 """The options of a full step: what is refused, and when."""
 
+import copy
 import math
+import pickle
 
 import mlx.core as mx
 import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from bits import of_mlx
+from bits import of_mlx, same
 from mlx_fused_optim import cosine_decay
 from test_bad_input import Untouched, assert_refused
 
@@ -346,6 +348,17 @@ def test_an_option_that_is_set_later_counts_from_then_on():
     optimizer.clip_value = None
     optimizer.apply_gradients({"a": mx.array([3.0, 4.0])}, w)
     assert optimizer.grad_norm.item() == 5.0
+
+
+@pytest.mark.parametrize("dtype", [None, mx.float32, mx.float16, mx.bfloat16])
+def test_copies_of_an_optimizer(dtype):
+    optimizer = optim.SGD(0.5, momentum=0.5, momentum_dtype=dtype, clip_norm=1.0, ema_decay=0.5)
+    w = optimizer.apply_gradients({"a": mx.ones(2)}, {"a": mx.zeros(2)})
+    others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    want = optimizer.apply_gradients({"a": mx.ones(2)}, w)["a"]
+    for other in others:
+        assert other.momentum_dtype == dtype
+        assert same(other.apply_gradients({"a": mx.ones(2)}, w)["a"], want)
 
 
 def test_without_options_a_step_is_the_plain_one():

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import DTYPES
+from ._options import DTYPES, dtype_name
 
 # In the order of the kernel (SgdSlot in csrc/sgd.h).
 SLOTS = ("momentum", "master", "compensation", "ema")
@@ -52,7 +52,7 @@ def described(value: Any) -> str:
 def encoded(layout: Layout) -> mx.array:
     import json
 
-    rows = [[path, list(shape), _name(dtype)] for path, shape, dtype in layout.tensors]
+    rows = [[path, list(shape), dtype_name(dtype)] for path, shape, dtype in layout.tensors]
     return mx.array(list(json.dumps(rows).encode()), mx.uint8)
 
 
@@ -82,7 +82,3 @@ def _decoded(key: str, table: Any, op: str) -> Layout:
             f"'layout_{made.fingerprint}', allowed those of the key."
         )
     return Layout(key, made)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)

@@ -25,6 +25,10 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 SMALLEST_SCALE = 2.0**-126
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
 class _Fields(NamedTuple):
     momentum_dtype: mx.Dtype | None = None
     master_weights: bool = False
@@ -44,6 +48,11 @@ class _Fields(NamedTuple):
 
 class Options(_Fields):
     """Checked options; without arguments those of the plain step."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with the name of a dtype, which itself cannot be."""
+        dtype, *others = self
+        return _copied, (dtype and dtype_name(dtype), *others)
 
     @cached_property
     def flags(self) -> int:
@@ -80,6 +89,10 @@ class Options(_Fields):
             "ema": self.ema_decay is not None,
         }
         return tuple(name for name, is_on in kept.items() if is_on)
+
+
+def _copied(dtype: str | None, *others: Any) -> Options:
+    return Options(DTYPES[dtype] if dtype else None, *others)
 
 
 class Option:
