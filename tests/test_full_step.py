@@ -816,6 +816,46 @@ def test_momentum_outlasts_steps_without_it(names):
     assert all(same(unpacked[k]["v"], want[k]) for k in parameters)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("how", ["arenas", "unpacked", "function"])
+@pytest.mark.parametrize("record", ["master_weights", "compensated"])
+def test_options_turned_off_for_some_tensors_are_forgotten_there(record, how, momentum):
+    """A step that keeps nothing leaves nothing behind that is no longer true, whatever other
+    tensors there are. What they have, and momentum, stays."""
+    options = {"momentum": momentum, "ema_decay": 0.5, record: True}
+    parameters = tensors(0, ["bfloat16"])
+    optimizer = optim.SGD(0.125, **options)
+    optimizer.apply_gradients(tensors(1, ["float32"]), parameters)
+    before = optimizer.unpacked_state()
+    state = before if how == "unpacked" else optimizer.state
+    some = {"t1": parameters["t1"]}
+    if how == "function":
+        _, after = optim.fused_sgd_step(some, some, state, learning_rate=0.1)
+        optimizer.state = after
+        after = optimizer.unpacked_state()
+    else:
+        plain = optim.SGD(0.125)
+        plain.state = state
+        plain.apply_gradients(some, some)
+        after = plain.unpacked_state()
+    assert set(after.get("t1", {})) == set(before["t1"]) & {"v"}
+    for path in parameters.keys() - {"t1"}:
+        assert after[path].keys() == before[path].keys()
+        assert all(same(after[path][slot], before[path][slot]) for slot in before[path])
+
+
+@pytest.mark.parametrize("how", ["arenas", "unpacked"])
+def test_an_option_turned_off_for_a_tree_that_is_one_array(how):
+    optimizer = optim.SGD(0.125, ema_decay=0.5)
+    w = optimizer.apply_gradients(mx.ones(3), mx.ones(3))
+    state = optimizer.state if how == "arenas" else optimizer.unpacked_state()
+    plain = optim.SGD(0.125)
+    plain.state = state
+    plain.apply_gradients(mx.ones(3), w)
+    assert plain.state.keys() <= {"step", "learning_rate", "arenas"}
+    assert not plain.state.get("arenas")
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES])
 def test_momentum_changes_its_dtype(dtype):
     """On loading a state, and by the attribute: cast once."""

@@ -38,6 +38,8 @@ State = dict[str, Any]
 
 # The names at a tensor's path.
 LOOSE = dict(zip(("v", *SLOTS[1:]), SLOTS, strict=True))
+# What a step that does not keep it forgets.
+_FORGOTTEN = frozenset(SLOTS[1:])
 # What a state keeps of one tensor, by slot.
 Kept = dict[str, mx.array]
 
@@ -104,7 +106,8 @@ def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: st
     average as the master or the parameter. Arenas that share no tensor with the new ones
     stay as they are.
     """
-    if arenas_of(state, layout, wanted, op) is not None:
+    arenas = arenas_of(state, layout, wanted, op)
+    if arenas is not None and (any(arenas) or not _is_outdated(state, layout, op)):
         return state
     shapes = {path: shape for path, shape, _ in layout.tensors}
     if len(shapes) != len(layout.tensors):
@@ -130,7 +133,8 @@ def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: st
     for slot in wanted.slots:
         if layout.arenas_of(slot):
             entry[slot] = _fill_arenas(layout, slot, wanted, mine, tree.parameters)
-    entries[layout.key] = entry
+    if not entry.keys().isdisjoint(SLOTS):
+        entries[layout.key] = entry
 
     # What these tensors had and the step does not keep is forgotten, but for momentum.
     if "momentum" not in wanted.slots:
@@ -231,6 +235,30 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 
 
 # ---- Parts ---------------------------------------------------------------------
+
+
+def _is_outdated(state: State, layout: Layout, op: str) -> bool:
+    """Whether a state has more than momentum of these tensors outside their own arenas, from
+    steps with other options. What is packed has not; of a step that keeps nothing nobody knows."""
+    others = {
+        key: entry
+        for key, entry in state.get("arenas", {}).items()
+        if key != layout.key and isinstance(entry, dict) and not _FORGOTTEN.isdisjoint(entry)
+    }
+    loose = {
+        key: value
+        for key, value in state.items()
+        if key != "arenas" and (isinstance(value, (dict, list)) or key in _FORGOTTEN)
+    }
+    if not others and not loose:
+        return False
+    paths = {path for path, _, _ in layout.tensors}
+    for key, entry in others.items():
+        if any(path in paths for path, _, _ in _checked_layout(key, entry, op).tensors):
+            return True
+    leaves: Any = tree_flatten(loose)
+    places = (name.rpartition(".") for name, _ in leaves)
+    return any(name in _FORGOTTEN and path in paths for path, _, name in places)
 
 
 def _everything(state: State, op: str) -> dict[str, Kept]:

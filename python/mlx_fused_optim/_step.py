@@ -136,6 +136,8 @@ def take_step(
             )
         state = _packing.packed(state, tree, layout, wanted, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []
+    elif not any(arenas):
+        state = _packing.packed(state, tree, layout, wanted, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
 
