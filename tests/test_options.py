@@ -348,6 +348,9 @@ def test_an_option_that_is_set_later_counts_from_then_on():
     optimizer.clip_value = None
     optimizer.apply_gradients({"a": mx.array([3.0, 4.0])}, w)
     assert optimizer.grad_norm.item() == 5.0
+    optimizer.clip_norm = None
+    optimizer.apply_gradients({"a": mx.array([30.0, 40.0])}, w)
+    assert optimizer.grad_norm is None  # and not that of the step before
 
 
 @pytest.mark.parametrize("dtype", [None, mx.float32, mx.float16, mx.bfloat16])

@@ -281,7 +281,8 @@ class SGD(Optimizer):
         """The global norm of the last step's gradients, unscaled and clipped by value but not
         by norm: a float32 scalar, 0 before the first step. None where nothing measures it
         (``clip_norm``, ``skip_nonfinite`` and ``trust_coefficient`` do)."""
-        return self.state.get("grad_norm")
+        # An earlier step, or a state from elsewhere, may have left one.
+        return self.state.get("grad_norm") if self._options.is_measured else None
 
     @property
     def skipped(self) -> mx.array:
