@@ -292,6 +292,16 @@ def test_groups_in_a_training_step_of_a_model():
         assert same(array, before[path]) == path.endswith("bias"), path
 
 
+def test_groups_read_as_they_were_given():
+    given = [(bias, {"weight_decay": 0.0}), (matrix, {"learning_rate_factor": 2.0})]
+    optimizer = optim.SGD(0.1, groups=given[:1])
+    assert optimizer.groups == given[:1]
+    optimizer.groups[0][1]["momentum"] = 0.5  # a copy
+    optimizer.groups += given[1:]
+    assert optimizer.groups == given
+    assert list(optim.SGD(0.1).groups) == []
+
+
 def test_copies_of_an_optimizer_with_groups():
     """As any other: a deep copy goes its own way, and a pickle where its predicates can."""
     options = {**BASE, "ema_decay": 0.5, "clip_norm": 1.0}

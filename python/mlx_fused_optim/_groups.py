@@ -46,6 +46,10 @@ class Groups:
         self.made: dict[tuple[str, int], _ext.Groups] = {}
         self.numbers: dict[float | None, mx.array] = {}
 
+    def given(self) -> GroupList:
+        """As somebody wrote them."""
+        return [(predicate, dict(overrides)) for predicate, overrides in self.members]
+
     def __reduce__(self) -> tuple[type[Groups], tuple[tuple[Member, ...]]]:
         """Copied and pickled without what is found again."""
         return Groups, (self.members,)

@@ -104,7 +104,8 @@ class Option:
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        return getattr(instance._options, self._name)
+        value = getattr(instance._options, self._name)
+        return value.given() if isinstance(value, Groups) else value
 
     def __set__(self, instance: Any, value: Any) -> None:
         options = {**instance._options._asdict(), self._name: value}
