@@ -331,6 +331,8 @@ def test_averages_that_nobody_keeps():
     assert_refused(optimizer.ema_parameters, "SGD", "init()")
     optimizer.init({"w": mx.ones(2)})
     assert optimizer.ema_parameters()["w"].tolist() == [1.0, 1.0]
+    for dtype in (mx.int32, mx.float64, "float16"):
+        assert_refused(lambda dtype=dtype: optimizer.ema_parameters(dtype), "SGD", "float16")
 
 
 def test_an_option_that_is_set_later_counts_from_then_on():

@@ -156,6 +156,11 @@ def unpacked(state: State, op: str) -> State:
 
 def averages(state: State, dtype: mx.Dtype | None, op: str) -> Any:
     """The tree of moving averages, in the parameters' dtypes if none is given."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(
+            f"[{op}] the dtype of averages is unknown: got {dtype}, allowed None, "
+            f"{', '.join('mlx.core.' + name for name in DTYPES)}."
+        )
     dtypes = {}
     for key, entry in state.get("arenas", {}).items():
         tensors = _checked_layout(key, entry, op).tensors

@@ -209,10 +209,11 @@ def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     Args:
         state (dict): From :func:`fused_sgd_init` or :func:`fused_sgd_step` with an
             ``ema_decay``.
-        dtype (Dtype, optional): Of the arrays. Default: each parameter's own.
+        dtype (Dtype, optional): Of the arrays: float32, float16 or bfloat16. Default: each
+            parameter's own.
 
     Raises:
-        ValueError: The state has no average.
+        ValueError: The state has no average, or the dtype is none of these.
 
     Example:
         >>> state = fused_sgd_init({"w": mx.ones(2)}, ema_decay=0.5)

@@ -353,12 +353,12 @@ class SGD(Optimizer):
         parameters' paths. What it returns does not change with later steps.
 
         Args:
-            dtype (Dtype, optional): Of the arrays. Default: each parameter's own (float32
-                for tensors that are no longer trained).
+            dtype (Dtype, optional): Of the arrays: float32, float16 or bfloat16. Default:
+                each parameter's own (float32 for tensors that are no longer trained).
 
         Raises:
             ValueError: There is no average: no ``ema_decay``, or neither a step nor
-                :meth:`init` yet.
+                :meth:`init` yet. Or the dtype is none of these.
 
         Example:
             >>> optimizer = SGD(learning_rate=1.0, ema_decay=0.5)
