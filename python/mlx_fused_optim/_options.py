@@ -11,7 +11,6 @@ import mlx.core as mx
 from . import _ext
 from ._checks import (
     LearningRate,
-    checked_factor,
     checked_flag,
     checked_number,
     checked_positive,
@@ -168,10 +167,10 @@ def checked_scale(op: str, value: Any) -> LearningRate:
 def _checked_decay(op: str, value: Any) -> float | None:
     if value is None:
         return None
-    number = checked_factor(op, "ema_decay", value, "a float or None", at_most=1.0)
-    if number == 1:
+    number = checked_number(op, "ema_decay", value, "a float or None")
+    if not 0 <= number < 1:
+        stays = ", at which an average never moves" if number == 1 else ""
         raise ValueError(
-            f"[{op}] ema_decay is out of range: got {number}, at which an average never "
-            "moves, allowed 0 to below 1."
+            f"[{op}] ema_decay is out of range: got {number}{stays}, allowed 0 to below 1."
         )
     return number
