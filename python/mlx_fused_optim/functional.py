@@ -162,8 +162,8 @@ def fused_sgd_step(
         state, in which ``learning_rate`` is the rate this step used.
 
     Raises:
-        ValueError: Trees, shapes, dtypes, options or state do not fit; nothing has been
-            changed then.
+        ValueError, TypeError: Trees, shapes, dtypes, options or state do not fit; nothing
+            has been changed then.
 
     Reference: ``mlx.optimizers.SGD``.
 

@@ -82,9 +82,10 @@ class SGD(Optimizer):
         grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
             were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
             that changes goes to :meth:`update`. Default: ``1.0``.
-        skip_nonfinite (bool): Leave everything as it is where a gradient, or the norm to be
-            clipped, is infinite or NaN; ``step`` does not count then, ``skipped`` does.
-            Default: ``False``.
+        skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
+            where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
+            count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
+            those of the step that was skipped. Default: ``False``.
         decoupled (bool): Weight decay apart from the gradient and its momentum:
             :math:`w \leftarrow w - \eta_t (u + \lambda w)`, with :math:`u` the update without
             it. Default: ``False``.
@@ -94,9 +95,9 @@ class SGD(Optimizer):
             ``overrides`` is a dict of ``learning_rate`` (in place of the optimizer's),
             ``learning_rate_factor`` (times the optimizer's), ``momentum``,
             ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
-            ``None``). A constant 0, or ``None``, leaves the term out. Predicates are called
-            once for a set of tensors; each must take a tensor of the first tree of parameters.
-            Default: ``()``.
+            ``None``). A constant 0, or ``None``, leaves the term out. An array is a constant
+            inside ``mx.compile``, unlike a schedule. Predicates are called once for a set of
+            tensors; each must take a tensor of the first tree of parameters. Default: ``()``.
         trust_coefficient (float): LARS's :math:`\kappa`. Default: ``None``, no ratio.
         ema_decay (float): Keep a moving average of the parameters in float32,
             :math:`a \leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
@@ -350,7 +351,9 @@ class SGD(Optimizer):
         """The moving average of the parameters, as a tree for ``model.update``.
 
         Its structure is that of ``mlx.utils.tree_unflatten``: dicts and lists by the
-        parameters' paths. What it returns does not change with later steps.
+        parameters' paths. What it returns does not change with later steps. Tensors that are
+        no longer trained are in it; of those that a model no longer has, such as ones that an
+        adapter has wrapped since, ``model.update(..., strict=False)`` takes no notice.
 
         Args:
             dtype (Dtype, optional): Of the arrays: float32, float16 or bfloat16. Default:

@@ -111,7 +111,8 @@ class GradScaler:
 
     def step(self, optimizer: SGD, model: Any, gradients: Any) -> None:
         """One step of the optimizer with gradients of the scaled loss; one that is not finite
-        changes nothing. Several optimizers may have theirs before one :meth:`update`.
+        changes nothing. Several optimizers may have theirs before one :meth:`update`. The
+        optimizer's own ``grad_scale`` does not count in it.
 
         Raises:
             TypeError, ValueError: The optimizer is not an :class:`SGD` with
