@@ -322,6 +322,16 @@ def test_momentum_of_another_dtype_for_a_function():
     optim.fused_sgd_step(w, w, state, learning_rate=0.1, **options)
 
 
+def test_one_dict_of_options_for_both_functions():
+    w = {"a": mx.ones(2)}
+    options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "ema_decay": 0.5}
+    state = optim.fused_sgd_init(w, **options)
+    assert state.keys() == optim.fused_sgd_init(w, momentum=0.9, ema_decay=0.5).keys()
+    optim.fused_sgd_step(w, w, state, learning_rate=0.1, **options)
+    assert_refused(lambda: optim.fused_sgd_init(w, nesterov=True), "fused_sgd_init", "nesterov")
+    assert_refused(lambda: optim.fused_sgd_init(w, weight_decay=-1), "fused_sgd_init", "-1")
+
+
 def test_averages_that_nobody_keeps():
     optimizer, state = optim.SGD(0.1, momentum=0.9), optim.fused_sgd_init({"w": mx.ones(2)})
     assert_refused(optimizer.ema_parameters, "SGD", "average")

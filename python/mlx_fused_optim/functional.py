@@ -18,6 +18,9 @@ def fused_sgd_init(
     parameters: Any,
     *,
     momentum: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
     state: _packing.State | None = None,
     momentum_dtype: mx.Dtype | None = None,
     master_weights: bool = False,
@@ -41,6 +44,8 @@ def fused_sgd_init(
             tuples of arrays, float32, float16 or bfloat16.
         momentum (float, Schedule or callable): The momentum of the steps to come; 0 needs
             no memory for it. Default: ``0.0``.
+        weight_decay, dampening, nesterov: Those of the steps to come, so that one dict of
+            options serves both functions; they need no state.
         state (dict, optional): An earlier state, of this function or of
             ``mlx.optimizers.SGD``: its step, learning rate and what it has of every
             tensor whose path it knows go on; other tensors begin.
@@ -64,7 +69,7 @@ def fused_sgd_init(
     """
     op = "fused_sgd_init"
     tree = _ext.Tree(parameters, parameters, op, exact=True)
-    hyper = checked_hyperparameters(op, momentum, 0.0, 0.0, False)
+    hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
     given = (
         momentum_dtype,
         master_weights,
