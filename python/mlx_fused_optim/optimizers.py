@@ -76,8 +76,9 @@ class SGD(Optimizer):
             and add it to the next update (Kahan). 2 bytes a parameter. Default: ``False``.
         seed (int): Of the stochastic rounding, with the step and the place; 0 to
             :math:`2^{64} - 1`. Default: ``0``.
-        clip_norm (float): The largest global norm :math:`C`; ``inf`` measures the norm and
-            clips nothing. Default: ``None``.
+        clip_norm (float): The largest global norm :math:`C`, over the gradients of one call:
+            in a ``MultiOptimizer``, each optimizer has the norm of its own. ``inf`` measures
+            the norm and clips nothing. Default: ``None``.
         clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
         grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
             were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
