@@ -127,6 +127,7 @@ nb::dict flags() {
       {"grad_scale", kGradScale},
       {"clip_value", kClipValue},
       {"clip_norm", kClipNorm},
+      {"measure_norm", kMeasureNorm},
       {"skip_nonfinite", kSkipNonfinite},
       {"trust_ratio", kTrustRatio},
       {"groups", kGroups},

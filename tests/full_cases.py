@@ -49,6 +49,7 @@ ALONE: dict[str, Full] = {
     "grad_scale": Full(grad_scale=3.0),
     "clip_value": Full(clip_value=0.7),
     "clip_norm": Full(clip_norm=1.3),
+    "measure_norm": Full(measure_norm=True),
     "skip_nonfinite": Full(skip_nonfinite=True),
     "trust_ratio": Full(trust_coefficient=0.003),
     "trust_ratio_decay": Full(trust_coefficient=0.003, weight_decay=0.01),

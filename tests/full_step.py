@@ -47,6 +47,7 @@ class Full:
     clip_value: float | None = None
     clip_norm: float | None = None
     skip_nonfinite: bool = False
+    measure_norm: bool = False  # clip_norm=inf
     trust_coefficient: float | None = None
     groups: tuple[Group, ...] | None = None
     master_weights: bool = False
@@ -67,6 +68,7 @@ class Full:
             "grad_scale": self.grad_scale is not None,
             "clip_value": self.clip_value is not None,
             "clip_norm": self.clip_norm is not None,
+            "measure_norm": self.measure_norm,
             "skip_nonfinite": self.skip_nonfinite,
             "trust_ratio": self.trust_coefficient is not None,
             "groups": self.groups is not None,
@@ -80,7 +82,7 @@ class Full:
 
     @property
     def is_measured(self) -> bool:
-        return bool(self.flags & {"clip_norm", "skip_nonfinite", "trust_ratio"})
+        return bool(self.flags & {"clip_norm", "measure_norm", "skip_nonfinite", "trust_ratio"})
 
     def slot_dtype(self, slot: str, dtype: str) -> str | None:
         """The dtype of a slot of the tensors of ``dtype``; None where they have none."""

@@ -1001,3 +1001,27 @@ def test_bytes_a_parameter(name):
         extra = mx.get_peak_memory() - before - used
         assert abs(extra - held.nbytes) < slack
         del held
+
+
+def test_an_infinite_clip_norm_measures_and_changes_nothing():
+    """Not even where the norm overflows: a factor of inf / inf would be NaN."""
+    for options in ({}, {"skip_nonfinite": True}):
+        gradients, parameters = {"w": mx.array([3e38, 1.0])}, {"w": mx.array([1.0, 1.0])}
+        plain = optim.SGD(1e-38).apply_gradients(gradients, parameters)
+        optimizer = optim.SGD(1e-38, clip_norm=INF, **options)
+        measured = optimizer.apply_gradients(gradients, parameters)
+        assert measured["w"].tolist() == plain["w"].tolist()
+        assert optimizer.grad_norm.item() == INF
+        assert optimizer.step.item() == 1
+
+
+def test_a_step_with_an_infinite_clip_norm_has_a_derivative():
+    def after(w, clip_norm):
+        state = optim.fused_sgd_init(w, clip_norm=clip_norm)
+        gradient = 2 * w
+        return optim.fused_sgd_step(w, gradient, state, learning_rate=0.25, clip_norm=clip_norm)[
+            0
+        ].sum()
+
+    w = mx.array([1.0, -2.0])
+    assert mx.grad(lambda w: after(w, INF))(w).tolist() == [0.5, 0.5]

@@ -33,10 +33,11 @@ enum SgdFlags : uint32_t {
   kCompensated = 1 << 12,
   kStochastic = 1 << 13,
   kAverage = 1 << 14,
+  kMeasureNorm = 1 << 15, // only told
 
   kPlainFlags = kMomentum | kNesterov | kWeightDecay,
   /// Steps that first measure all gradients.
-  kMeasuredFlags = kClipNorm | kSkipNonfinite | kTrustRatio,
+  kMeasuredFlags = kClipNorm | kMeasureNorm | kSkipNonfinite | kTrustRatio,
   /// What a group of tensors may be without.
   kTensorFlags = kMomentum | kNesterov | kWeightDecay | kTrustRatio,
 };

@@ -3,6 +3,7 @@ checks, for the optimizer and the functions."""
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -60,7 +61,9 @@ class Options(_Fields):
         present = {
             "maximize": self.maximize,
             "clip_value": self.clip_value is not None,
-            "clip_norm": self.clip_norm is not None,
+            # Infinite: told, and nothing is clipped.
+            "clip_norm": self.clip_norm not in (None, math.inf),
+            "measure_norm": self.clip_norm == math.inf,
             "skip_nonfinite": self.skip_nonfinite,
             "trust_ratio": self.trust_coefficient is not None,
             "groups": bool(self.groups.members),
@@ -75,7 +78,7 @@ class Options(_Fields):
     @cached_property
     def is_measured(self) -> bool:
         """Whether a step needs the norms of the gradients first."""
-        names = ("clip_norm", "skip_nonfinite", "trust_ratio")
+        names = ("clip_norm", "measure_norm", "skip_nonfinite", "trust_ratio")
         flags = self.flags | self.groups.added_flags
         return bool(flags & sum(_ext.FLAGS[name] for name in names))
 

@@ -7,6 +7,7 @@ bits). ``sgd_step`` is the plain step, ``full_sgd_step`` the one with every opti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,9 +133,9 @@ def full_sgd_step(
     applies = mx.array(True)
     if skip_nonfinite:
         finite = [mx.all(mx.isfinite(x)) for x in raw.values()]
-        applies = mx.all(mx.stack([*finite, mx.isfinite(norm) | (clip_norm is None)]))
+        applies = mx.all(mx.stack([*finite, mx.isfinite(norm) | (clip_norm in (None, math.inf))]))
     factor = mx.array(1.0)
-    if clip_norm is not None:
+    if clip_norm not in (None, math.inf):
         factor = clip_norm / (norm + 1e-6)
         factor = mx.where(factor > 1, 1.0, factor)
 
