@@ -71,7 +71,8 @@ MTL::ComputePipelineState* full_kernel(
   std::string specialised = "sgd_full";
   for (size_t i = 0; i < std::size(values); ++i) {
     constants.emplace_back(&values[i], MTL::DataType::DataTypeUInt, kFirstFullConstant + i);
-    specialised += "_" + std::to_string(values[i]);
+    // A size_t: of to_string, the cross-build knows the overloads that MLX uses.
+    specialised += "_" + std::to_string(size_t(values[i]));
   }
   return explained(
       [&] { return device.get_kernel("sgd_full", library(device), specialised, constants); });
@@ -83,7 +84,7 @@ size_t threads_for(MTL::ComputePipelineState* kernel) {
   if (most < kSimdWidth) {
     throw std::runtime_error(
         "[fused_sgd_step] this GPU cannot run the Metal kernels: got threadgroups of at most " +
-        std::to_string(most) + " threads, needed " + std::to_string(kSimdWidth) +
+        std::to_string(most) + " threads, needed " + std::to_string(size_t(kSimdWidth)) +
         ". Set the environment variable MLX_FUSED_OPTIM_COMPOSED=1 to make the step of plain "
         "MLX operations.");
   }

@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant("flags_of_no_group", PACKING, "plan.tensor_flags(i)", "plan.flags()"),
     Mutant("number_in_the_arena", PACKING, "tensor.number = arena.tensors[i]", "tensor.number = i"),
     Mutant("first_tensor_of_a_whole_arena", PACKING, "plan.parameter_begin(i) * parameter.itemsize()", "0"),
-    Mutant("formats_not_in_the_name", LIBRARY, 'specialised += "_" + std::to_string(values[i]);', ""),
+    Mutant("formats_not_in_the_name", LIBRARY, 'specialised += "_" + std::to_string(size_t(values[i]));', ""),
     Mutant("step_beside_its_measure", HOST, "bind_optional(encoder, in.measured, kMeasuredBuffer);\n  bind_optional", "bind_optional(encoder, nullptr, kMeasuredBuffer);\n  bind_optional"),
     Mutant("chunks_of_the_first_array", MEASURING, "array.first_chunk = first_chunks[i]", "array.first_chunk = 0"),
     Mutant("pieces_summed_as_neighbours", MEASURING, "fills_memory(in.arrays[i])", "true"),
