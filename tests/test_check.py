@@ -20,7 +20,7 @@ def test_all_held(capsys):
     start = time.process_time()
     assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| yes |") == 4 and "| no |" not in out and "All held, in" in out
+    assert out.count("| yes |") == 5 and "| no |" not in out and "All held, in" in out
     # Less than half a minute, of which the timings take 3 s for each model. The
     # processor's time: what else the machine does is not counted.
     assert time.process_time() - start < 20
@@ -49,6 +49,37 @@ def test_a_wrong_step_is_found(capsys, monkeypatch):
     assert out.count("| no |") == 1
 
 
+def test_a_wrong_full_step_is_found(capsys, monkeypatch):
+    right = reference.full_sgd_step
+
+    def no_master(*arguments, master_weights=False, **options):
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(reference, "full_sgd_step", no_master)
+    assert check.main(["--seconds", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "- options of the full step, likewise: master_weights, float16" in out
+    assert out.count("| no |") == 1
+
+
+def test_another_device_is_compared_with_the_cpu(monkeypatch):
+    result = check.check_bits_of_the_cpu()
+    assert (result.asked, result.wrong) == (3 * (len(check.FULL) + len(check.SHARED)), [])
+
+    right, calls = check.everything_after, []
+
+    def off_on_the_cpu(options, dtype, device):
+        calls.append(device)
+        arrays = right(options, dtype, device)
+        if len(calls) % 2 == 0 and options.get("compensated"):
+            arrays[1] = arrays[1] + 1
+        return arrays
+
+    monkeypatch.setattr(check, "everything_after", off_on_the_cpu)
+    wrong = check.check_bits_of_the_cpu().wrong
+    assert wrong == [f"compensated, {dtype}" for dtype in check.DTYPES]
+
+
 def test_an_exception_is_an_answer(capsys, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel")
@@ -56,7 +87,7 @@ def test_an_exception_is_an_answer(capsys, monkeypatch):
     monkeypatch.setattr(check.optim.SGD, "apply_gradients", broken)
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
-    assert out.count("| no |") == 4 and "RuntimeError: no such kernel" in out
+    assert out.count("| no |") == 5 and "RuntimeError: no such kernel" in out
 
 
 @pytest.mark.skipif(mx.is_available(mx.Device(mx.gpu)), reason="MLX has a GPU here")

@@ -39,6 +39,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weight decay": {"weight_decay": 0.01},
     "all": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
 }
+# Options of the full step whose bits plain MLX operations have too ...
+MOMENTUM: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.01}
+FULL: dict[str, dict[str, Any]] = {
+    "maximize": {"maximize": True},
+    "grad_scale": {"grad_scale": 3.0},
+    "clip_value": {"clip_value": 0.7},
+    "decoupled": {**MOMENTUM, "decoupled": True},
+    "groups": {**MOMENTUM, "groups": [(lambda path, array: array.ndim < 2, {"weight_decay": 0.0})]},
+    "momentum_dtype": {**MOMENTUM, "momentum_dtype": mx.float32},
+    "master_weights": {**MOMENTUM, "master_weights": True},
+    "compensated": {**MOMENTUM, "compensated": True},
+    "ema_decay": {**MOMENTUM, "ema_decay": 0.9},
+}
+# ... and those whose bits every backend has: norms and random numbers have one order.
+SHARED: dict[str, dict[str, Any]] = {
+    "clip_norm": {"clip_norm": 1.0},
+    "skip_nonfinite": {"skip_nonfinite": True, "clip_norm": math.inf},
+    "trust_coefficient": {**MOMENTUM, "trust_coefficient": 0.01},
+    "stochastic": {**MOMENTUM, "rounding": "stochastic"},
+    "all": {
+        **MOMENTUM, "nesterov": True, "maximize": True, "grad_scale": 3.0, "clip_value": 0.7,
+        "clip_norm": 1.0, "skip_nonfinite": True, "trust_coefficient": 0.01, "ema_decay": 0.9,
+        "master_weights": True, "rounding": "stochastic", "momentum_dtype": mx.bfloat16,
+    },
+}  # fmt: skip
 # Around the widths of vectors, tiles and blocks; no element and one.
 SHAPES = [(0,), (1,), (3,), (4,), (5,), (17,), (33, 65), (16, 64), (255,), (4097,), (2, 3, 5)]
 STEPS = 3
@@ -115,6 +140,70 @@ def check_parity() -> Result:
     ]
     wrong = [steps_differ(*case) for case in cases]
     return Result("bits of float32 arithmetic, rounded once", len(cases), list(filter(None, wrong)))
+
+
+def full_steps_differ(name: str, options: dict[str, Any], dtype: str, layout: str) -> str:
+    """The first difference from the full step in plain MLX operations, or nothing."""
+    parameters, gradients = parameters_and_gradients(dtype, dtype, layout)
+    optimizer = optim.SGD(RATE, **options)
+    tree = expected = {"w": parameters}
+    kept = reference.full_sgd_init(expected)
+    for step in range(STEPS):
+        tree = optimizer.apply_gradients({"w": gradients[step]}, tree)
+        expected, kept = reference.full_sgd_step(
+            expected, {"w": gradients[step]}, kept, learning_rate=RATE, **options
+        )
+        mx.eval(tree, optimizer.state, expected, kept)
+        if not all(map(same, tree["w"], expected["w"])):
+            return f"{name}, {dtype}, {layout}, step {step}"
+    return ""
+
+
+def check_full_step() -> Result:
+    cases = [
+        (name, options, dtype, layout)
+        for (name, options), dtype in itertools.product(FULL.items(), DTYPES)
+        for layout in (LAYOUTS if name == "master_weights" else ("contiguous",))
+    ]
+    wrong = [full_steps_differ(*case) for case in cases]
+    return Result("options of the full step, likewise", len(cases), list(filter(None, wrong)))
+
+
+def everything_after(options: dict[str, Any], dtype: str, device: mx.Device) -> list[mx.array]:
+    """Parameters and state after the steps on a device; in the last one a gradient is
+    infinite, where that is skipped."""
+    with mx.stream(mx.cpu):
+        parameters, gradients = parameters_and_gradients(dtype, dtype, "transposed")
+        if options.get("skip_nonfinite"):
+            gradients[-1][-1] = gradients[-1][-1] * math.inf
+            mx.eval(gradients)
+    with mx.stream(device):
+        optimizer = optim.SGD(RATE, **options)
+        tree = {"w": parameters}
+        for gradient in gradients:
+            tree = optimizer.apply_gradients({"w": gradient}, tree)
+            mx.eval(tree, optimizer.state)
+        leaves: list[tuple[str, Any]] = list(tree_flatten(optimizer.state))  # type: ignore[arg-type]
+        return [*tree["w"], *(leaf for name, leaf in leaves if not name.endswith("table"))]
+
+
+def check_bits_of_the_cpu() -> Result:
+    """Norms and random numbers on the default device, against our CPU backend."""
+    cases = list(itertools.product({**FULL, **SHARED}.items(), DTYPES))
+    wrong = []
+    for (name, options), dtype in cases:
+        here = everything_after(options, dtype, mx.default_device())
+        there = everything_after(options, dtype, mx.Device(mx.cpu))
+        if len(here) != len(there) or not all(map(same_bytes, here, there)):
+            wrong.append(f"{name}, {dtype}")
+    return Result("the full step has the bits of the CPU backend", len(cases), wrong)
+
+
+def same_bytes(a: mx.array, b: mx.array) -> bool:
+    """Like :func:`same`, for arrays of any dtype; NaN is NaN."""
+    if mx.issubdtype(a.dtype, mx.floating):
+        return same(a, b) or bool(mx.array_equal(a, b, equal_nan=True))
+    return a.dtype == b.dtype and bool(mx.array_equal(a, b))
 
 
 def check_bits_of_mlx() -> Result:
@@ -264,7 +353,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"| {name} | {value} |")
     print("\n| check | asked | held |\n|---|---|---|", flush=True)
     wrong = []
-    for check in (check_parity, check_bits_of_mlx, check_what_is_held, check_schedules):
+    checks = [check_parity, check_bits_of_mlx, check_full_step, check_what_is_held, check_schedules]
+    if mx.default_device() != mx.Device(mx.cpu):
+        checks.append(check_bits_of_the_cpu)
+    for check in checks:
         result = answered(check)
         verdict = "no" if result.wrong else "yes"
         print(f"| {result.question} | {result.asked} | {verdict} |", flush=True)
