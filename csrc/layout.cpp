@@ -48,18 +48,10 @@ void Fingerprint::add(std::string_view path, const mx::Shape& shape, mx::Dtype d
   add_bytes("\xfe", 1);
 }
 
-std::string Fingerprint::hex() const {
+std::string fingerprint_text(uint64_t number) {
   char text[17];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash_));
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(number));
   return text;
-}
-
-std::string fingerprint_of(const Layout& layout) {
-  Fingerprint fingerprint;
-  for (auto& spec : layout.tensors) {
-    fingerprint.add(spec.path, spec.shape, spec.dtype);
-  }
-  return fingerprint.hex();
 }
 
 Layout make_layout(std::vector<TensorSpec> tensors) {
@@ -85,7 +77,11 @@ Layout make_layout(std::vector<TensorSpec> tensors) {
     arena->size += size;
   }
 
-  Layout layout{std::move(tensors), {}};
+  Fingerprint of_all;
+  for (auto& spec : tensors) {
+    of_all.add(spec.path, spec.shape, spec.dtype);
+  }
+  Layout layout{std::move(tensors), {}, of_all.number()};
   for (auto& arena : arenas) {
     Fingerprint fingerprint;
     for (int t : arena.tensors) {

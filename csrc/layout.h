@@ -42,6 +42,7 @@ struct Arena {
 struct Layout {
   std::vector<TensorSpec> tensors;
   std::vector<std::shared_ptr<const Arena>> arenas; // shared with every step's graph
+  uint64_t fingerprint = 0; // of all tensors
 };
 
 size_t element_count(const mx::Shape& shape);
@@ -57,15 +58,14 @@ class Fingerprint {
  public:
   void add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype);
   uint64_t number() const { return hash_; }
-  std::string hex() const;
 
  private:
   void add_bytes(const void* bytes, size_t count);
   uint64_t hash_ = 0xcbf29ce484222325;
 };
 
-/// The fingerprint of all tensors of a layout.
-std::string fingerprint_of(const Layout& layout);
+/// As states have it, in their keys.
+std::string fingerprint_text(uint64_t number);
 
 /// Assigns every tensor to an arena of its dtype, in order.
 Layout make_layout(std::vector<TensorSpec> tensors);

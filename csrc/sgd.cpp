@@ -21,10 +21,6 @@ uint32_t format_of(mx::Dtype dtype) {
                               : fused_math::kBfloat16;
 }
 
-bool is_supported(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-}
-
 /// The flags that dtypes have a use for: float32 loses nothing that a master, a
 /// compensation or rounding at random could keep.
 uint32_t flags_for(mx::Dtype parameter, mx::Dtype velocity, uint32_t flags) {
@@ -98,41 +94,9 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
 
 void check(
     const Layout& layout,
-    const std::vector<mx::array>& parameters,
-    const std::vector<mx::array>& gradients,
     const SgdSlots& slots,
     const mx::array& step,
     const SgdOptions& options) {
-  const size_t n = layout.tensors.size();
-  if (parameters.size() != n || gradients.size() != n) {
-    refuse(
-        kOp,
-        "the number of tensors differs: got ",
-        parameters.size(),
-        " parameters and ",
-        gradients.size(),
-        " gradients, the layout has ",
-        n,
-        ".");
-  }
-  for (size_t i = 0; i < n; ++i) {
-    auto& spec = layout.tensors[i];
-    if (parameters[i].shape() != spec.shape || parameters[i].dtype() != spec.dtype) {
-      refuse(
-          kOp,
-          "parameter '",
-          spec.path,
-          "' is not the layout's: got ",
-          parameters[i].dtype(),
-          " of shape ",
-          parameters[i].shape(),
-          ", the layout has ",
-          spec.dtype,
-          " of shape ",
-          spec.shape,
-          ".");
-    }
-  }
   check_slots(layout, slots, options);
   if (step.ndim() != 0 || step.dtype() != mx::uint64) {
     refuse(
@@ -162,28 +126,12 @@ void check(
   if (options.flags & fused_math::kGroups) {
     const auto rows = static_cast<int>(options.groups ? options.groups->flags_of.size() : 0);
     const mx::Shape expected{rows, fused_math::kGroupNumbers};
-    if (!options.groups || options.groups->group_of.size() != n || !options.group_numbers ||
-        options.group_numbers->shape() != expected ||
+    if (!options.groups || options.groups->group_of.size() != layout.tensors.size() ||
+        !options.group_numbers || options.group_numbers->shape() != expected ||
         options.group_numbers->dtype() != mx::float32) {
       refuse(kOp, "the groups do not fit: got other numbers of tensors or groups than the layout.");
     }
   }
-}
-
-/// The gradients, cast where their dtype is not one the kernels read.
-mx::array readable_gradient(const mx::array& gradient, const TensorSpec& spec, mx::Stream stream) {
-  if (gradient.shape() != spec.shape) {
-    refuse(
-        kOp,
-        "the gradient of '",
-        spec.path,
-        "' has the wrong shape: got ",
-        gradient.shape(),
-        ", the parameter has ",
-        spec.shape,
-        ".");
-  }
-  return is_supported(gradient.dtype()) ? gradient : mx::astype(gradient, mx::float32, stream);
 }
 
 /// The schedules, and the given scalars as one array (none if none is given).
@@ -312,21 +260,15 @@ SgdStep sgd_step(
     const mx::array& step,
     const SgdOptions& options,
     mx::StreamOrDevice s) {
-  check(layout, parameters, gradients, slots, step, options);
+  check(layout, slots, step, options);
   auto stream = mx::to_stream(s);
   const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, stream);
 
-  std::vector<mx::array> readable;
-  readable.reserve(gradients.size());
-  for (size_t t = 0; t < gradients.size(); ++t) {
-    readable.push_back(readable_gradient(gradients[t], layout.tensors[t], stream));
-  }
-
   SgdStep result;
   result.parameters = parameters; // each is replaced below
   if (options.flags & fused_math::kMeasuredFlags) {
-    result.measured = measure(control, given, parameters, readable, step, options.skipped, stream);
+    result.measured = measure(control, given, parameters, gradients, step, options.skipped, stream);
   }
 
   // With no tensor at all, an empty arena still counts the step.
@@ -349,7 +291,7 @@ SgdStep sgd_step(
       }
     }
     for (int t : tensors) {
-      inputs.push_back(std::move(readable[t]));
+      inputs.push_back(gradients[t]);
     }
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
@@ -373,9 +315,8 @@ SgdStep sgd_step(
                                   inputs);
     SgdOutputs out(plan, outputs);
     if (out.parameters) {
-      auto views = composed
-          ? composed_tensors(*out.parameters, *plan.arena, stream)
-          : arena_views(*out.parameters, plan.arena->shapes, plan.arena->offsets, stream);
+      auto views = composed ? composed_tensors(*out.parameters, *plan.arena, stream)
+                            : arena_views(*out.parameters, plan.arena, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
         result.parameters[tensors[i]] = std::move(views[i]);
       }
@@ -390,6 +331,15 @@ SgdStep sgd_step(
     }
   }
   return result;
+}
+
+mx::array arena_tensor(
+    const mx::array& arena,
+    const mx::Shape& shape,
+    size_t offset,
+    mx::StreamOrDevice s) {
+  return composed_is_asked_for() ? composed_tensor(arena, shape, offset, mx::to_stream(s))
+                                 : arena_view(arena, shape, offset, s);
 }
 
 std::vector<mx::Shape> FusedSGD::output_shapes(const std::vector<mx::array>& inputs) {

@@ -122,10 +122,9 @@ struct SgdStep {
 ///   velocity  = momentum * velocity + (1 - dampening) * g
 ///   parameter = parameter - lr * (nesterov ? g + momentum * velocity : velocity)
 /// where `flags` leave out velocity and weight decay, or add what csrc/math/sgd.h calls
-/// the full element. Each parameter keeps its
-/// shape and dtype (float32, float16 or bfloat16); a gradient has the parameter's
-/// shape and any of these dtypes. The maths
-/// is float32, rounded once on the store. `step` is a uint64 scalar, at which
+/// the full element. Parameters have the layout's shapes and dtypes and keep them; a
+/// gradient has its parameter's shape and is float32, float16 or bfloat16: Tree has seen to
+/// that. The maths is float32, rounded once on the store. `step` is a uint64 scalar, at which
 /// schedules are evaluated. Parameters and slots are updated in place when
 /// nobody else holds them. Throws std::invalid_argument before any change.
 SgdStep sgd_step(
@@ -164,6 +163,13 @@ class FusedSGD : public mx::Primitive {
  private:
   SgdPlan plan_;
 };
+
+/// A tensor of a flat arena, without a copy; in MLX's operations where those are asked for.
+mx::array arena_tensor(
+    const mx::array& arena,
+    const mx::Shape& shape,
+    size_t offset,
+    mx::StreamOrDevice s = {});
 
 /// The same step in MLX operations: what FusedSGD differentiates and vectorises.
 std::vector<mx::array> sgd_step_composed(

@@ -6,6 +6,15 @@ namespace mlx_fused_optim {
 
 namespace {
 
+std::string_view text_of(nb::handle string) {
+  Py_ssize_t size;
+  const char* text = PyUnicode_AsUTF8AndSize(string.ptr(), &size);
+  if (!text) {
+    nb::raise_python_error();
+  }
+  return {text, static_cast<size_t>(size)};
+}
+
 /// Extends a path for as long as it lives: "layers" -> "layers.0".
 class Descend {
  public:
@@ -15,6 +24,10 @@ class Descend {
     }
     path_ += key;
   }
+  Descend(std::string& path, size_t index) : Descend(path, std::to_string(index)) {}
+  /// The key of a dict, as str() has it.
+  Descend(std::string& path, nb::handle key)
+      : Descend(path, text_of(PyUnicode_Check(key.ptr()) ? nb::borrow(key) : nb::str(key))) {}
   ~Descend() { path_.resize(length_); }
 
  private:
@@ -37,11 +50,18 @@ bool is_sequence(nb::handle tree) {
   return nb::isinstance<nb::list>(tree) || nb::isinstance<nb::tuple>(tree);
 }
 
+nb::object item(nb::handle sequence, size_t i) {
+  PyObject* object = PyList_Check(sequence.ptr()) ? PyList_GetItem(sequence.ptr(), i)
+                                                  : PyTuple_GetItem(sequence.ptr(), i);
+  if (!object) {
+    nb::raise_python_error();
+  }
+  return nb::borrow(object);
+}
+
 std::string python_type(nb::handle object) {
   return nb::cast<std::string>(object.type().attr("__name__"));
 }
-
-std::string key_text(nb::handle key) { return nb::cast<std::string>(nb::str(key)); }
 
 /// The value of a key, or a null handle.
 nb::handle lookup(const nb::dict& dict, nb::handle key) {
@@ -58,8 +78,20 @@ bool is_array(nb::handle object) {
   return object.type().ptr() == array_type;
 }
 
-std::string described(const std::string& path) {
-  return path.empty() ? "the tree itself" : "'" + path + "'";
+std::string described(std::string_view path) {
+  return path.empty() ? "the tree itself" : "'" + std::string(path) + "'";
+}
+
+/// A step begins when the caches have forgotten the tree: the last step took milliseconds.
+/// Asks for what an array has to say, before it is read.
+void prefetch_array(nb::handle object) {
+  constexpr size_t kLine = 64, kDescriptor = 384; // bytes, about
+  if (is_array(object)) {
+    auto* descriptor = reinterpret_cast<const char*>(nb::inst_ptr<mx::array>(object)->id());
+    for (size_t at = 0; at < kDescriptor; at += kLine) {
+      __builtin_prefetch(descriptor + at);
+    }
+  }
 }
 
 /// Calls visit(path, leaf) for each leaf, in the order of Tree.
@@ -67,13 +99,13 @@ template <typename Visit>
 void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
   if (nb::isinstance<nb::dict>(tree)) {
     for (auto [key, child] : nb::borrow<nb::dict>(tree)) {
-      Descend down(path, key_text(key));
+      Descend down(path, key);
       for_each_leaf(child, path, visit);
     }
   } else if (is_sequence(tree)) {
     size_t i = 0;
     for (auto child : tree) {
-      Descend down(path, std::to_string(i++));
+      Descend down(path, i++);
       for_each_leaf(child, path, visit);
     }
   } else {
@@ -81,9 +113,9 @@ void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
   }
 }
 
-nb::object rebuild(nb::handle tree, const std::vector<mx::array>& leaves, size_t& next) {
+nb::object rebuild(nb::handle tree, std::vector<mx::array>& leaves, size_t& next) {
   if (is_array(tree)) {
-    return nb::cast(leaves.at(next++));
+    return nb::cast(std::move(leaves.at(next++)));
   }
   if (nb::isinstance<nb::dict>(tree)) {
     nb::dict result;
@@ -110,107 +142,150 @@ nb::object rebuild(nb::handle tree, const std::vector<mx::array>& leaves, size_t
 
 Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exact)
     : structure_(gradients), op_(std::move(op)), exact_(exact) {
-  std::string path;
-  walk(gradients, parameters, path);
+  Walk found;
+  try {
+    walk(gradients, parameters, found);
+  } catch (const std::invalid_argument&) {
+    take(found); // a wrong leaf before that place is told first
+    throw;
+  }
+  take(found);
 }
 
-void Tree::walk(nb::handle gradients, nb::handle parameters, std::string& path) {
-  Recursion guard; // the other walks follow the same structure
-  if (is_array(gradients)) {
-    leaf(gradients, parameters, path);
-  } else if (nb::isinstance<nb::dict>(gradients)) {
-    if (!exact_ && nb::len(gradients) == 0) {
-      return; // a place without gradients, as mlx.utils.tree_unflatten fills lists with
+void Tree::take(const Walk& found) {
+  const size_t n = found.leaves.size();
+  gradients_.reserve(n);
+  parameters_.reserve(n);
+  const std::string_view paths = found.paths;
+  size_t path_begin = 0;
+  for (size_t i = 0; i < n; ++i) {
+    constexpr size_t kAhead = 8;
+    if (i + kAhead < n) {
+      prefetch_array(found.leaves[i + kAhead].gradient);
+      prefetch_array(found.leaves[i + kAhead].parameter);
     }
-    if (!nb::isinstance<nb::dict>(parameters)) {
-      refuse(
-          op_,
-          "the trees differ at ",
-          described(path),
-          ": got a dict of gradients and a ",
-          python_type(parameters),
-          " of parameters, allowed the same structure.");
-    }
-    auto parameter_dict = nb::borrow<nb::dict>(parameters);
-    for (auto [key, gradient] : nb::borrow<nb::dict>(gradients)) {
-      Descend down(path, key_text(key));
-      const auto parameter = lookup(parameter_dict, key);
-      if (!parameter) {
-        refuse(
-            op_,
-            "a gradient without a parameter: got a gradient at '",
-            path,
-            "', allowed only paths that the parameters have.");
-      }
-      walk(gradient, parameter, path);
-    }
-    if (exact_) {
-      auto gradient_dict = nb::borrow<nb::dict>(gradients);
-      for (auto [key, parameter] : parameter_dict) {
-        Descend down(path, key_text(key));
-        if (!lookup(gradient_dict, key)) {
-          refuse(
-              op_,
-              "a parameter without a gradient: got none at '",
-              path,
-              "', allowed the same structure for both.");
-        }
-      }
-    }
-  } else if (is_sequence(gradients)) {
-    const size_t length = nb::len(gradients);
-    if (!is_sequence(parameters) || nb::len(parameters) < length ||
-        (exact_ && nb::len(parameters) != length)) {
-      refuse(
-          op_,
-          "the trees differ at ",
-          described(path),
-          ": got ",
-          length,
-          " gradients and ",
-          is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
-                                  : "a " + python_type(parameters) + " of parameters",
-          ", allowed the same structure.");
-    }
-    for (size_t i = 0; i < length; ++i) {
-      Descend down(path, std::to_string(i));
-      walk(nb::object(gradients[i]), nb::object(parameters[i]), path);
-    }
-  } else {
-    leaf(gradients, parameters, path);
+    const auto& leaf = found.leaves[i];
+    take(leaf, paths.substr(path_begin, leaf.path_end - path_begin));
+    path_begin = leaf.path_end;
   }
 }
 
-void Tree::leaf(nb::handle gradient, nb::handle parameter, const std::string& path) {
-  auto array = [&](nb::handle object, const char* role) -> const mx::array& {
-    if (!is_array(object)) {
+void Tree::walk(nb::handle gradients, nb::handle parameters, Walk& walk) {
+  Recursion guard; // the other walks follow the same structure
+  if (is_array(gradients)) {
+    walk.paths += walk.path;
+    walk.leaves.push_back({nb::borrow(gradients), nb::borrow(parameters), walk.paths.size()});
+  } else if (nb::isinstance<nb::dict>(gradients)) {
+    walk_dicts(gradients, parameters, walk);
+  } else if (is_sequence(gradients)) {
+    walk_sequences(gradients, parameters, walk);
+  } else {
+    array(gradients, gradients.is(parameters) ? "parameter" : "gradient", walk.path);
+  }
+}
+
+void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
+  if (!exact_ && nb::len(gradients) == 0) {
+    return; // a place without gradients, as mlx.utils.tree_unflatten fills lists with
+  }
+  if (!nb::isinstance<nb::dict>(parameters)) {
+    refuse(
+        op_,
+        "the trees differ at ",
+        described(walk.path),
+        ": got a dict of gradients and a ",
+        python_type(parameters),
+        " of parameters, allowed the same structure.");
+  }
+  auto gradient_dict = nb::borrow<nb::dict>(gradients);
+  auto parameter_dict = nb::borrow<nb::dict>(parameters);
+  for (auto [key, gradient] : gradient_dict) {
+    __builtin_prefetch(gradient.ptr());
+    __builtin_prefetch(lookup(parameter_dict, key).ptr());
+  }
+  for (auto [key, gradient] : gradient_dict) {
+    Descend down(walk.path, key);
+    const auto parameter = lookup(parameter_dict, key);
+    if (!parameter) {
       refuse(
           op_,
-          "the ",
-          role,
-          " at ",
-          described(path),
-          " is not an array: got ",
-          python_type(object),
-          ", allowed mlx.core.array.");
+          "a gradient without a parameter: got a gradient at '",
+          walk.path,
+          "', allowed only paths that the parameters have.");
     }
-    auto& a = *nb::inst_ptr<mx::array>(object);
-    if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
-      refuse(
-          op_,
-          "the ",
-          role,
-          " at ",
-          described(path),
-          " has a dtype that cannot be trained: got ",
-          a.dtype(),
-          ", allowed float32, float16, bfloat16.");
+    this->walk(gradient, parameter, walk);
+  }
+  if (exact_) {
+    for (auto [key, parameter] : parameter_dict) {
+      if (!lookup(gradient_dict, key)) {
+        Descend down(walk.path, key);
+        refuse(
+            op_,
+            "a parameter without a gradient: got none at '",
+            walk.path,
+            "', allowed the same structure for both.");
+      }
     }
-    return a;
-  };
+  }
+}
+
+void Tree::walk_sequences(nb::handle gradients, nb::handle parameters, Walk& walk) {
+  const size_t length = nb::len(gradients);
+  if (!is_sequence(parameters) || nb::len(parameters) < length ||
+      (exact_ && nb::len(parameters) != length)) {
+    refuse(
+        op_,
+        "the trees differ at ",
+        described(walk.path),
+        ": got ",
+        length,
+        " gradients and ",
+        is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
+                                : "a " + python_type(parameters) + " of parameters",
+        ", allowed the same structure.");
+  }
+  for (size_t i = 0; i < length; ++i) {
+    constexpr size_t kAhead = 8;
+    if (i + kAhead < length) {
+      __builtin_prefetch(item(gradients, i + kAhead).ptr());
+      __builtin_prefetch(item(parameters, i + kAhead).ptr());
+    }
+    Descend down(walk.path, i);
+    this->walk(item(gradients, i), item(parameters, i), walk);
+  }
+}
+
+const mx::array& Tree::array(nb::handle object, const char* role, std::string_view path) const {
+  if (!is_array(object)) {
+    refuse(
+        op_,
+        "the ",
+        role,
+        " at ",
+        described(path),
+        " is not an array: got ",
+        python_type(object),
+        ", allowed mlx.core.array.");
+  }
+  auto& a = *nb::inst_ptr<mx::array>(object);
+  if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
+    refuse(
+        op_,
+        "the ",
+        role,
+        " at ",
+        described(path),
+        " has a dtype that cannot be trained: got ",
+        a.dtype(),
+        ", allowed float32, float16, bfloat16.");
+  }
+  return a;
+}
+
+void Tree::take(const Leaf& leaf, std::string_view path) {
   // One tree for both is the tree of parameters that a state is made for.
-  auto& g = array(gradient, gradient.is(parameter) ? "parameter" : "gradient");
-  auto& p = array(parameter, "parameter");
+  auto& g = array(leaf.gradient, leaf.gradient.is(leaf.parameter) ? "parameter" : "gradient", path);
+  auto& p = array(leaf.parameter, "parameter", path);
   if (g.shape() != p.shape()) {
     refuse(
         op_,
@@ -227,7 +302,7 @@ void Tree::leaf(nb::handle gradient, nb::handle parameter, const std::string& pa
   fingerprint_.add(path, p.shape(), p.dtype());
 }
 
-nb::object Tree::unflatten(const std::vector<mx::array>& leaves) const {
+nb::object Tree::unflatten(std::vector<mx::array> leaves) const {
   size_t next = 0;
   return rebuild(structure_, leaves, next);
 }

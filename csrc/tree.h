@@ -23,18 +23,35 @@ class Tree {
   Tree(nb::object gradients, nb::object parameters, std::string op, bool exact);
 
   /// A new tree of the gradients' structure; dicts become plain dicts.
-  nb::object unflatten(const std::vector<mx::array>& leaves) const;
+  nb::object unflatten(std::vector<mx::array> leaves) const;
 
   /// The tensors, named; made on demand, as it costs more than the walk.
   std::vector<TensorSpec> specs() const;
 
   const std::vector<mx::array>& gradients() const { return gradients_; }
   const std::vector<mx::array>& parameters() const { return parameters_; }
-  std::string fingerprint() const { return fingerprint_.hex(); }
+  std::string fingerprint() const { return fingerprint_text(fingerprint_.number()); }
+
+  /// Whether these are the tensors of a layout.
+  bool fits(const Layout& layout) const { return fingerprint_.number() == layout.fingerprint; }
 
  private:
-  void walk(nb::handle gradients, nb::handle parameters, std::string& path);
-  void leaf(nb::handle gradient, nb::handle parameter, const std::string& path);
+  /// A gradient and its parameter, and where their path ends in the text of all paths.
+  struct Leaf {
+    nb::object gradient, parameter;
+    size_t path_end;
+  };
+  struct Walk {
+    std::string path; // of the place that the walk has reached
+    std::string paths; // of all leaves so far
+    std::vector<Leaf> leaves;
+  };
+  void walk(nb::handle gradients, nb::handle parameters, Walk& walk);
+  void walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk);
+  void walk_sequences(nb::handle gradients, nb::handle parameters, Walk& walk);
+  void take(const Walk& found);
+  void take(const Leaf& leaf, std::string_view path);
+  const mx::array& array(nb::handle object, const char* role, std::string_view path) const;
 
   nb::object structure_;
   std::string op_; // for error messages

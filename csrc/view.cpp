@@ -11,26 +11,41 @@ namespace {
 // the middle of the views: it lets ten tasks of ten nodes be under way.
 constexpr size_t kViewsPerNode = 8;
 
+/// Appends the outputs of one node. As mx::array::make_arrays makes them, but with the
+/// memory that they need and no more: a step makes hundreds.
+void add_views(
+    std::vector<mx::array>& views,
+    const mx::array& arena,
+    const std::shared_ptr<const Arena>& layout,
+    size_t first,
+    size_t count,
+    mx::Stream stream) {
+  const size_t begin = views.size();
+  auto node = std::make_shared<ArenaViews>(stream, layout, first, count);
+  for (size_t i = first; i < first + count; ++i) {
+    views.emplace_back(layout->shapes[i], arena.dtype(), node, std::vector<mx::array>{arena});
+  }
+  for (size_t i = 0; count > 1 && i < count; ++i) {
+    std::vector<mx::array> siblings;
+    siblings.reserve(count - 1);
+    siblings.insert(siblings.end(), views.begin() + begin, views.begin() + begin + i);
+    siblings.insert(siblings.end(), views.begin() + begin + i + 1, views.end());
+    views[begin + i].set_siblings(std::move(siblings), i);
+  }
+}
+
 } // namespace
 
 std::vector<mx::array> arena_views(
     const mx::array& arena,
-    const std::vector<mx::Shape>& shapes,
-    const std::vector<size_t>& offsets,
+    std::shared_ptr<const Arena> layout,
     mx::StreamOrDevice s) {
   auto stream = mx::to_stream(s);
+  const size_t n = layout->shapes.size();
   std::vector<mx::array> views;
-  views.reserve(shapes.size());
-  for (size_t begin = 0; begin < shapes.size(); begin += kViewsPerNode) {
-    const size_t end = std::min(begin + kViewsPerNode, shapes.size());
-    std::vector<mx::Shape> node_shapes(shapes.begin() + begin, shapes.begin() + end);
-    std::vector<size_t> node_offsets(offsets.begin() + begin, offsets.begin() + end);
-    auto node = mx::array::make_arrays(
-        node_shapes,
-        std::vector<mx::Dtype>(end - begin, arena.dtype()),
-        std::make_shared<ArenaViews>(stream, node_shapes, std::move(node_offsets)),
-        {arena});
-    std::move(node.begin(), node.end(), std::back_inserter(views));
+  views.reserve(n);
+  for (size_t first = 0; first < n; first += kViewsPerNode) {
+    add_views(views, arena, layout, first, std::min(kViewsPerNode, n - first), stream);
   }
   return views;
 }
@@ -40,7 +55,10 @@ mx::array arena_view(
     const mx::Shape& shape,
     size_t offset,
     mx::StreamOrDevice s) {
-  return arena_views(arena, {shape}, {offset}, s)[0];
+  auto layout = std::make_shared<Arena>(Arena{arena.dtype()});
+  layout->shapes = {shape};
+  layout->offsets = {offset};
+  return arena_views(arena, std::move(layout), s)[0];
 }
 
 mx::array pack_arena(
@@ -68,7 +86,7 @@ void ArenaViews::eval(const std::vector<mx::array>& inputs, std::vector<mx::arra
   for (size_t i = 0; i < outputs.size(); ++i) {
     auto& view = outputs[i];
     // Row-contiguous, and column-contiguous too where at most one axis is longer than 1.
-    const bool is_vector = std::count_if(shapes_[i].begin(), shapes_[i].end(), [](auto length) {
+    const bool is_vector = std::count_if(shape(i).begin(), shape(i).end(), [](auto length) {
                              return length > 1;
                            }) <= 1;
     view.copy_shared_buffer(
@@ -76,15 +94,23 @@ void ArenaViews::eval(const std::vector<mx::array>& inputs, std::vector<mx::arra
         view.strides(),
         {true, true, is_vector || view.size() == 0},
         view.size(),
-        static_cast<int64_t>(offsets_[i]));
+        static_cast<int64_t>(offset(i)));
   }
+}
+
+std::vector<mx::Shape> ArenaViews::shapes() const {
+  auto begin = layout_->shapes.begin() + first_;
+  return {begin, begin + count_};
 }
 
 std::vector<mx::array> ArenaViews::jvp(
     const std::vector<mx::array>&,
     const std::vector<mx::array>& tangents,
     const std::vector<int>&) {
-  return arena_views(mx::contiguous(tangents[0], false, stream()), shapes_, offsets_, stream());
+  std::vector<mx::array> views;
+  const auto arena = mx::contiguous(tangents[0], false, stream());
+  add_views(views, arena, layout_, first_, count_, stream());
+  return views;
 }
 
 std::vector<mx::array> ArenaViews::vjp(
@@ -92,7 +118,8 @@ std::vector<mx::array> ArenaViews::vjp(
     const std::vector<mx::array>& cotangents,
     const std::vector<int>&,
     const std::vector<mx::array>&) {
-  auto flat = pack_arena(cotangents, offsets_, primals[0].size(), stream());
+  auto begin = layout_->offsets.begin() + first_;
+  auto flat = pack_arena(cotangents, {begin, begin + count_}, primals[0].size(), stream());
   return {mx::reshape(flat, primals[0].shape(), stream())};
 }
 
@@ -103,20 +130,26 @@ std::pair<std::vector<mx::array>, std::vector<int>> ArenaViews::vmap(
   auto arenas = mx::flatten(mx::moveaxis(inputs[0], axes[0], 0, stream()), 1, -1, stream());
   const int batch = arenas.shape(0);
   std::vector<mx::array> views;
-  for (size_t i = 0; i < shapes_.size(); ++i) {
-    const int begin = offsets_[i];
-    const int end = begin + static_cast<int>(element_count(shapes_[i]));
-    auto shape = shapes_[i];
-    shape.insert(shape.begin(), batch);
+  for (size_t i = 0; i < count_; ++i) {
+    const int begin = offset(i);
+    const int end = begin + static_cast<int>(element_count(shape(i)));
+    auto batched = shape(i);
+    batched.insert(batched.begin(), batch);
     views.push_back(
-        mx::reshape(mx::slice(arenas, {0, begin}, {batch, end}, stream()), shape, stream()));
+        mx::reshape(mx::slice(arenas, {0, begin}, {batch, end}, stream()), batched, stream()));
   }
-  return {std::move(views), std::vector<int>(shapes_.size(), 0)};
+  return {std::move(views), std::vector<int>(count_, 0)};
 }
 
 bool ArenaViews::is_equivalent(const mx::Primitive& other) const {
   auto& that = static_cast<const ArenaViews&>(other);
-  return shapes_ == that.shapes_ && offsets_ == that.offsets_;
+  auto same = [&](size_t i) { return shape(i) == that.shape(i) && offset(i) == that.offset(i); };
+  for (size_t i = 0; i < count_; ++i) {
+    if (count_ != that.count_ || !same(i)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 } // namespace mlx_fused_optim

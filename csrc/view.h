@@ -9,13 +9,13 @@
 
 namespace mlx_fused_optim {
 
-/// Some tensors of a row-contiguous arena. Several a node, because MLX evaluates
-/// and queues node by node; only a few, because it also visits every output of a
-/// node for each of them.
+/// `count` tensors of a row-contiguous arena, from the tensor `first` on. Several a node,
+/// because MLX evaluates and queues node by node; only a few, because it also visits every
+/// output of a node for each of them.
 class ArenaViews : public mx::Primitive {
  public:
-  ArenaViews(mx::Stream stream, std::vector<mx::Shape> shapes, std::vector<size_t> offsets)
-      : mx::Primitive(stream), shapes_(std::move(shapes)), offsets_(std::move(offsets)) {}
+  ArenaViews(mx::Stream stream, std::shared_ptr<const Arena> layout, size_t first, size_t count)
+      : mx::Primitive(stream), layout_(std::move(layout)), first_(first), count_(count) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     eval(inputs, outputs);
@@ -38,24 +38,26 @@ class ArenaViews : public mx::Primitive {
       const std::vector<int>& axes) override;
 
   DEFINE_NAME(ArenaViews)
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override { return shapes_; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override { return shapes(); }
   bool is_equivalent(const mx::Primitive& other) const override;
 
  private:
   void eval(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
-  std::vector<mx::Shape> shapes_;
-  std::vector<size_t> offsets_; // elements, increasing
+  const mx::Shape& shape(size_t i) const { return layout_->shapes[first_ + i]; }
+  size_t offset(size_t i) const { return layout_->offsets[first_ + i]; }
+  std::vector<mx::Shape> shapes() const;
+  std::shared_ptr<const Arena> layout_; // only shapes and offsets count
+  size_t first_;
+  size_t count_;
 };
 
-/// The tensors of these shapes at these offsets (elements, increasing) of a
-/// row-contiguous arena.
+/// All tensors of a row-contiguous arena.
 std::vector<mx::array> arena_views(
     const mx::array& arena,
-    const std::vector<mx::Shape>& shapes,
-    const std::vector<size_t>& offsets,
+    std::shared_ptr<const Arena> layout,
     mx::StreamOrDevice s = {});
 
-/// One of them.
+/// One, at an offset (elements).
 mx::array arena_view(
     const mx::array& arena,
     const mx::Shape& shape,
