@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -8,6 +9,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "composed.h"
+#include "errors.h"
+#include "prepared.h"
 #include "sgd.h"
 #include "tree.h"
 
@@ -69,6 +72,35 @@ SgdScalarSource source(const Number& number) {
   return std::get<mx::array>(number);
 }
 
+/// All but the arrays that groups and skipped steps need.
+SgdOptions own_options(
+    const Number& learning_rate,
+    const Number& momentum,
+    const Number& weight_decay,
+    const Number& grad_scale,
+    double dampening,
+    uint32_t flags,
+    float clip_value,
+    float clip_norm,
+    float trust_coefficient,
+    double ema_decay,
+    uint64_t seed,
+    std::optional<mx::Dtype> momentum_dtype) {
+  return {
+      {source(learning_rate), source(momentum), source(weight_decay), source(grad_scale)},
+      dampening,
+      flags,
+      clip_value,
+      clip_norm,
+      trust_coefficient,
+      ema_decay,
+      seed,
+      momentum_dtype,
+      {},
+      {},
+      {}};
+}
+
 nb::tuple step_of_tree(
     const Tree& tree,
     const Layout& layout,
@@ -90,8 +122,11 @@ nb::tuple step_of_tree(
     std::optional<mx::array> group_numbers,
     std::optional<mx::array> skipped,
     mx::StreamOrDevice stream) {
-  SgdOptions options{
-      {source(learning_rate), source(momentum), source(weight_decay), source(grad_scale)},
+  auto options = own_options(
+      learning_rate,
+      momentum,
+      weight_decay,
+      grad_scale,
       dampening,
       flags,
       clip_value,
@@ -99,17 +134,26 @@ nb::tuple step_of_tree(
       trust_coefficient,
       ema_decay,
       seed,
-      momentum_dtype,
-      groups,
-      group_numbers,
-      skipped};
+      momentum_dtype);
+  options.groups = groups;
+  options.group_numbers = group_numbers;
+  options.skipped = skipped;
+  if (!tree.fits(layout)) {
+    refuse(
+        "fused_sgd_step",
+        "the layout is of other tensors: got layout_",
+        fingerprint_text(layout.fingerprint),
+        ", the tree has layout_",
+        tree.fingerprint(),
+        ".");
+  }
   auto result = sgd_step(layout, tree.parameters(), tree.gradients(), slots, step, options, stream);
   auto measured = nb::make_tuple(nb::none(), nb::none());
   if (!result.measured.empty()) {
     measured = nb::make_tuple(result.measured[0], result.measured[1]);
   }
   return nb::make_tuple(
-      tree.unflatten(result.parameters),
+      tree.unflatten(std::move(result.parameters)),
       result.slots,
       result.counters[0],
       result.counters[1],
@@ -218,7 +262,8 @@ NB_MODULE(_ext, m) {
       .def(
           "__init__",
           [](Layout* self, nb::list rows) { new (self) Layout(layout_from_rows(rows)); })
-      .def_prop_ro("fingerprint", &fingerprint_of)
+      .def_prop_ro(
+          "fingerprint", [](const Layout& layout) { return fingerprint_text(layout.fingerprint); })
       .def_prop_ro("tensors", &layout_rows, "``[(path, shape, dtype), ...]``")
       .def_prop_ro(
           "arenas",
@@ -228,9 +273,7 @@ NB_MODULE(_ext, m) {
   m.def(
       "arena_view",
       [](const mx::array& arena, std::vector<int> lengths, size_t offset, mx::StreamOrDevice s) {
-        const mx::Shape shape(lengths.begin(), lengths.end());
-        return composed_is_asked_for() ? composed_tensor(arena, shape, offset, mx::to_stream(s))
-                                       : arena_view(arena, shape, offset, s);
+        return arena_tensor(arena, mx::Shape(lengths.begin(), lengths.end()), offset, s);
       },
       "arena"_a,
       "shape"_a,
@@ -282,4 +325,56 @@ NB_MODULE(_ext, m) {
       "One step of every tensor: (parameters, slots, step, used scalars, measured or None,\n"
       "steps skipped or None). Each of learning_rate, momentum, weight_decay and grad_scale is\n"
       "a float, a Schedule or a scalar array.");
+
+  nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")
+      .def(
+          "__init__",
+          [](PreparedStep* self,
+             nb::object layout,
+             std::string key,
+             const Number& learning_rate,
+             double momentum,
+             double weight_decay,
+             double grad_scale,
+             double dampening,
+             uint32_t flags,
+             float clip_value,
+             double ema_decay,
+             uint64_t seed,
+             std::optional<mx::Dtype> momentum_dtype) {
+            auto options = own_options(
+                learning_rate,
+                momentum,
+                weight_decay,
+                grad_scale,
+                dampening,
+                flags,
+                clip_value,
+                0,
+                0,
+                ema_decay,
+                seed,
+                momentum_dtype);
+            new (self) PreparedStep(std::move(layout), std::move(key), std::move(options));
+          },
+          "layout"_a,
+          "key"_a,
+          nb::kw_only(),
+          "learning_rate"_a,
+          "momentum"_a,
+          "weight_decay"_a,
+          "grad_scale"_a,
+          "dampening"_a,
+          "flags"_a,
+          "clip_value"_a,
+          "ema_decay"_a,
+          "seed"_a,
+          "momentum_dtype"_a.none())
+      .def(
+          "__call__",
+          &PreparedStep::take,
+          "tree"_a,
+          "state"_a.none(),
+          "learning_rate"_a.none(),
+          "stream"_a = nb::none());
 }

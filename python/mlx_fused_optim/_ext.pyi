@@ -115,3 +115,30 @@ def sgd_step(
     skipped: mx.array | None,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> tuple[Any, list[list[mx.array]], mx.array, mx.array, mx.array | None, mx.array | None]: ...
+
+class PreparedStep:
+    """A step that is taken again: see csrc/prepared.h."""
+
+    def __init__(
+        self,
+        layout: object,
+        key: str,
+        *,
+        learning_rate: mx.array | Schedule | float,
+        momentum: float,
+        weight_decay: float,
+        grad_scale: float,
+        dampening: float,
+        flags: int,
+        clip_value: float,
+        ema_decay: float,
+        seed: int,
+        momentum_dtype: mx.Dtype | None,
+    ) -> None: ...
+    def __call__(
+        self,
+        tree: Tree,
+        state: object | None,
+        learning_rate: object | None,
+        stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+    ) -> tuple[object, dict[str, object]] | None: ...

@@ -78,6 +78,46 @@ def begun(
     return state
 
 
+def prepared_step(
+    tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyperparameters, options: Options
+) -> _ext.PreparedStep | None:
+    """These steps again without a look at each option; None where every step needs one, for
+    a number that Python makes, for groups and for what is measured."""
+    rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
+    if (
+        not isinstance(rate, (mx.array, _ext.Schedule))
+        or not isinstance(hyper.momentum, float)
+        or not isinstance(hyper.weight_decay, float)
+        or not isinstance(options.grad_scale, float)
+        or options.groups.members
+        or options.is_measured
+    ):
+        return None
+    layout = layout_of(tree)
+    return _ext.PreparedStep(
+        layout.made,
+        layout.key,
+        learning_rate=rate,
+        momentum=hyper.momentum,
+        weight_decay=hyper.weight_decay,
+        grad_scale=options.grad_scale,
+        dampening=hyper.dampening,
+        flags=flags_of(hyper, options, options.grad_scale),
+        clip_value=options.clip_value or 0.0,
+        ema_decay=options.ema_decay or 0.0,
+        seed=options.seed,
+        momentum_dtype=options.momentum_dtype,
+    )
+
+
+def flags_of(hyper: Hyperparameters, options: Options, scale: LearningRate) -> int:
+    """Everything that a step of these options may consist of: bits of _ext.FLAGS."""
+    flags = hyper.flags | options.flags | options.groups.added_flags
+    if not isinstance(scale, float) or scale != 1:
+        flags |= _ext.FLAGS["grad_scale"]
+    return flags
+
+
 def take_step(
     op: str,
     tree: _ext.Tree,
@@ -112,16 +152,11 @@ def take_step(
         elif callable(value):
             scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
 
-    own_flags = hyper.flags | options.flags
-    flags = own_flags | options.groups.added_flags
-    if not isinstance(scale, float) or scale != 1:
-        flags |= _ext.FLAGS["grad_scale"]
-
     layout = layout_of(tree)
     groups = numbers = None
     if options.groups.members:
         rows = _groups.rows_of(options.groups, layout, tree, parameters, op)
-        groups = _groups.for_kernel(options.groups, layout.key, rows, own_flags)
+        groups = _groups.for_kernel(options.groups, layout.key, rows, hyper.flags | options.flags)
         numbers = _groups.numbers_of(
             options.groups, options.trust_coefficient, state["step"], op, stream
         )
@@ -148,7 +183,7 @@ def take_step(
         state["step"],
         **scalars,
         dampening=hyper.dampening,
-        flags=flags,
+        flags=flags_of(hyper, options, scale),
         clip_value=options.clip_value or 0.0,
         clip_norm=options.clip_norm or 0.0,
         trust_coefficient=options.trust_coefficient or 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -11,7 +11,7 @@ from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList, known_groups
 from ._options import Options, checked_options
-from ._step import begun, checked_hyperparameters, take_step
+from ._step import begun, checked_hyperparameters, prepared_step, take_step
 
 
 def fused_sgd_init(
@@ -180,7 +180,10 @@ def fused_sgd_step(
     """
     op = "fused_sgd_step"
     tree = _ext.Tree(gradients, parameters, op, exact=True)
-    hyper = checked_hyperparameters(op, momentum, weight_decay, dampening, nesterov)
+    if not callable(learning_rate):
+        learning_rate = checked_scalar(op, "learning_rate", learning_rate)
+    schedule = learning_rate if callable(learning_rate) else None
+    numbers = (momentum, weight_decay, dampening, nesterov)
     given = (
         momentum_dtype,
         master_weights,
@@ -197,13 +200,20 @@ def fused_sgd_step(
         trust_coefficient,
         ema_decay,
     )
+    key = (schedule, *numbers, *given)
+    prepared = _prepared.get(tuple(map(id, key)))
+    if prepared is not None:
+        taken = prepared.step(tree, state, learning_rate, stream)
+        if taken is not None:
+            return taken
+
+    hyper = checked_hyperparameters(op, *numbers)
     options = _checked_options(op, given)
     _packing.check_scalars(state, op)
-    if not callable(learning_rate):
-        learning_rate = checked_scalar(op, "learning_rate", learning_rate)
     updated, state, _ = take_step(
         op, tree, parameters, state, learning_rate, hyper, options, None, stream, packs=False
     )
+    _prepare(key, prepared_step(tree, learning_rate, hyper, options))
     return updated, state
 
 
@@ -228,6 +238,23 @@ def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     op = "fused_sgd_ema"
     _packing.check_scalars(state, op)
     return _packing.averages(state, dtype, op)
+
+
+class _Prepared(NamedTuple):
+    """A step for these very arguments, which live as long as their ids are looked up."""
+
+    key: tuple[Any, ...]
+    step: _ext.PreparedStep
+
+
+_prepared: dict[tuple[int, ...], _Prepared] = {}
+
+
+def _prepare(key: tuple[Any, ...], step: _ext.PreparedStep | None) -> None:
+    if step is not None:
+        if len(_prepared) >= 16:  # a number that is another object in each call
+            _prepared.clear()
+        _prepared[tuple(map(id, key))] = _Prepared(key, step)
 
 
 _PLAIN = Options()

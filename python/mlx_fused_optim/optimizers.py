@@ -12,7 +12,10 @@ from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList
 from ._options import Option, checked_options
-from ._step import Hyperparameters, begun, checked_hyperparameters, take_step
+from ._step import Hyperparameters, begun, checked_hyperparameters, prepared_step, take_step
+
+# What a step was prepared for, and the step.
+_NOT_PREPARED: tuple[tuple[Any, ...], _ext.PreparedStep | None] = ((), None)
 
 
 class SGD(Optimizer):
@@ -205,11 +208,16 @@ class SGD(Optimizer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
         self._checked: tuple[tuple[Any, ...], Hyperparameters] | None = None
+        self._prepared = _NOT_PREPARED
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
         self.nesterov = nesterov
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: what is prepared is made again."""
+        return {**self.__dict__, "_prepared": _NOT_PREPARED}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -321,8 +329,23 @@ class SGD(Optimizer):
         """
         tree = _ext.Tree(gradients, parameters, "SGD")
         hyper = self._hyperparameters()
-        self._check_loaded_state(parameters)
         learning_rate = self._schedulers.get("learning_rate")
+        key = (hyper, self._options, learning_rate)
+        prepared_for, prepared = self._prepared
+        if (
+            prepared is not None
+            and grad_scale is None
+            and self._initialized
+            and len(self._schedulers) == (learning_rate is not None)
+            and all(map(operator.is_, key, prepared_for))
+        ):
+            taken = prepared(tree, self._state, self._state.get("learning_rate"))
+            if taken is not None:
+                updated, state = taken
+                self._replace_state(state)
+                return updated
+
+        self._check_loaded_state(parameters)
         if learning_rate is None:
             rate = self.state.get("learning_rate")
             learning_rate = checked_scalar("SGD", "learning_rate", rate)
@@ -346,6 +369,7 @@ class SGD(Optimizer):
         )
         self._replace_state({**state, **used, **others})
         self._initialized = True
+        self._prepared = key, prepared_step(tree, learning_rate, hyper, self._options)
         return updated
 
     def ema_parameters(self, dtype: mx.Dtype | None = None) -> Any:

@@ -1,0 +1,151 @@
+#include "prepared.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+namespace mlx_fused_optim {
+
+namespace {
+
+/// A value of a dict, or a null handle.
+nb::handle lookup(nb::handle dict, nb::handle key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!value && PyErr_Occurred()) {
+    throw nb::python_error();
+  }
+  return value;
+}
+
+/// A dict in a dict, or a null handle.
+nb::handle dict_at(nb::handle dict, nb::handle key) {
+  const auto value = lookup(dict, key);
+  return value && PyDict_CheckExact(value.ptr()) ? value : nb::handle();
+}
+
+/// The array that an object is, or null.
+const mx::array* as_array(nb::handle object) {
+  return object && nb::isinstance<mx::array>(object) ? nb::inst_ptr<mx::array>(object) : nullptr;
+}
+
+const mx::array* as_scalar(nb::handle object) {
+  auto* array = as_array(object);
+  return array && array->ndim() == 0 ? array : nullptr;
+}
+
+bool is_real(mx::Dtype dtype) {
+  return mx::issubdtype(dtype, mx::floating) || mx::issubdtype(dtype, mx::integer);
+}
+
+/// Keys of a state, made once.
+struct Names {
+  nb::str step{"step"}, learning_rate{"learning_rate"}, arenas{"arenas"}, table{"table"};
+  std::array<nb::str, kSlots> slots{
+      nb::str("momentum"),
+      nb::str("master"),
+      nb::str("compensation"),
+      nb::str("ema")};
+};
+const Names& names() {
+  static const auto* made = new Names; // never destroyed: Python may be gone by then
+  return *made;
+}
+
+/// What an entry of state["arenas"] keeps, or nothing if it has more or less than that.
+std::optional<SgdSlots> slots_of(nb::handle entry) {
+  SgdSlots slots;
+  size_t known = lookup(entry, names().table) ? 1 : 0;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const auto arenas = lookup(entry, names().slots[slot]);
+    if (!arenas) {
+      continue;
+    }
+    if (!PyList_Check(arenas.ptr())) {
+      return {};
+    }
+    for (auto item : nb::borrow<nb::list>(arenas)) {
+      auto* arena = as_array(item);
+      if (!arena) {
+        return {};
+      }
+      slots[slot].push_back(*arena);
+    }
+    ++known;
+  }
+  return known == nb::len(entry) ? std::optional(std::move(slots)) : std::nullopt;
+}
+
+nb::dict copy_of(nb::handle dict) {
+  PyObject* copy = PyDict_Copy(dict.ptr());
+  if (!copy) {
+    nb::raise_python_error();
+  }
+  return nb::steal<nb::dict>(copy);
+}
+
+} // namespace
+
+PreparedStep::PreparedStep(nb::object layout, std::string key, SgdOptions options)
+    : held_(layout),
+      layout_(nb::cast<const Layout&>(layout)),
+      key_(key.c_str()),
+      options_(std::move(options)) {}
+
+std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
+    const Tree& tree,
+    nb::handle state,
+    nb::handle learning_rate,
+    mx::StreamOrDevice stream) const {
+  if (!PyDict_CheckExact(state.ptr())) {
+    return {};
+  }
+  auto* step = as_scalar(lookup(state, names().step));
+  auto* last_rate = as_scalar(lookup(state, names().learning_rate));
+  const auto entries = dict_at(state, names().arenas);
+  const auto entry = entries ? dict_at(entries, key_) : nb::handle();
+  // With nothing else in the state, nothing that an earlier step kept is to be forgotten.
+  const bool is_empty = nb::len(state) == 2;
+  if (!tree.fits(layout_) || !step || !last_rate || !(entry || is_empty)) {
+    return {};
+  }
+  const std::optional<SgdSlots> slots = entry ? slots_of(entry) : SgdSlots{};
+  auto options = options_;
+  auto& rate = options.scalars[fused_math::kLearningRate];
+  const bool is_given = std::holds_alternative<mx::array>(rate);
+  if (is_given) {
+    auto* given = as_scalar(learning_rate);
+    if (!given || !is_real(given->dtype())) {
+      return {};
+    }
+    rate = *given;
+  }
+  if (!slots) {
+    return {};
+  }
+
+  SgdStep taken;
+  try {
+    taken = sgd_step(layout_, tree.parameters(), tree.gradients(), *slots, *step, options, stream);
+  } catch (const std::invalid_argument&) { // nothing has been changed
+    return {};
+  }
+
+  nb::dict next = copy_of(state);
+  if (entry) {
+    nb::dict next_entry = copy_of(entry), next_entries = copy_of(entries);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (!taken.slots[slot].empty()) {
+        next_entry[names().slots[slot]] = nb::cast(std::move(taken.slots[slot]));
+      }
+    }
+    next_entries[key_] = next_entry;
+    next[names().arenas] = next_entries;
+  }
+  next[names().step] = nb::cast(taken.counters[0]);
+  next[names().learning_rate] = is_given
+      ? nb::borrow(learning_rate)
+      : nb::cast(arena_tensor(taken.counters[1], {}, fused_math::kLearningRate, stream));
+  return std::pair<nb::object, StateDict>(
+      tree.unflatten(std::move(taken.parameters)), std::move(next));
+}
+
+} // namespace mlx_fused_optim

@@ -1,0 +1,338 @@
+"""A step that is taken again, csrc/prepared.h: the same as one that Python looked at, and
+never taken where something has changed since."""
+
+import copy
+import pickle
+
+import mlx.core as mx
+import mlx_fused_optim as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_fused_optim import _ext, functional, optimizers
+
+OPTIONS = {
+    "plain": dict(),
+    "momentum": dict(momentum=0.9, weight_decay=0.01),
+    "nesterov": dict(momentum=0.9, nesterov=True),
+    "float32 momentum": dict(momentum=0.9, momentum_dtype=mx.float32),
+    "master": dict(momentum=0.9, master_weights=True, ema_decay=0.5),
+    "compensated": dict(compensated=True, clip_value=0.5),
+    "stochastic": dict(momentum=0.9, rounding="stochastic", seed=3),
+    "scaled": dict(grad_scale=4.0, decoupled=True, weight_decay=0.1, maximize=True),
+}
+RATES = {
+    "constant": lambda: 0.25,
+    "integer": lambda: mx.array(1),
+    "schedule": lambda: optim.exponential_decay(0.5, 0.75),
+}
+
+
+def tree(seed, dtype=mx.bfloat16):
+    values = np.random.default_rng(seed).standard_normal
+    return {
+        "a": mx.array(values((3, 5)), mx.float32),
+        "b": [{"w": mx.array(values(70)).astype(dtype)}, (mx.array(values(())).astype(dtype),)],
+    }
+
+
+def same(got, want):
+    got, want = tree_flatten(got), tree_flatten(want)
+    assert [path for path, _ in got] == [path for path, _ in want]
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, path
+        assert mx.array_equal(a, b).item(), path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often Python looked at a step."""
+    seen = []
+    for module in (optimizers, functional):
+        original = module.take_step
+
+        def counted(*args, original=original, **kwargs):
+            seen.append(args[0])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, "take_step", counted)
+    functional._prepared.clear()
+    return seen
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """Makes every step one that Python looks at."""
+
+    def switch():
+        for module in (optimizers, functional):
+            monkeypatch.setattr(module, "prepared_step", lambda *_: None)
+        functional._prepared.clear()
+
+    return switch
+
+
+def optimizer_run(options, rate, steps=4):
+    optimizer = optim.SGD(rate, **options)
+    parameters = tree(1)
+    for i in range(steps):
+        parameters = optimizer.apply_gradients(tree(2 + i), parameters)
+        mx.eval(parameters, optimizer.state)
+    return parameters, optimizer.state
+
+
+def function_run(options, rate, steps=4):
+    parameters = tree(1)
+    state = optim.fused_sgd_init(parameters, **options)
+    for i in range(steps):
+        parameters, state = optim.fused_sgd_step(
+            parameters, tree(2 + i), state, learning_rate=rate, **options
+        )
+        mx.eval(parameters, state)
+    return parameters, state
+
+
+@pytest.mark.parametrize("run", [optimizer_run, function_run])
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_same_as_a_step_that_python_looks_at(run, rate, options, calls, never):
+    rate, options = RATES[rate](), OPTIONS[options]
+    got = run(options, rate)
+    assert len(calls) == 1
+    never()
+    want = run(options, rate)
+    assert len(calls) == 5
+    same(got, want)
+
+
+def test_in_a_compiled_step(never):
+    def run():
+        optimizer = optim.SGD(optim.exponential_decay(0.5, 0.75), momentum=0.9)
+        parameters = tree(1)
+        optimizer.init(parameters)
+        for i in range(3):  # prepared, then traced
+            parameters = optimizer.apply_gradients(tree(2 + i), parameters)
+        step = mx.compile(optimizer.apply_gradients, optimizer.state, optimizer.state)
+        for i in range(3):
+            parameters = step(tree(5 + i), parameters)
+            mx.eval(parameters, optimizer.state)
+        return parameters, optimizer.state
+
+    got = run()
+    assert got[1]["step"].item() == 6
+    never()
+    same(got, run())
+
+
+# ---- What Python has to look at ---------------------------------------------------
+
+
+@pytest.fixture
+def prepared(calls):
+    """An optimizer that has taken two steps, one of them as prepared."""
+    optimizer = optim.SGD(0.25, momentum=0.9)
+    parameters = tree(1)
+    for i in range(2):
+        parameters = optimizer.apply_gradients(tree(2 + i), parameters)
+    assert calls == ["SGD"]
+    return optimizer, parameters
+
+
+CHANGES = {
+    "learning_rate": optim.cosine_decay(0.5, 10),
+    "momentum": 0.5,
+    "weight_decay": optim.cosine_decay(0.5, 10),
+    "dampening": 0.5,
+    "nesterov": True,
+    "clip_value": 0.01,
+    "clip_norm": 0.01,
+    "grad_scale": 2.0,
+    "maximize": True,
+    "groups": [(lambda path, array: path == "a", {"learning_rate": 0.0})],
+    "ema_decay": 0.5,
+    "momentum_dtype": mx.float32,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_option_counts_at_once(prepared, calls, name):
+    optimizer, parameters = prepared
+    fresh = optim.SGD(0.25, momentum=0.9)
+    fresh.state = optimizer.state
+    for one in (optimizer, fresh):
+        setattr(one, name, CHANGES[name])
+    got, want = (one.apply_gradients(tree(9), parameters) for one in (optimizer, fresh))
+    assert calls == ["SGD"] * 3
+    same((got, optimizer.state), (want, fresh.state))
+
+
+def test_a_rate_that_is_set_needs_no_look(prepared, calls):
+    optimizer, parameters = prepared
+    optimizer.learning_rate = 0.0
+    same(optimizer.apply_gradients(tree(9), parameters), parameters)
+    assert calls == ["SGD"]
+
+
+def test_the_scale_of_one_call(prepared, calls):
+    optimizer, parameters = prepared
+    fresh = optim.SGD(0.25, momentum=0.9)
+    fresh.state = optimizer.state
+    got = optimizer.apply_gradients(tree(9), parameters, grad_scale=2.0)
+    same(got, fresh.apply_gradients(tree(9), parameters, grad_scale=2.0))
+    assert calls == ["SGD"] * 3
+
+
+def test_other_tensors(prepared, calls):
+    optimizer, parameters = prepared
+    for part in ({"a": tree(9)["a"]}, tree(9)):
+        optimizer.apply_gradients(part, parameters)
+    assert calls == ["SGD"] * 3
+
+
+def test_a_state_that_is_assigned(prepared, calls):
+    optimizer, parameters = prepared
+    optimizer.state = {"step": mx.array(7, mx.uint64), "learning_rate": mx.array(0.5)}
+    optimizer.apply_gradients(tree(9), parameters)
+    assert calls == ["SGD"] * 2 and optimizer.step.item() == 8
+
+
+def test_a_schedule_of_a_subclass(calls):
+    class Scheduled(optim.SGD):
+        def __init__(self):
+            super().__init__(0.25, momentum=0.9)
+            self._maybe_schedule("own", lambda step: step * 2.0)
+
+    optimizer, parameters = Scheduled(), tree(1)
+    for i in range(3):
+        parameters = optimizer.apply_gradients(tree(2 + i), parameters)
+        assert optimizer.state["own"].item() == 2 * i
+    assert calls == ["SGD"] * 3
+
+
+WRONG = {
+    "no step": lambda state: state.pop("step"),
+    "a step of another dtype": lambda state: state.update(step=mx.array(1)),
+    "a step that is a number": lambda state: state.update(step=1),
+    "no rate": lambda state: state.pop("learning_rate"),
+    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5])),
+    "a rate that is a number of bits": lambda state: state.update(learning_rate=mx.array(True)),
+    "arenas that are a list": lambda state: state.update(arenas=[]),
+    "an entry that is a list": lambda state: state["arenas"].update(
+        {key: [] for key in state["arenas"]}
+    ),
+    "momentum that is one array": lambda state: next(iter(state["arenas"].values())).update(
+        momentum=mx.zeros(64)
+    ),
+    "momentum of another shape": lambda state: next(iter(state["arenas"].values())).update(
+        momentum=[mx.zeros(64)]
+    ),
+    "momentum that is text": lambda state: next(iter(state["arenas"].values())).update(
+        momentum=["a", "b"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_state_that_went_wrong(prepared, calls, name):
+    """The words are those of a first step."""
+    optimizer, parameters = prepared
+    WRONG[name](optimizer.state)
+    before = dict(optimizer.state)
+    with pytest.raises(ValueError, match=r"^\[SGD\] .*: got .*, (allowed|expected) |^\[fused"):
+        optimizer.apply_gradients(tree(9), parameters)
+    assert calls in (["SGD"], ["SGD"] * 2)
+    assert optimizer.state.keys() == before.keys()
+    assert all(optimizer.state[key] is before[key] for key in before)
+
+
+def test_what_an_earlier_option_kept_is_forgotten(calls):
+    """A step without momentum does not know that a state has more than it says."""
+    optimizer, parameters = optim.SGD(0.25), tree(1)
+    parameters = optimizer.apply_gradients(tree(2), parameters)
+    kept = optim.SGD(0.25, ema_decay=0.5)
+    kept.init(parameters)
+    optimizer.state["arenas"] = kept.state["arenas"]
+    optimizer.apply_gradients(tree(3), parameters)
+    assert calls == ["SGD"] * 2 and not optimizer.state["arenas"]
+
+
+# ---- The function -------------------------------------------------------------------
+
+
+def test_the_function_knows_several_sets_of_arguments(calls):
+    parameters = tree(1)
+    many, few = {"momentum": 0.9}, {"momentum": 0.5}
+    states = [optim.fused_sgd_init(parameters, momentum=0.9) for _ in range(2)]
+    for i in range(3):
+        for options, state in zip((many, few), states, strict=True):
+            optim.fused_sgd_step(parameters, tree(2 + i), state, learning_rate=0.5, **options)
+    assert calls == ["fused_sgd_step"] * 2
+
+
+def test_numbers_that_are_new_objects_leave_nothing_behind(calls):
+    parameters = {"w": mx.ones(3)}
+    state = optim.fused_sgd_init(parameters, momentum=0.9)
+    for i in range(100):
+        parameters, state = optim.fused_sgd_step(
+            parameters, parameters, state, learning_rate=0.0, momentum=float(f"0.{i}1")
+        )
+    assert len(calls) == 100 and len(functional._prepared) <= 16
+
+
+def test_a_wrong_argument_is_refused_after_a_right_one():
+    parameters = {"w": mx.ones(3)}
+    state = optim.fused_sgd_init(parameters, momentum=0.9)
+
+    def step(**changes):
+        arguments = dict(learning_rate=0.5, momentum=0.9)
+        return optim.fused_sgd_step(parameters, parameters, state, **{**arguments, **changes})
+
+    step()
+    for change in (
+        dict(learning_rate=-1.0),
+        dict(momentum=-1.0),
+        dict(learning_rate=mx.ones(2)),
+        dict(clip_value=0.0),
+        dict(nesterov=True, dampening=0.5),
+    ):
+        with pytest.raises(ValueError, match=r"^\[fused_sgd_step\] .*: got "):
+            step(**change)
+    for bad in (None, [], {"step": 1}):
+        with pytest.raises(ValueError, match=r"^\[fused_sgd_step\] .*: got "):
+            optim.fused_sgd_step(parameters, parameters, bad, learning_rate=0.5, momentum=0.9)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_prepare_their_own(prepared, calls, copied):
+    optimizer, parameters = prepared
+    other = copied(optimizer)
+    same(other.apply_gradients(tree(9), parameters), optimizer.apply_gradients(tree(9), parameters))
+    assert calls == ["SGD"] * 2
+
+
+def test_a_layout_of_other_tensors_is_refused():
+    """Below Python: the step itself asks for the tensors that it was laid out for."""
+    one, two = {"w": mx.ones(3)}, {"w": mx.ones(4)}
+    layout = _ext.Layout(_ext.Tree(two, two, "test"))
+    with pytest.raises(ValueError, match=r"\[fused_sgd_step\] the layout is of other tensors: got"):
+        _ext.sgd_step(
+            _ext.Tree(one, one, "test"),
+            layout,
+            [[], [], [], []],
+            mx.array(0, mx.uint64),
+            learning_rate=0.5,
+            momentum=0.0,
+            weight_decay=0.0,
+            grad_scale=1.0,
+            dampening=0.0,
+            flags=0,
+            clip_value=0.0,
+            clip_norm=0.0,
+            trust_coefficient=0.0,
+            ema_decay=0.0,
+            seed=0,
+            momentum_dtype=None,
+            groups=None,
+            group_numbers=None,
+            skipped=None,
+        )
