@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 SECONDS = {"usual": 12.0, "quick": 0.5}  # for each set of shapes
+TRAINING = 3  # times longer: a share is a small difference
 
 
 def measure(work: shapes.Work, names: list[str], options: peers.Options, seconds: float) -> dict:
@@ -59,10 +60,14 @@ def measure_training(
         for name, candidate in candidates.items()
         if candidate.optimizer is None or name in names
     }
-    return record("training", work, options, timing.time_in_turns(chosen, seconds))
+    times = timing.time_in_turns(chosen, seconds)
+    training.add_shares(times)
+    return record("training", work, options, times)
 
 
 def record(kind: str, work: shapes.Work, options: peers.Options, times: dict) -> dict:
+    for time in times.values():
+        del time["turns_ms"]  # of interest for what is computed from them
     return {
         "kind": kind,
         "name": work.name,
@@ -91,8 +96,7 @@ def table(result: dict) -> Table:
     for name, time in sorted(times.items(), key=lambda item: item[1]["median_ms"]):
         median = time["median_ms"]
         if in_training:
-            value = training.share(name, times)
-            third = "" if value is None else f"{value:.3f}"
+            third = f"{time['share']['median_ms']:.3f}" if "share" in time else ""
         else:
             third = f"{result['least_bytes'] / median / 1e6:.1f}"
         shown.add_row(
@@ -113,6 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     gpu = mx.is_available(mx.gpu)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seconds", type=float, help="for each set of shapes")
     parser.add_argument("--shapes", help=f"comma-separated, or 'all'; of {', '.join(shapes.NAMES)}")
     parser.add_argument("--peers", help=f"comma-separated; of {', '.join(peers.PEERS)}")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu" if gpu else "cpu")
@@ -126,6 +131,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     if options.device == "gpu" and not gpu:
         parser.error("--device gpu: this build of MLX has no GPU, allowed cpu")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds: got {options.seconds}, allowed more than 0")
     if options.shapes == "all":
         options.shapes = list(shapes.NAMES)
     elif options.shapes:
@@ -150,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     mx.set_default_device(mx.gpu if chosen.device == "gpu" else mx.cpu)
     options = peers.Options(dtype=chosen.dtype, device=chosen.device)
-    seconds = SECONDS["quick" if chosen.quick else "usual"]
+    seconds = chosen.seconds or SECONDS["quick" if chosen.quick else "usual"]
     run: dict[str, Any] = {
         **timing.header(chosen.device),
         "device": chosen.device,
@@ -184,7 +191,7 @@ def results_of(
     if name == shapes.LORA_TRAINING:
         work, rows = training.lora_work(chosen.quick, chosen.device)
         loss = training.lora_loss(work, rows, getattr(mx, chosen.dtype))
-        yield measure_training(work, loss, chosen.peers, options, seconds)
+        yield measure_training(work, loss, chosen.peers, options, TRAINING * seconds)
         return
     work = shapes.load(name)
     yield measure(work, chosen.peers, options, seconds)

@@ -98,7 +98,6 @@ class MlxPeer:
         # No reference to the old parameters stays: their memory can be reused.
         self.parameters = self.update(self.gradients, self.parameters)
         mx.eval(self.parameters, self.optimizer.state)
-        mx.synchronize()
 
     def samples(self) -> list[np.ndarray]:
         return [

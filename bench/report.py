@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import training
-
 RESULTS = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 README = Path(__file__).parent.parent / "README.md"
@@ -24,13 +22,14 @@ INTRODUCTION = """\
 
 <!-- Written by bench/report.py from bench/results/*.json: change those. -->
 
-Whole steps, host time included: from the call until the last result is in memory. Every
-candidate takes the same step (momentum 0.9, weight decay 1e-4, exponential decay of the
+Whole steps, host time included: from the call until the last result is in memory (of MLX, until
+`mx.eval` returns). Every candidate takes the same step (momentum 0.9, weight decay 1e-4, exponential decay of the
 learning rate) with parameters of its own, and may reuse the memory of the old ones. Before it
 is timed, its result is compared with a float64 reference; a candidate outside the error that
 its roundings allow is told, not timed. Candidates take turns of a few steps each; medians, and
 the quartiles beside them. GB/s counts the bytes that a step cannot do without: parameters and
-momentum read and written, gradients read. "New memory" is what one step of MLX allocates beyond
+momentum read and written, gradients read. In a training step, an optimizer's share is what it adds
+to the gradients alone, turn by turn: the median of the differences. "New memory" is what one step of MLX allocates beyond
 what is held before it, by MLX's own counter.
 
 "mlx" is `mlx.optimizers.SGD`, "torch" is `torch.optim.SGD`, "optax jit" is `optax.sgd` under
@@ -90,6 +89,8 @@ def _run(name: str, run: dict) -> str:
         f"{machine['load']}. From `bench/results/{name}.json`.",
         "",
     ]
+    if "copy_gb_s" in machine:
+        lines += [f"A copy in the GPU's memory: {machine['copy_gb_s']} GB/s.", ""]
     if machine["load"] > BUSY * machine["cores"]:
         lines += [
             "**The machine was busy with other work.** Times are too long, and longest for "
@@ -118,11 +119,11 @@ def _step(result: dict) -> list[str]:
 def _training(result: dict) -> list[str]:
     times = result["candidates"]
     lines = [f"### {_in_training(result)}", ""]
-    lines += ["| | ms | quartiles | the optimizer's share, ms |", "| --- | ---: | ---: | ---: |"]
+    lines += ["| | ms | quartiles | the optimizer's share, ms | quartiles |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for name, time in _ranked(times):
-        share = training.share(name, times)
-        shown = "" if share is None else f"{share:.3f}"
-        lines.append(f"| {name} | {_times(time)} | {shown} |")
+        share = _times(time["share"]) if "share" in time else " | "
+        lines.append(f"| {name} | {_times(time)} | {share} |")
     return [*lines, ""]
 
 

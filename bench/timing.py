@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_fused_optim
@@ -22,8 +23,9 @@ FEWEST_TURNS = 4
 
 def time_in_turns(
     candidates: Mapping[str, Callable[[], None]], seconds: float
-) -> dict[str, dict[str, float]]:
-    """Median and quartiles (ms) of each candidate (name -> one step, host time included).
+) -> dict[str, dict[str, Any]]:
+    """Median and quartiles (ms) of each candidate (name -> one step, host time included), and
+    its median in each turn.
 
     They take turns, so that a drift of clock or heat falls on all. A turn is a few steps in
     a row, as in a training loop. A step must return only when its work is done. Turns go on
@@ -49,6 +51,10 @@ def time_in_turns(
             "low_ms": low,
             "high_ms": high,
             "steps": len(milliseconds),
+            "turns_ms": [
+                statistics.median(milliseconds[at : at + STEPS])
+                for at in range(0, len(milliseconds), STEPS)
+            ],
         }
     return result
 
@@ -62,6 +68,25 @@ def new_bytes(step: Callable[[], None]) -> int:
     return mx.get_peak_memory() - before
 
 
+def copy_speed() -> float | None:
+    """GB/s of a copy in the GPU's memory, read and written; torch's, which is the driver's."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(1e-3 * start.elapsed_time(end))
+    return 2 * source.numel() * source.element_size() / statistics.median(seconds) / 1e9
+
+
 def header(device: str) -> dict:
     """Where and when, for the record."""
     machine = {
@@ -72,6 +97,8 @@ def header(device: str) -> dict:
     }
     if device == "gpu":
         machine["gpu"] = str(mx.device_info().get("device_name", "unknown"))
+        if not mx.metal.is_available() and (speed := copy_speed()) is not None:
+            machine["copy_gb_s"] = round(speed)
     versions = {"python": platform.python_version()}
     versions["mlx-fused-optim"] = mlx_fused_optim.__version__
     for package in ("mlx", "torch", "jax", "optax"):

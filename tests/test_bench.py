@@ -99,7 +99,18 @@ def test_candidates_take_turns():
     assert calls == (["a"] * turn + ["b"] * turn) * timing.FEWEST_TURNS
     for time in times.values():
         assert time["steps"] == timing.FEWEST_TURNS * timing.STEPS
+        assert len(time["turns_ms"]) == timing.FEWEST_TURNS
         assert 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+
+
+def test_a_share_is_a_difference_within_each_turn():
+    """A host that is five times slower in one turn is so for both."""
+    turns = {"gradients alone": [10, 50, 10, 12], "ours": [11, 51, 11.5, 13], "mlx": [13, 53, 12, 16]}
+    times = {name: {"turns_ms": turn} for name, turn in turns.items()}
+    training.add_shares(times)
+    assert times["ours"]["share"]["median_ms"] == 1
+    assert times["mlx"]["share"]["median_ms"] == 3
+    assert "share" not in times["gradients alone"]
 
 
 @pytest.mark.parametrize("name", ["ours", "ours compiled"])
@@ -160,6 +171,8 @@ def test_quick_run_writes_json_and_png(tmp_path):
     assert {"gradients alone", "ours", "mlx compiled"} <= set(lora["candidates"])
     for time in (*step["candidates"].values(), *lora["candidates"].values()):
         assert 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+    share = lora["candidates"]["ours"]["share"]
+    assert share["low_ms"] <= share["median_ms"] <= share["high_ms"]
     # Such a run can be reported.
     text = report.report({"run": run})
     assert "448 tensors of 64" in text
@@ -172,6 +185,7 @@ def test_quick_run_writes_json_and_png(tmp_path):
         (["--shapes", "5M"], "--shapes: got '5M', allowed 16M"),
         (["--peers", "apex"], "--peers: got 'apex', here are ours"),
         (["--dtype", "float64"], "invalid choice: 'float64'"),
+        (["--seconds", "0"], "--seconds: got 0.0, allowed more than 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
