@@ -41,8 +41,8 @@ __device__ inline void with_type(Type type, Function function) {
 }
 
 /// The tensor that this block works on: the last that begins at or before it.
-template <typename T>
-__device__ inline const T& find_tensor(const Launch<T>& launch) {
+template <typename T, uint32_t capacity>
+__device__ inline const T& find_tensor(const Launch<T, capacity>& launch) {
   uint32_t low = 0;
   uint32_t high = launch.common.count - 1;
   while (low < high) {

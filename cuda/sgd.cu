@@ -163,8 +163,8 @@ __device__ void update_tile(const Common& common, const Flat& tensor, const SgdH
   }
 }
 
-template <typename T>
-__device__ void update(const Launch<Flat>& launch) {
+template <typename T, uint32_t capacity>
+__device__ void update(const Launch<Flat, capacity>& launch) {
   __shared__ SgdHyper hyper;
   compute_numbers(launch.common, hyper);
   if (launch.common.count == 0) { // an arena without tensors: only the step counts
@@ -272,8 +272,8 @@ __device__ void update_square(
   }
 }
 
-template <typename T>
-__device__ void update(const Launch<Transposed>& launch) {
+template <typename T, uint32_t capacity>
+__device__ void update(const Launch<Transposed, capacity>& launch) {
   __shared__ Square turned;
   __shared__ SgdHyper hyper;
   const Transposed& tensor = find_tensor(launch);
@@ -330,23 +330,22 @@ __device__ void update(const Launch<Strided>& launch) {
 
 // ---- Entry points: sgd_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them ----------
 
-#define KERNELS(T, name)                                                              \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_flat_##name(             \
-      const __grid_constant__ Launch<Flat> launch) {                                  \
-    update<T>(launch);                                                                \
-  }                                                                                   \
-  extern "C" __global__ __launch_bounds__(kSquareThreads) void sgd_transposed_##name( \
-      const __grid_constant__ Launch<Transposed> launch) {                            \
-    update<T>(launch);                                                                \
-  }                                                                                   \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_strided_##name(          \
-      const __grid_constant__ Launch<Strided> launch) {                               \
-    update<T>(launch);                                                                \
+#define KERNEL(T, name, arguments, threads)                   \
+  extern "C" __global__ __launch_bounds__(threads) void name( \
+      const __grid_constant__ arguments launch) {             \
+    update<T>(launch);                                        \
   }
+#define KERNELS(T, name)                                                      \
+  KERNEL(T, sgd_flat_##name, Launch<Flat>, kThreads)                          \
+  KERNEL(T, sgd_flat_few_##name, FewLaunch<Flat>, kThreads)                   \
+  KERNEL(T, sgd_transposed_##name, Launch<Transposed>, kSquareThreads)        \
+  KERNEL(T, sgd_transposed_few_##name, FewLaunch<Transposed>, kSquareThreads) \
+  KERNEL(T, sgd_strided_##name, Launch<Strided>, kThreads)
 KERNELS(float, float32)
 KERNELS(__half, float16)
 KERNELS(__nv_bfloat16, bfloat16)
 #undef KERNELS
+#undef KERNEL
 
 extern "C" __global__ void evaluate_schedule(const __grid_constant__ ScheduleLaunch launch) {
   const uint64_t stride = uint64_t(gridDim.x) * blockDim.x;

@@ -57,12 +57,19 @@ void launch(
   encoder.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, pointers);
 }
 
+/// The kernels of one kind: for any number of tensors, and for kFew of them if there is one.
+struct KernelPair {
+  KernelPair(CUfunction any) : KernelPair(any, any) {}
+  KernelPair(CUfunction many, CUfunction few) : many(many), few(few) {}
+  CUfunction many, few;
+};
+
 /// Batch after batch with the same `common` but for its count; `after` is called once
 /// each is launched.
 template <typename T, typename After>
 void launch_batches(
     mx::cu::CommandEncoder& encoder,
-    CUfunction kernel,
+    KernelPair kernels,
     uint32_t threads,
     const BatchList<T>& batches,
     typename T::Shared& common,
@@ -70,6 +77,7 @@ void launch_batches(
   for (auto& batch : batches) {
     common.count = batch->arguments.common.count;
     batch->arguments.common = common;
+    const auto kernel = common.count <= kFew ? kernels.few : kernels.many;
     launch(encoder, kernel, batch->blocks, threads, batch->arguments);
     after();
   }

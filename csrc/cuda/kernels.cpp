@@ -29,11 +29,13 @@ namespace mlx_fused_optim::cuda {
 
 namespace {
 
-constexpr int kKinds = 5;
+constexpr int kKinds = 7;
 constexpr int kTypes = 3;
 constexpr const char* kStepNames[kKinds][kTypes] = {
     {"sgd_flat_float32", "sgd_flat_float16", "sgd_flat_bfloat16"},
+    {"sgd_flat_few_float32", "sgd_flat_few_float16", "sgd_flat_few_bfloat16"},
     {"sgd_transposed_float32", "sgd_transposed_float16", "sgd_transposed_bfloat16"},
+    {"sgd_transposed_few_float32", "sgd_transposed_few_float16", "sgd_transposed_few_bfloat16"},
     {"sgd_strided_float32", "sgd_strided_float16", "sgd_strided_bfloat16"},
     {"sgd_full_tiled_float32", "sgd_full_tiled_float16", "sgd_full_tiled_bfloat16"},
     {"sgd_full_strided_float32", "sgd_full_strided_float16", "sgd_full_strided_bfloat16"}};

@@ -8,7 +8,7 @@
 namespace mlx_fused_optim::cuda {
 
 /// Kernels of a step: one for each dtype of parameters.
-enum class Kind { flat, transposed, strided, full_tiled, full_strided };
+enum class Kind { flat, flat_few, transposed, transposed_few, strided, full_tiled, full_strided };
 
 /// All others.
 enum class Other { schedule, measure_dense, measure_sparse, measure_fold, measure_finish };

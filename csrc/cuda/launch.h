@@ -94,13 +94,23 @@ using Strided = AnyWay<Tensor>;
 /// what a kernel may be given by value from sm_70 on.
 constexpr size_t kArgumentBytes = 32764;
 template <typename T>
+constexpr uint32_t kMost = (kArgumentBytes - sizeof(typename T::Shared)) / sizeof(T);
+template <typename T, uint32_t capacity = kMost<T>>
 struct Launch {
   using Shared = typename T::Shared;
-  static constexpr uint32_t kCapacity = (kArgumentBytes - sizeof(Shared)) / sizeof(T);
+  static constexpr uint32_t kCapacity = capacity;
   Shared common;
   T tensors[kCapacity];
 };
+
+/// Kernels for few tensors declare less: the driver copies what is declared, several
+/// times (docs/cuda.md: 20 to 40 us a launch). They read the same struct.
+constexpr uint32_t kFew = 8;
+template <typename T>
+using FewLaunch = Launch<T, kFew>;
 static_assert(sizeof(Launch<Flat>) <= kArgumentBytes && Launch<Flat>::kCapacity >= 512);
+static_assert(sizeof(FewLaunch<Flat>) <= 4096);
+static_assert(offsetof(FewLaunch<Flat>, tensors) == offsetof(Launch<Flat>, tensors));
 static_assert(sizeof(Launch<Transposed>) <= kArgumentBytes);
 static_assert(sizeof(Launch<Strided>) <= kArgumentBytes);
 

@@ -59,9 +59,10 @@ class PlainLaunches : public Launches {
       override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-    launch_batches(encoder, kernel(Kind::flat), kThreads, batches_.flat, common, counted);
-    launch_batches(
-        encoder, kernel(Kind::transposed), kSquareThreads, batches_.transposed, common, counted);
+    const KernelPair flat(kernel(Kind::flat), kernel(Kind::flat_few));
+    const KernelPair transposed(kernel(Kind::transposed), kernel(Kind::transposed_few));
+    launch_batches(encoder, flat, kThreads, batches_.flat, common, counted);
+    launch_batches(encoder, transposed, kSquareThreads, batches_.transposed, common, counted);
     launch_batches(encoder, kernel(Kind::strided), kThreads, batches_.strided, common, counted);
   }
 
