@@ -22,15 +22,15 @@ INTRODUCTION = """\
 
 <!-- Written by bench/report.py from bench/results/*.json: change those. -->
 
-Whole steps, host time included: from the call until the last result is in memory (of MLX, until
-`mx.eval` returns). Every candidate takes the same step (momentum 0.9, weight decay 1e-4, exponential decay of the
-learning rate) with parameters of its own, and may reuse the memory of the old ones. Before it
-is timed, its result is compared with a float64 reference; a candidate outside the error that
-its roundings allow is told, not timed. Candidates take turns of a few steps each; medians, and
-the quartiles beside them. GB/s counts the bytes that a step cannot do without: parameters and
-momentum read and written, gradients read. In a training step, an optimizer's share is what it adds
-to the gradients alone, turn by turn: the median of the differences. "New memory" is what one step of MLX allocates beyond
-what is held before it, by MLX's own counter.
+Whole steps, host time included: from the call until the last result is in memory (for MLX, until
+`mx.eval` returns). Every candidate takes the same step (momentum 0.9, weight decay 1e-4,
+exponential decay of the learning rate) with parameters of its own, and may reuse the memory of the
+old ones. Before it is timed, its result is compared with a float64 reference; a candidate outside
+the error that its roundings allow is told, not timed. Candidates take turns of a few steps each;
+medians, and the quartiles beside them. GB/s counts the bytes that a step cannot do without:
+parameters and momentum read and written, gradients read. In a training step, an optimizer's share
+is what it adds to the gradients alone, turn by turn: the median of the differences. "New memory" is
+what one step of MLX allocates beyond what is held before it, by MLX's own counter.
 
 "mlx" is `mlx.optimizers.SGD`, "torch" is `torch.optim.SGD`, "optax jit" is `optax.sgd` under
 `jax.jit` with donated parameters and state. "constant" is ours with a constant learning rate.

@@ -105,8 +105,11 @@ def test_candidates_take_turns():
 
 def test_a_share_is_a_difference_within_each_turn():
     """A host that is five times slower in one turn is so for both."""
-    turns = {"gradients alone": [10, 50, 10, 12], "ours": [11, 51, 11.5, 13], "mlx": [13, 53, 12, 16]}
-    times = {name: {"turns_ms": turn} for name, turn in turns.items()}
+    times = {
+        "gradients alone": {"turns_ms": [10, 50, 10, 12]},
+        "ours": {"turns_ms": [11, 51, 11.5, 13]},
+        "mlx": {"turns_ms": [13, 53, 12, 16]},
+    }
     training.add_shares(times)
     assert times["ours"]["share"]["median_ms"] == 1
     assert times["mlx"]["share"]["median_ms"] == 3
