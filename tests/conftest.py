@@ -1,5 +1,7 @@
 """Settings for the whole suite."""
 
+import os
+
 import mlx.core as mx
 import pytest
 from hypothesis import settings
@@ -8,6 +10,12 @@ from hypothesis import settings
 # the same in every run, so that a failure is a change of the code.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+# Everything that does not name a device runs on this GPU; what tests/test_cuda*.py call the
+# GPU is it too.
+if number := os.environ.get("MLX_FUSED_OPTIM_TEST_GPU"):
+    mx.set_default_device(mx.Device(mx.gpu, int(number)))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from mlx_fused_optim import _ext
 if not mx.is_available(mx.gpu) or mx.metal.is_available():
     pytest.skip("needs MLX with CUDA and a GPU", allow_module_level=True)
 
+GPU = mx.default_device()  # see conftest.py
+
 # Vector, tile and arena boundaries, and one more or less.
 SIZES = [0, 1, 3, 4, 5, 63, 64, 65, 127, 129, 1023, 1025, 4095, 4096, 4097, 8191, 8193, 65543]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -77,7 +79,7 @@ def run(device, parameters, gradients, options, rate, steps=3, evaluate_each=Tru
 
 
 def assert_devices_agree(parameters, gradients, options=OPTIONS["nesterov"], rate=0.1, **more):
-    got = run(mx.gpu, parameters, gradients, options, rate, **more)
+    got = run(GPU, parameters, gradients, options, rate, **more)
     want = run(mx.cpu, parameters, gradients, options, rate, **more)
     assert_same(got, want)
 
@@ -123,7 +125,7 @@ def test_schedule_evaluated_alone():
     with mx.stream(mx.cpu):
         want = schedule(steps)
         mx.eval(want)
-    with mx.stream(mx.gpu):
+    with mx.stream(GPU):
         got = schedule(steps)
         mx.eval(got)
     assert_same([got], [want])
@@ -205,7 +207,7 @@ def test_a_momentum_arena_that_is_not_contiguous():
             mx.eval(new, state)
             return [*new, *[entry["momentum"][0][a:b] for a, b in ((0, 5), (64, 134), (192, 4289))]]
 
-    assert_same(step(mx.gpu), step(mx.cpu))
+    assert_same(step(GPU), step(mx.cpu))
 
 
 def test_gaps_of_fresh_memory_are_zero():
@@ -278,8 +280,8 @@ def test_a_chain_of_steps_evaluated_at_once():
 def test_streams_of_their_own():
     parameters = [random((n,), seed=n) for n in SIZES]
     gradients = [random((n,), seed=1000 + n) for n in SIZES]
-    want = run(mx.gpu, parameters, lambda: gradients, OPTIONS["momentum"], 0.1, steps=6)
-    streams = [mx.new_stream(mx.gpu) for _ in range(3)]
+    want = run(GPU, parameters, lambda: gradients, OPTIONS["momentum"], 0.1, steps=6)
+    streams = [mx.new_stream(GPU) for _ in range(3)]
     for evaluate_each in (True, False):
         new = copied(parameters)
         state = optim.fused_sgd_init(new, momentum=0.9)
@@ -298,7 +300,7 @@ def test_streams_of_their_own():
 def test_compiled():
     parameters = [random((n,), seed=n) for n in SIZES]
     gradients = [random((n,), seed=1000 + n) for n in SIZES]
-    want = run(mx.gpu, parameters, lambda: gradients, OPTIONS["nesterov"], 0.1, steps=4)
+    want = run(GPU, parameters, lambda: gradients, OPTIONS["nesterov"], 0.1, steps=4)
 
     @mx.compile
     def step(parameters, gradients, state):
