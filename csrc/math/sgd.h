@@ -136,6 +136,18 @@ MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step
   return control.given >> i & 1 ? given[i] : schedule_value(control.schedules[i], step);
 }
 
+/// The numbers of a plain step, of its scalars.
+template <typename Scalars>
+MATH_FN SgdHyper sgd_hyper_of(MATH_CONSTANT SgdControl& control, Scalars scalars) {
+  SgdHyper hyper = {};
+  hyper.learning_rate = scalars[kLearningRate];
+  hyper.momentum = scalars[kMomentumFactor];
+  hyper.weight_decay = scalars[kWeightDecayFactor];
+  hyper.gradient_weight = control.gradient_weight;
+  hyper.apply = 1;
+  return hyper;
+}
+
 /// The numbers of a plain step.
 template <typename Given>
 MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
@@ -144,13 +156,7 @@ MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Giv
   for (int i = 0; i <= kWeightDecayFactor; ++i) {
     values[i] = sgd_scalar(control, i, step, given);
   }
-  SgdHyper hyper = {};
-  hyper.learning_rate = values[kLearningRate];
-  hyper.momentum = values[kMomentumFactor];
-  hyper.weight_decay = values[kWeightDecayFactor];
-  hyper.gradient_weight = control.gradient_weight;
-  hyper.apply = 1;
-  return hyper;
+  return sgd_hyper_of(control, values);
 }
 
 /// The next counter, and the scalars that were used: by one thread, once a step.
@@ -187,15 +193,29 @@ MATH_FN float sgd_clip_factor(float clip_norm, float norm) {
   return factor > 1.0f ? 1.0f : factor;
 }
 
-/// The numbers of a full step, but for those of a tensor. `measured` is read only
-/// with kMeasuredFlags.
-template <typename Given, typename Measured>
-MATH_FN SgdHyper
-sgd_full_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
-  SgdHyper hyper = sgd_hyper(control, step, given);
-  const SgdHyper gradient = sgd_gradient_hyper(control, step, given);
-  hyper.unscale = gradient.unscale;
-  hyper.clip_value = gradient.clip_value;
+/// A scalar of a full step: that of the gradients is 1 where they are not scaled.
+template <typename Given>
+MATH_FN float sgd_full_scalar(
+    MATH_CONSTANT SgdControl& control,
+    int i,
+    uint64_t step,
+    Given given) {
+  return i == kGradScaleFactor && !(control.flags & kGradScale)
+      ? 1.0f
+      : sgd_scalar(control, i, step, given);
+}
+
+/// The numbers of a full step but for those of a tensor, of its scalars. `measured` is
+/// read only with kMeasuredFlags.
+template <typename Scalars, typename Measured>
+MATH_FN SgdHyper sgd_full_hyper_of(
+    MATH_CONSTANT SgdControl& control,
+    uint64_t step,
+    Scalars scalars,
+    Measured measured) {
+  SgdHyper hyper = sgd_hyper_of(control, scalars);
+  hyper.unscale = divide_float(1.0f, scalars[kGradScaleFactor]);
+  hyper.clip_value = control.clip_value;
   hyper.clip_factor = control.flags & kClipNorm
       ? sgd_clip_factor(control.clip_norm, measured[kMeasuredNorm])
       : 1.0f;
@@ -204,6 +224,16 @@ sgd_full_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Me
   hyper.apply = control.flags & kSkipNonfinite ? measured[kMeasuredApply] != 0.0f : 1;
   hyper.key = random_key(control.seed, step, control.place);
   return hyper;
+}
+
+template <typename Given, typename Measured>
+MATH_FN SgdHyper
+sgd_full_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
+  float values[kScalars];
+  for (int i = 0; i < kScalars; ++i) {
+    values[i] = sgd_full_scalar(control, i, step, given);
+  }
+  return sgd_full_hyper_of(control, step, values, measured);
 }
 
 /// The numbers of one tensor of a full step. `flags` are the tensor's own. `group` is
