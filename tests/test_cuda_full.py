@@ -11,7 +11,7 @@ import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from mlx_fused_optim import _ext
-from test_cuda import DTYPES, SIZES, assert_same, bits, copied, random, strided_cases
+from test_cuda import DTYPES, GPU, SIZES, assert_same, bits, copied, random, strided_cases
 
 NUMBERS = dict(
     learning_rate=0.1,
@@ -113,7 +113,7 @@ def run(device, parameters, gradients, names, steps=3, evaluate_each=True, **num
 
 
 def assert_devices_agree(parameters, gradients, names, **more):
-    got = run(mx.gpu, parameters, gradients, names, **more)
+    got = run(GPU, parameters, gradients, names, **more)
     assert_same(got, run(mx.cpu, parameters, gradients, names, **more))
     return got
 
@@ -178,7 +178,7 @@ def test_numbers_at_which_formats_end(name, dtype):
     names = " ".join({*OPTIONS[name].split(), "maximize"} - measured)
     for momentum_dtype in (None, mx.float32):
         more = dict(momentum_dtype=momentum_dtype)
-        got = run(mx.gpu, parameters, lambda: gradients, names, **more)
+        got = run(GPU, parameters, lambda: gradients, names, **more)
         want = run(mx.cpu, parameters, lambda: gradients, names, **more)
         for a, b in zip(got, want, strict=True):
             nan = np.isnan(np.array(b.astype(mx.float32)))
@@ -248,7 +248,7 @@ def test_arenas_of_the_state_that_are_not_contiguous():
             ranges = ((0, 5), (128, 198), (256, 4353))
             return [*new, *[arena[0][a:b] for arena in (slots[0], slots[1]) for a, b in ranges]]
 
-    assert_same(step(mx.gpu), step(mx.cpu))
+    assert_same(step(GPU), step(mx.cpu))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -348,7 +348,7 @@ def test_a_chain_of_steps_evaluated_at_once():
 def test_compiled():
     parameters, gradients = flat_tensors(mx.float16, mx.float16)
     names = OPTIONS["all"]
-    want = run(mx.gpu, parameters, gradients, names, steps=4)
+    want = run(GPU, parameters, gradients, names, steps=4)
 
     @mx.compile
     def step(parameters, gradients, slots, step, skipped):
@@ -364,7 +364,7 @@ def test_compiled():
 
 def test_no_tensors_count_steps():
     names = "momentum ema clip_norm skip_nonfinite"
-    got = run(mx.gpu, [], lambda: [], names, steps=3)
+    got = run(GPU, [], lambda: [], names, steps=3)
     step, used, measured, skipped = got
     assert step.item() == 10 and skipped.item() == 2
     assert measured.tolist() == [0, 1]
