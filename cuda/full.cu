@@ -1,5 +1,8 @@
-// The kernels of the full step. What it consists of is known at run time only: the
-// branches are the same for all threads of a block, and memory is what takes the time.
+// The kernels of the full step. Variants know when they are compiled what is kept of each
+// element and in which formats (csrc/cuda/full_variants.h); what else a step consists of is
+// known at run time, in branches that are the same for all threads of a block.
+#include "cuda/full_variants.h"
+
 #include "quad.cuh"
 
 namespace mlx_fused_optim::cuda {
@@ -20,27 +23,72 @@ constexpr uint32_t kFlagsOf = ~0u;
 template <>
 constexpr uint32_t kFlagsOf<float> = ~uint32_t(kMaster | kCompensated);
 
+/// What a kernel knows of its step when it is compiled.
 template <typename T>
+struct Generic {
+  static constexpr uint32_t kFormat = kFormatOf<T>;
+  static constexpr uint32_t kHas = 0; // flags of every step
+  static constexpr uint32_t kMay = kFlagsOf<T>; // flags of some
+  static constexpr uint32_t kInFlight = 1; // quads that a thread loads before it uses one
+  static constexpr uint32_t kSeldom = 0; // flags without which it has a shorter way
+  __device__ static uint32_t velocity_format(const FullCommon& common) {
+    return common.control.velocity_format;
+  }
+};
+template <typename T, typename V, uint32_t flags>
+struct Variant {
+  static constexpr uint32_t kFormat = kFormatOf<T>;
+  static constexpr uint32_t kHas = flags;
+  static constexpr uint32_t kMay = ~kCompiledFlags | flags;
+  // Two where one has few bytes.
+  static constexpr uint32_t kInFlight =
+      2 * sizeof(T) + sizeof(V) + (flags & kMaster ? 4 : 0) + (flags & kCompensated ? 2 : 0) <= 8
+      ? 2
+      : 1;
+  static constexpr uint32_t kSeldom = kNesterov | kMaximize | kClipValue | kTrustRatio | kDecoupled;
+  __device__ static uint32_t velocity_format(const FullCommon&) { return kFormatOf<V>; }
+};
+
+template <typename Known>
 __device__ uint32_t slot_format(const FullCommon& common, int slot) {
-  return slot == kVelocity    ? common.control.velocity_format
-      : slot == kCompensation ? kFormatOf<T>
+  return slot == kVelocity    ? Known::velocity_format(common)
+      : slot == kCompensation ? Known::kFormat
                               : uint32_t(kFloat32);
 }
 
-/// One thread computes the numbers of the step, for this block's tensor. None may be used
-/// before the next barrier.
+/// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
+template <typename Known>
+__device__ constexpr bool may_have(int slot) {
+  constexpr uint32_t flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
+  return Known::kMay & flags[slot];
+}
+
+/// A warp computes the numbers of the step, for this block's tensor: a lane each scalar,
+/// which may be a schedule's. None may be used before the next barrier.
 __device__ void compute_numbers(
     const FullCommon& common,
     const FullTensor& tensor,
     SgdHyper& shared) {
-  if (threadIdx.x != 0) {
+  __shared__ float scalars[kScalars];
+  if (threadIdx.x >= 32) {
     return;
   }
   const SgdControl& control = common.control;
   const uint64_t step = *common.step;
-  const SgdHyper hyper = sgd_full_hyper(control, step, common.given, common.measured);
+  if (threadIdx.x < kScalars) {
+    const float scalar = sgd_full_scalar(control, threadIdx.x, step, common.given);
+    scalars[threadIdx.x] = scalar;
+    if (common.step_out && blockIdx.x == 0) {
+      common.used_out[threadIdx.x] = scalar;
+    }
+  }
+  __syncwarp();
+  if (threadIdx.x != 0) {
+    return;
+  }
+  const SgdHyper hyper = sgd_full_hyper_of(control, step, scalars, common.measured);
   if (common.step_out && blockIdx.x == 0) {
-    sgd_counters(control, hyper, step, common.given, common.step_out, common.used_out);
+    *common.step_out = step + hyper.apply;
   }
   shared = sgd_tensor_hyper(
       hyper,
@@ -51,17 +99,18 @@ __device__ void compute_numbers(
 }
 
 /// Zeroes the gap behind the last element of a tensor; one block must do it.
-template <typename T>
+template <typename Known>
 __device__ void clear_gap(const FullCommon& common, const FullTensor& tensor) {
-  constexpr uint64_t kStep = kGranule / sizeof(T);
+  constexpr uint64_t kStep = kGranule / (Known::kFormat == kFloat32 ? 4 : 2);
   const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
   if (threadIdx.x < gap) {
     const Quad zero = {};
     const uint64_t at = tensor.offset + tensor.size + threadIdx.x;
-    store<false>(common.parameters_out, kFormatOf<T>, at, zero, 1);
+    store<false>(common.parameters_out, Known::kFormat, at, zero, 1);
+#pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (common.slots[slot].out) {
-        store<false>(common.slots[slot].out, slot_format<T>(common, slot), at, zero, 1);
+      if (may_have<Known>(slot) && common.slots[slot].out) {
+        store<false>(common.slots[slot].out, slot_format<Known>(common, slot), at, zero, 1);
       }
     }
   }
@@ -73,162 +122,249 @@ constexpr uint32_t kFullBlocks = 4;
 
 // ---- Contiguous tensors, and gradients that are matrices ----------------------------
 
-/// Up to kQuad neighbours in a tensor.
-struct Piece {
-  uint64_t first; // in row-major order
+/// The way of a thread through a tensor, a quad of neighbours at a time.
+struct Way {
+  uint64_t at; // the next quad's first element: its place in the arenas
   int64_t gradient; // where its first gradient is, in elements
-  uint32_t count; // 0: nothing left for this thread
+  uint32_t quads; // that are left
+  uint32_t whole; // those of them, from the first on, that have kQuad elements
+  uint32_t rest; // elements of each of the others
 };
 
-__device__ Piece find_piece(const Tiled& tensor, uint32_t pass) {
+/// Rows that a block has at a time, and from a quad of a thread to its next.
+constexpr uint32_t kPassRows = kThreads / kTileLanes;
+__device__ uint64_t step_of(const Tiled& tensor) { return uint64_t(kPassRows) * tensor.columns; }
+__device__ int64_t gradient_step_of(const Tiled& tensor) { return kPassRows * tensor.row_stride; }
+
+__device__ Way find_way(const Tiled& tensor) {
   const uint32_t block = blockIdx.x - tensor.first_block;
-  if (tensor.columns == 0) {
-    const uint64_t first = ((uint64_t(block) * kPasses + pass) * kThreads + threadIdx.x) * kQuad;
-    if (first >= tensor.size) {
-      return {0, 0, 0};
-    }
-    const uint64_t left = tensor.size - first;
-    return {first, int64_t(first) * tensor.column_stride, left < kQuad ? uint32_t(left) : kQuad};
-  }
   const uint32_t tiles = (tensor.columns + kTileColumns - 1) / kTileColumns;
   const uint32_t column = block % tiles * kTileColumns + threadIdx.x % kTileLanes * kQuad;
-  const uint64_t row = (uint64_t(block / tiles) * kPasses + pass) * (kThreads / kTileLanes) +
-      threadIdx.x / kTileLanes;
+  const uint64_t row = uint64_t(block / tiles) * kTileRows + threadIdx.x / kTileLanes;
   const uint64_t first = row * tensor.columns + column;
-  if (column >= tensor.columns || first >= tensor.size) {
-    return {0, 0, 0};
-  }
-  const uint32_t left = tensor.columns - column;
-  return {
-      first,
+  Way way = {
+      tensor.offset + first,
       int64_t(row) * tensor.row_stride + int64_t(column) * tensor.column_stride,
-      left < kQuad ? left : kQuad};
+      0,
+      0,
+      0};
+  if (column < tensor.columns) {
+    const uint32_t width = min(kQuad, tensor.columns - column);
+    for (uint64_t next = first; way.quads < kPasses && next < tensor.size;
+         next += step_of(tensor)) {
+      const uint64_t left = tensor.size - next;
+      way.rest = left < width ? uint32_t(left) : width;
+      ++way.quads;
+      way.whole += way.rest == kQuad;
+    }
+  }
+  return way;
 }
 
-/// A piece of the parameter and of the slots.
+/// Up to kQuad neighbours: of the parameter, of the slots and of the gradient.
 struct Quads {
   Quad parameter;
   Quad slots[kSlots];
+  Quad gradient;
 };
 
-template <typename T, bool whole>
+/// Elements of the way's next quad but `n`.
+__device__ uint32_t count_of(const Way& way, uint32_t n) {
+  return n < way.whole ? kQuad : n < way.quads ? way.rest : 0;
+}
+
+template <typename Known, bool whole>
 __device__ void load(
     Quads& quads,
     const FullCommon& common,
     const Tiled& tensor,
-    uint64_t first,
+    uint64_t at,
     uint32_t count) {
-  load<whole>(quads.parameter, tensor.parameter, kFormatOf<T>, first, 1, count);
+  load<whole>(quads.parameter, tensor.parameter, Known::kFormat, at - tensor.offset, 1, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const void* data = common.slots[slot].data;
-    if (data) {
-      load<whole>(
-          quads.slots[slot], data, slot_format<T>(common, slot), tensor.offset + first, 1, count);
+    quads.slots[slot] = {};
+    if (may_have<Known>(slot) && data) {
+      load<whole>(quads.slots[slot], data, slot_format<Known>(common, slot), at, 1, count);
     }
   }
 }
 
-template <typename T, bool whole>
+template <typename Known, bool whole>
 __device__ void store(const Quads& quads, const FullCommon& common, uint64_t at, uint32_t count) {
-  store<whole>(common.parameters_out, kFormatOf<T>, at, quads.parameter, count);
+  store<whole>(common.parameters_out, Known::kFormat, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     void* out = common.slots[slot].out;
-    if (out) {
-      store<whole>(out, slot_format<T>(common, slot), at, quads.slots[slot], count);
+    if (may_have<Known>(slot) && out) {
+      store<whole>(out, slot_format<Known>(common, slot), at, quads.slots[slot], count);
     }
+  }
+}
+
+/// Whether nothing follows from the rounded parameter, or velocity, but what is stored.
+template <typename Known>
+constexpr bool kRoundsParameterLast =
+    !(Known::kMay & (kMaster | kCompensated | kStochastic | kAverage));
+template <typename Known>
+constexpr bool kRoundsVelocityLast = !(Known::kMay & kStochastic);
+
+template <bool rounds>
+__device__ void narrow_to(uint32_t format, float (&values)[kQuad], Quad& quad) {
+  if constexpr (rounds) {
+    round_and_narrow(values, format, quad);
+  } else {
+    narrow(values, format, quad);
   }
 }
 
 /// `position` is that of the first element.
-template <typename T>
+template <typename Known>
 __device__ void update(
     Quads& quads,
-    const Quad& gradient,
     uint32_t position,
     const SgdHyper& hyper,
+    uint32_t flags,
+    bool alike,
     const FullCommon& common,
     const FullTensor& tensor) {
-  const uint32_t flags = tensor.flags & kFlagsOf<T>;
-  const uint32_t velocity_format = common.control.velocity_format;
+  const uint32_t velocity_format = Known::velocity_format(common);
   float g[kQuad], p[kQuad], v[kQuad], m[kQuad], c[kQuad], a[kQuad];
-  widen(gradient, static_cast<uint32_t>(tensor.gradient_type), g);
-  widen(quads.parameter, kFormatOf<T>, p);
+  if (alike) {
+    widen(quads.gradient, Known::kFormat, g);
+  } else {
+    widen(quads.gradient, static_cast<uint32_t>(tensor.gradient_type), g);
+  }
+  widen(quads.parameter, Known::kFormat, p);
   widen(quads.slots[kVelocity], velocity_format, v);
   widen(quads.slots[kMasterCopy], kFloat32, m);
-  widen(quads.slots[kCompensation], kFormatOf<T>, c);
+  widen(quads.slots[kCompensation], Known::kFormat, c);
   widen(quads.slots[kMovingAverage], kFloat32, a);
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
     SgdFullElement e = {p[k], v[k], m[k], c[k], a[k]};
-    e = sgd_full_element(e, g[k], position + k, hyper, flags, kFormatOf<T>, velocity_format);
+    e = sgd_full_element(
+        e,
+        g[k],
+        position + k,
+        hyper,
+        flags,
+        kRoundsParameterLast<Known> ? uint32_t(kFloat32) : Known::kFormat,
+        kRoundsVelocityLast<Known> ? uint32_t(kFloat32) : velocity_format);
     p[k] = e.parameter;
     v[k] = e.velocity;
     m[k] = e.master;
     c[k] = e.compensation;
     a[k] = e.average;
   }
-  narrow(p, kFormatOf<T>, quads.parameter);
-  narrow(v, velocity_format, quads.slots[kVelocity]);
+  narrow_to<kRoundsParameterLast<Known>>(Known::kFormat, p, quads.parameter);
+  narrow_to<kRoundsVelocityLast<Known>>(velocity_format, v, quads.slots[kVelocity]);
   narrow(m, kFloat32, quads.slots[kMasterCopy]);
-  narrow(c, kFormatOf<T>, quads.slots[kCompensation]);
+  narrow(c, Known::kFormat, quads.slots[kCompensation]);
   narrow(a, kFloat32, quads.slots[kMovingAverage]);
 }
 
-template <typename T>
+template <typename Known>
+__device__ void update(
+    Quads& quads,
+    uint32_t position,
+    const SgdHyper& hyper,
+    bool alike,
+    const FullCommon& common,
+    const FullTensor& tensor) {
+  const uint32_t flags = (tensor.flags & Known::kMay) | Known::kHas;
+  if (flags & Known::kSeldom) {
+    update<Known>(quads, position, hyper, flags, alike, common, tensor);
+  } else {
+    update<Known>(quads, position, hyper, flags & ~Known::kSeldom, alike, common, tensor);
+  }
+}
+
+template <typename Known>
 __device__ void update(const Launch<Tiled>& launch) {
+  constexpr uint32_t kInFlight = Known::kInFlight;
   __shared__ SgdHyper shared;
   const FullCommon& common = launch.common;
   const Tiled& tensor = find_tensor(launch);
   compute_numbers(common, tensor, shared);
-  __syncthreads();
-  const SgdHyper hyper = shared;
-  const bool wide = common.aligned && (tensor.wide & kWideArenas);
-  const auto gradient_format = static_cast<uint32_t>(tensor.gradient_type);
+  const bool wide_arenas = common.aligned && (tensor.wide & kWideArenas);
+  const auto format = static_cast<uint32_t>(tensor.gradient_type);
+  Way way = find_way(tensor);
+  bool is_first = true;
 #pragma unroll 1
-  for (uint32_t pass = 0; pass < kPasses; ++pass) {
-    const Piece piece = find_piece(tensor, pass);
-    if (piece.count == 0) {
-      break; // later passes lie further on
-    }
-    const bool whole = piece.count == kQuad && wide;
-    Quads quads = {};
-    Quad gradient = {};
-    if (whole) {
-      load<T, true>(quads, common, tensor, piece.first, kQuad);
+  do {
+    Quads quads[kInFlight];
+    const bool whole = way.whole >= kInFlight;
+    if (whole && (tensor.wide & kWideGradient)) {
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        load<true>(
+            quads[n].gradient,
+            tensor.gradient,
+            format,
+            way.gradient + n * gradient_step_of(tensor));
+      }
     } else {
-      load<T, false>(quads, common, tensor, piece.first, piece.count);
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        load<false>(
+            quads[n].gradient,
+            tensor.gradient,
+            format,
+            way.gradient + n * gradient_step_of(tensor),
+            tensor.column_stride,
+            count_of(way, n));
+      }
     }
-    if (piece.count == kQuad && (tensor.wide & kWideGradient)) {
-      load<true>(gradient, tensor.gradient, gradient_format, piece.gradient);
+    if (whole && wide_arenas) {
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        load<Known, true>(quads[n], common, tensor, way.at + n * step_of(tensor), kQuad);
+      }
     } else {
-      load<false>(
-          gradient,
-          tensor.gradient,
-          gradient_format,
-          piece.gradient,
-          tensor.column_stride,
-          piece.count);
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        load<Known, false>(
+            quads[n], common, tensor, way.at + n * step_of(tensor), count_of(way, n));
+      }
     }
-    const uint64_t at = tensor.offset + piece.first;
+    if (is_first) { // all warps but the one that computes have loaded by now
+      __syncthreads();
+      is_first = false;
+    }
+    const SgdHyper hyper = shared;
     if (hyper.apply) { // else what was loaded is stored, to the bit
-      update<T>(quads, gradient, static_cast<uint32_t>(at), hyper, common, tensor);
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        const auto position = static_cast<uint32_t>(way.at + n * step_of(tensor));
+        update<Known>(quads[n], position, hyper, tensor.alike, common, tensor);
+      }
     }
-    if (whole) {
-      store<T, true>(quads, common, at, kQuad);
+    if (whole && wide_arenas) {
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        store<Known, true>(quads[n], common, way.at + n * step_of(tensor), kQuad);
+      }
     } else {
-      store<T, false>(quads, common, at, piece.count);
+#pragma unroll
+      for (uint32_t n = 0; n < kInFlight; ++n) {
+        store<Known, false>(quads[n], common, way.at + n * step_of(tensor), count_of(way, n));
+      }
     }
-  }
+    way.at += kInFlight * step_of(tensor);
+    way.gradient += kInFlight * gradient_step_of(tensor);
+    way.quads -= min(way.quads, kInFlight);
+    way.whole -= min(way.whole, kInFlight);
+  } while (way.quads != 0);
   if (blockIdx.x == tensor.first_block) {
-    clear_gap<T>(common, tensor);
+    clear_gap<Known>(common, tensor);
   }
 }
 
 // ---- Tensors that lie in any way --------------------------------------------------
 
-template <typename T>
+template <typename Known>
 __device__ void update(const Launch<FullStrided>& launch) {
   __shared__ SgdHyper shared;
   const FullCommon& common = launch.common;
@@ -241,16 +377,10 @@ __device__ void update(const Launch<FullStrided>& launch) {
   for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const Place place = find_element(tensor, i);
     const uint64_t at = tensor.offset + i;
+    const auto gradient_format = static_cast<uint32_t>(tensor.gradient_type);
     Quads quads = {};
-    Quad gradient = {};
-    load<false>(quads.parameter, tensor.parameter, kFormatOf<T>, place.parameter, 1, 1);
-    load<false>(
-        gradient,
-        tensor.gradient,
-        static_cast<uint32_t>(tensor.gradient_type),
-        place.gradient,
-        1,
-        1);
+    load<false>(quads.parameter, tensor.parameter, Known::kFormat, place.parameter, 1, 1);
+    load<false>(quads.gradient, tensor.gradient, gradient_format, place.gradient, 1, 1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const SlotArena& arena = common.slots[slot];
@@ -258,7 +388,7 @@ __device__ void update(const Launch<FullStrided>& launch) {
         load<false>(
             quads.slots[slot],
             arena.data,
-            slot_format<T>(common, slot),
+            slot_format<Known>(common, slot),
             int64_t(at / arena.columns) * arena.row_stride +
                 int64_t(at % arena.columns) * arena.column_stride,
             1,
@@ -266,31 +396,45 @@ __device__ void update(const Launch<FullStrided>& launch) {
       }
     }
     if (hyper.apply) { // four of which three are zeros: simple, and seldom
-      update<T>(quads, gradient, static_cast<uint32_t>(at), hyper, common, tensor);
+      update<Known>(quads, static_cast<uint32_t>(at), hyper, false, common, tensor);
     }
-    store<T, false>(quads, common, at, 1);
+    store<Known, false>(quads, common, at, 1);
   }
   if (begin == 0) {
-    clear_gap<T>(common, tensor);
+    clear_gap<Known>(common, tensor);
   }
 }
 
+// The names by which csrc/cuda calls dtypes.
+using float32 = float;
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+
 } // namespace
 
-// ---- Entry points: sgd_full_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them -------
+// ---- Entry points: as csrc/cuda/full_variants.h and kernels.cpp name them --------------
 
-#define KERNELS(T, name)                                                                     \
+#define TILED(name, Known)                                                                   \
   extern "C" __global__ __launch_bounds__(kThreads, kFullBlocks) void sgd_full_tiled_##name( \
       const __grid_constant__ Launch<Tiled> launch) {                                        \
-    update<T>(launch);                                                                       \
-  }                                                                                          \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##name(            \
-      const __grid_constant__ Launch<FullStrided> launch) {                                  \
-    update<T>(launch);                                                                       \
+    update<Known>(launch);                                                                   \
   }
-KERNELS(float, float32)
-KERNELS(__half, float16)
-KERNELS(__nv_bfloat16, bfloat16)
+#define VARIANT(parameter, velocity, name, flags)                              \
+  using parameter##_##velocity##_##name = Variant<parameter, velocity, flags>; \
+  TILED(parameter##_##velocity##_##name, parameter##_##velocity##_##name)
+MLX_FUSED_OPTIM_FULL_VARIANTS(VARIANT)
+#undef VARIANT
+
+#define KERNELS(T)                                                             \
+  TILED(T, Generic<T>)                                                         \
+  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##T( \
+      const __grid_constant__ Launch<FullStrided> launch) {                    \
+    update<Generic<T>>(launch);                                                \
+  }
+KERNELS(float32)
+KERNELS(float16)
+KERNELS(bfloat16)
 #undef KERNELS
+#undef TILED
 
 } // namespace mlx_fused_optim::cuda

@@ -148,5 +148,30 @@ __device__ inline void narrow(const float (&values)[kQuad], uint32_t format, Qua
   }
 }
 
+__device__ inline bool any_nan(const float (&x)[kQuad]) {
+  static_assert(kQuad == 4);
+  return !(x[0] == x[0] && x[1] == x[1] && x[2] == x[2] && x[3] == x[3]);
+}
+
+/// Rounds to nearest on the way, two in an instruction; what a NaN becomes is not the
+/// hardware's but csrc/math's.
+__device__ inline void round_and_narrow(float (&values)[kQuad], uint32_t format, Quad& quad) {
+  if (format == kBfloat16 && !any_nan(values)) {
+#pragma unroll
+    for (int k = 0; k < kQuad; k += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[k], values[k + 1]);
+      __builtin_memcpy(&quad.words[k / 2], &pair, sizeof(pair));
+    }
+    return;
+  }
+  if (format == kBfloat16) {
+#pragma unroll
+    for (float& value : values) {
+      value = fused_math::nearest_bfloat16(value);
+    }
+  }
+  narrow(values, format, quad); // which rounds to float16
+}
+
 } // namespace
 } // namespace mlx_fused_optim::cuda

@@ -50,7 +50,7 @@ def test_kernels_of_the_full_step_and_of_the_measurement(tmp_path):
         "full_batches",
         "measure_batches",
         "packing",
-        arguments=["24"],
+        arguments=["48"],
         includes=["tests/cuda/include"],
     )
     assert int(said[1]) > 100_000

@@ -7,24 +7,21 @@ namespace {
 /// How the gradient of a tensor whose parameter is contiguous lies.
 struct Matrix {
   uint64_t rows;
-  uint32_t columns; // 0: flat
+  uint32_t columns;
   int64_t row_stride;
   int64_t column_stride;
 };
 
-Matrix as_matrix(const Collapsed& c) {
-  switch (c.dimensions) {
-    case 0:
-      return {1, 0, 0, 1};
-    case 1:
-      return {1, 0, 0, c.gradient_strides[0]};
-    default:
-      return {
-          static_cast<uint64_t>(c.shape[0]),
-          static_cast<uint32_t>(c.shape[1]),
-          c.gradient_strides[0],
-          c.gradient_strides[1]};
+Matrix as_matrix(const Collapsed& c, uint64_t size) {
+  if (c.dimensions == 2) {
+    return {
+        static_cast<uint64_t>(c.shape[0]),
+        static_cast<uint32_t>(c.shape[1]),
+        c.gradient_strides[0],
+        c.gradient_strides[1]};
   }
+  const int64_t stride = c.dimensions == 1 ? c.gradient_strides[0] : 1;
+  return {divide_up(size, kTileColumns), kTileColumns, kTileColumns * stride, stride};
 }
 
 } // namespace
@@ -52,12 +49,10 @@ void FullBatches::add(
     return;
   }
 
-  const auto m = as_matrix(c);
-  auto& tiled_tensor = append(
-      tiled,
-      tensor,
-      m.columns ? divide_up(m.rows, kTileRows) * divide_up(m.columns, kTileColumns)
-                : divide_up(size, kFullTile));
+  const auto m = as_matrix(c, size);
+  auto& tiled_tensor =
+      append(tiled, tensor, divide_up(m.rows, kTileRows) * divide_up(m.columns, kTileColumns));
+  tiled_tensor.alike = gradient.type == type_;
   tiled_tensor.columns = m.columns;
   tiled_tensor.row_stride = m.row_stride;
   tiled_tensor.column_stride = m.column_stride;

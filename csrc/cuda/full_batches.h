@@ -30,7 +30,11 @@ class FullBatches {
       const Source& gradient);
 
   /// A launch of one empty tensor, for an arena of which only the step counts.
-  void add_nothing() { append(tiled, FullTensor{}, 1) = Tiled{}; }
+  void add_nothing() {
+    auto& nothing = append(tiled, FullTensor{}, 1);
+    nothing = {};
+    nothing.columns = kTileColumns;
+  }
 
   size_t launches() const { return tiled.size() + strided.size(); }
 

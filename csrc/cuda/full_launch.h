@@ -63,9 +63,11 @@ enum Wide : uint32_t {
 };
 
 /// The parameter is contiguous. The gradient's element (r, c) lies at
-/// r * row_stride + c * column_stride; without columns, element i at i * column_stride.
+/// r * row_stride + c * column_stride. A tensor of one dimension is a matrix of
+/// kTileColumns columns, whose last row may be short.
 struct Tiled : FullTensor {
   uint32_t wide; // Wide
+  uint32_t alike; // the gradient has the parameter's dtype, as nearly always
   uint32_t columns;
   int64_t row_stride;
   int64_t column_stride;

@@ -1,6 +1,7 @@
 // The launches of a full step.
 #include "cuda/encoding.h"
 #include "cuda/full_batches.h"
+#include "cuda/full_variants.h"
 #include "cuda/launches.h"
 
 namespace mlx_fused_optim::cuda {
@@ -54,7 +55,7 @@ class FullLaunches : public Launches {
         type_(type_of(plan.arena->dtype)),
         device_(device),
         batches_(type_, slots_contiguous(in)) {
-    kernel(Kind::full_tiled); // loaded, or an error now
+    tiled_kernel(); // loaded, or an error now
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());
@@ -80,13 +81,22 @@ class FullLaunches : public Launches {
       override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-    launch_batches(encoder, kernel(Kind::full_tiled), kThreads, batches_.tiled, common, counted);
+    launch_batches(encoder, tiled_kernel(), kThreads, batches_.tiled, common, counted);
     launch_batches(
-        encoder, kernel(Kind::full_strided), kThreads, batches_.strided, common, counted);
+        encoder,
+        step_kernel(Kind::full_strided, type_, device_),
+        kThreads,
+        batches_.strided,
+        common,
+        counted);
   }
 
  private:
-  CUfunction kernel(Kind kind) const { return step_kernel(kind, type_, device_); }
+  CUfunction tiled_kernel() const {
+    const int variant = full_variant(type_, type_of(plan_.velocity_dtype), plan_.flags());
+    return variant < 0 ? step_kernel(Kind::full_tiled, type_, device_)
+                       : variant_kernel(variant, device_);
+  }
 
   const SgdPlan& plan_;
   Type type_;

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/full_variants.h"
+
 // cuda/{sgd,full,measure}.cu, compiled: cuda/backend.cmake names the folder.
 #define FATBIN(name)                                 \
   asm(".section .rodata\n"                           \
@@ -44,6 +46,7 @@ constexpr const char* kOtherNames[kOthers] =
 struct Kernels {
   CUfunction step[kKinds][kTypes];
   CUfunction other[kOthers];
+  CUfunction variants[kFullVariantCount];
 };
 
 CUmodule load_module(const unsigned char* fatbin, int device) {
@@ -83,6 +86,9 @@ Kernels load(int device) {
     const bool is_schedule = other == static_cast<int>(Other::schedule);
     kernels.other[other] = find_function(is_schedule ? sgd : measure, kOtherNames[other]);
   }
+  for (int variant = 0; variant < kFullVariantCount; ++variant) {
+    kernels.variants[variant] = find_function(full, kFullVariants[variant].kernel);
+  }
   return kernels;
 }
 
@@ -110,6 +116,8 @@ CUfunction step_kernel(Kind kind, Type type, int device) {
 CUfunction other_kernel(Other kernel, int device) {
   return kernels(device).other[static_cast<int>(kernel)];
 }
+
+CUfunction variant_kernel(int variant, int device) { return kernels(device).variants[variant]; }
 
 void check(CUresult result, const char* what) {
   if (result != CUDA_SUCCESS) {

@@ -17,6 +17,9 @@ enum class Other { schedule, measure_dense, measure_sparse, measure_fold, measur
 CUfunction step_kernel(Kind kind, Type type, int device);
 CUfunction other_kernel(Other kernel, int device);
 
+/// One of kFullVariants, of Kind::full_tiled.
+CUfunction variant_kernel(int variant, int device);
+
 /// Throws std::runtime_error with the driver's words unless `result` is success.
 void check(CUresult result, const char* what);
 

@@ -75,6 +75,7 @@ void run_block(uint32_t block, uint32_t threads, Kernel kernel) {
 } // namespace emulation
 
 inline void __syncthreads() { emulation::block_barrier->arrive_and_wait(); }
+inline void __syncwarp() { emulation::warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
 
 template <typename T>
 T __shfl_down_sync(uint32_t, T value, uint32_t distance) {

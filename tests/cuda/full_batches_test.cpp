@@ -61,12 +61,12 @@ void test_one_launch_for_all_that_training_has() {
   require(batch.arguments.common.count == 6, "empty tensors are in no launch");
   auto& flat = batch.arguments.tensors[0];
   require(flat.number == 5 && flat.group == 6 && flat.flags == 7, "the member");
-  require(flat.columns == 0 && flat.column_stride == 1 && flat.wide == 3, "flat");
+  require(flat.columns == kTileColumns && flat.column_stride == 1 && flat.wide == 3, "flat");
   auto& turned = batch.arguments.tensors[1];
   require(turned.columns == 30 && turned.row_stride == 1 && turned.column_stride == 70, "turned");
   require(turned.first_block == 1 && batch.arguments.tensors[2].first_block == 3, "blocks");
   auto& backwards = batch.arguments.tensors[4];
-  require(backwards.columns == 0 && backwards.column_stride == -2, "backwards");
+  require(backwards.columns == kTileColumns && backwards.column_stride == -2, "backwards");
   require(backwards.wide == kWideArenas, "a stride is not read four at a time");
 }
 

@@ -88,15 +88,15 @@ int64_t place(const std::vector<int32_t>& shape, const std::vector<int64_t>& str
   return at;
 }
 
-enum class Way { contiguous, dense, any };
+enum class Lying { contiguous, dense, any };
 
-Array random_array(const std::vector<int32_t>& shape, Type type, Way way) {
+Array random_array(const std::vector<int32_t>& shape, Type type, Lying way) {
   const int n = shape.size();
   std::vector<int> order(n);
   for (int d = 0; d < n; ++d) {
     order[d] = d;
   }
-  if (way != Way::contiguous) {
+  if (way != Lying::contiguous) {
     std::shuffle(order.begin(), order.end(), engine);
   }
   Array a;
@@ -104,9 +104,9 @@ Array random_array(const std::vector<int32_t>& shape, Type type, Way way) {
   int64_t stride = 1;
   for (int k = n - 1; k >= 0; --k) {
     const int d = order[k];
-    a.strides[d] = way == Way::any && below(5) == 0 ? 0 : stride;
-    stride *= shape[d] + (way == Way::any && below(3) == 0);
-    if (way == Way::any && a.strides[d] && below(5) == 0) { // backwards
+    a.strides[d] = way == Lying::any && below(5) == 0 ? 0 : stride;
+    stride *= shape[d] + (way == Lying::any && below(3) == 0);
+    if (way == Lying::any && a.strides[d] && below(5) == 0) { // backwards
       a.first += a.strides[d] * (shape[d] - 1);
       a.strides[d] = -a.strides[d];
     }
@@ -154,7 +154,10 @@ void run(BatchList<T>& batches, const typename T::Shared& common, void (*kernel)
 
 using TiledKernel = void (*)(Launch<Tiled>);
 using StridedKernel = void (*)(Launch<FullStrided>);
-constexpr TiledKernel kTiled[] = {
+#define VARIANT(parameter, velocity, name, flags) sgd_full_tiled_##parameter##_##velocity##_##name,
+constexpr TiledKernel kVariants[] = {MLX_FUSED_OPTIM_FULL_VARIANTS(VARIANT)};
+#undef VARIANT
+constexpr TiledKernel kGeneric[] = {
     sgd_full_tiled_float32,
     sgd_full_tiled_float16,
     sgd_full_tiled_bfloat16};
@@ -163,12 +166,60 @@ constexpr StridedKernel kStrided[] = {
     sgd_full_strided_float16,
     sgd_full_strided_bfloat16};
 
-uint32_t random_flags(Type type) {
+/// All that a step may consist of, with every variant and with the generic kernels in turn.
+struct Options {
+  Type type, velocity;
+  uint32_t flags;
+
+  int variant() const { return full_variant(type, velocity, flags); }
+};
+
+Options random_options(int round) {
+  const int turn = round % (kFullVariantCount + 3);
   uint32_t flags = engine() & 0x7fff;
-  if (flags & kMaster) {
-    flags &= ~kCompensated;
+  if (turn < kFullVariantCount) {
+    auto& variant = kFullVariants[turn];
+    flags = (flags & ~kCompiledFlags) | variant.flags;
+    flags |= variant.velocity != variant.parameter ? kMomentum : 0;
+    const Options options{variant.parameter, variant.velocity, flags};
+    require(options.variant() == turn, variant.kernel);
+    return options;
   }
-  return type == Type::float32 ? flags & ~(kMaster | kCompensated) : flags;
+  Options options{static_cast<Type>(turn - kFullVariantCount), random_type(), flags};
+  options.flags &= options.type == Type::float32 ? ~(kMaster | kCompensated)
+      : flags & kMaster                          ? ~kCompensated
+                                                 : ~0u;
+  return options.variant() < 0 ? options : random_options(round);
+}
+
+/// Numbers at which formats end.
+void add_special(Memory& memory) {
+  const float special[] = {
+      0.0f,
+      -0.0f,
+      INFINITY,
+      -INFINITY,
+      NAN,
+      -NAN,
+      bits_to_float(0x7f800001), // signalling, and below what bfloat16 keeps
+      bits_to_float(0xffa00000),
+      1e-45f,
+      -1e-40f,
+      6e-8f,
+      -3e-5f,
+      65504.0f,
+      65520.0f,
+      -3.4e38f};
+  for (size_t i = 0; i + 1 < memory.words.size() * 16 / size_of(memory.type) - memory.shift;
+       i += 1 + below(9)) {
+    memory.set(i, special[below(std::size(special))]);
+  }
+}
+
+/// The bits, or another NaN: of two, which one an addition keeps is the compiler's choice.
+bool is_same(Memory& a, Memory& b, size_t at) {
+  const float x = a.get(at), y = b.get(at);
+  return a.bits(at) == b.bits(at) || (x != x && y != y);
 }
 
 struct TestTensor {
@@ -185,13 +236,13 @@ struct TestArena {
 };
 
 struct Counted {
-  size_t tiled = 0, strided = 0, elements = 0;
+  size_t tiled[kFullVariantCount + 3] = {}, strided = 0, elements = 0;
 };
 
 void test_step(int round, Counted& counted) {
-  const Type type = static_cast<Type>(round % 3);
-  const uint32_t flags = random_flags(type);
-  const bool skips = round % 8 == 0, in_place = below(2);
+  const Options options = random_options(round);
+  const auto [type, velocity, flags] = options;
+  const bool skips = round % 7 == 0, in_place = below(2), special = round % 3 == 1;
   const uint32_t slot_flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
 
   FullCommon common{};
@@ -205,7 +256,7 @@ void test_step(int round, Counted& counted) {
   common.control.trust_coefficient = 0.01f;
   common.control.average_weight = 0.125f;
   common.control.parameter_format = static_cast<uint32_t>(type);
-  common.control.velocity_format = below(3);
+  common.control.velocity_format = static_cast<uint32_t>(velocity);
   const uint64_t step = 41;
   const float given[] = {0.1f, 0.9f, 0.01f, 4.0f};
   std::vector<float> measured = {5.0f, skips ? 0.0f : 1.0f}, groups;
@@ -233,7 +284,13 @@ void test_step(int round, Counted& counted) {
   // Arenas, some of them at odd addresses.
   const size_t shift = below(4) == 0;
   auto parameters = std::make_shared<Memory>(type, arena_size, shift);
-  parameters->fill(skips);
+  auto fill = [&](Memory& memory) {
+    memory.fill(skips);
+    if (special && !skips) {
+      add_special(memory);
+    }
+  };
+  fill(*parameters);
   TestArena slots[kSlots];
   bool contiguous = true;
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -247,7 +304,7 @@ void test_step(int round, Counted& counted) {
     s.stride = !in_place && below(6) == 0 ? 2 : 1;
     contiguous &= s.stride == 1;
     s.before = std::make_shared<Memory>(slot_type, s.stride * arena_size, shift);
-    s.before->fill(skips);
+    fill(*s.before);
     s.after = in_place ? s.before : std::make_shared<Memory>(slot_type, arena_size);
     if (!in_place) {
       s.after->fill();
@@ -257,16 +314,20 @@ void test_step(int round, Counted& counted) {
   FullBatches batches(type, contiguous);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
-    t.gradient = random_array(t.shape, random_type(), static_cast<Way>(below(3)));
+    const auto gradient_type = below(2) ? type : random_type();
+    t.gradient = random_array(t.shape, gradient_type, static_cast<Lying>(below(3)));
     t.gradient.memory->fill();
+    if (special) {
+      add_special(*t.gradient.memory);
+    }
     if (in_place) {
-      t.parameter = random_array(t.shape, type, Way::contiguous);
+      t.parameter = random_array(t.shape, type, Lying::contiguous);
       t.parameter.memory = parameters;
       t.parameter.first = t.offset;
     } else {
       t.parameter =
-          random_array(t.shape, type, below(4) ? Way::contiguous : static_cast<Way>(below(3)));
-      t.parameter.memory->fill(skips);
+          random_array(t.shape, type, below(4) ? Lying::contiguous : static_cast<Lying>(below(3)));
+      fill(*t.parameter.memory);
     }
     const auto number = static_cast<uint32_t>(i);
     batches.add(
@@ -345,10 +406,11 @@ void test_step(int round, Counted& counted) {
   float used[kScalars] = {};
   common.step_out = &next;
   common.used_out = used;
-  counted.tiled += batches.tiled.size();
+  const int variant = options.variant(), type_number = static_cast<int>(type);
+  counted.tiled[variant < 0 ? kFullVariantCount + type_number : variant] += batches.tiled.size();
   counted.strided += batches.strided.size();
-  run(batches.tiled, common, kTiled[round % 3]);
-  run(batches.strided, common, kStrided[round % 3]);
+  run(batches.tiled, common, variant < 0 ? kGeneric[type_number] : kVariants[variant]);
+  run(batches.strided, common, kStrided[type_number]);
 
   require(next == (skips ? step : step + 1), "the step counter");
   require(
@@ -356,10 +418,10 @@ void test_step(int round, Counted& counted) {
       "the numbers used");
   for (uint64_t e = 0; e < arena_size; ++e) {
     const auto where = " of element " + std::to_string(e) + ", round " + std::to_string(round);
-    require(parameters->bits(e) == expected.bits(e), "the parameter" + where);
+    require(is_same(*parameters, expected, e), "the parameter" + where);
     for (int slot = 0; slot < kSlots; ++slot) {
       require(
-          !slots[slot].after || slots[slot].after->bits(e) == expected_slots[slot].bits(e),
+          !slots[slot].after || is_same(*slots[slot].after, expected_slots[slot], e),
           "slot " + std::to_string(slot) + where);
     }
   }
@@ -380,6 +442,89 @@ void test_an_arena_without_tensors_counts_the_step() {
   common.used_out = used;
   run(batches.tiled, common, sgd_full_tiled_float32);
   require(next == 42 && used[0] == 0.1f && used[3] == 1.0f, "a step of nothing");
+}
+
+/// What is stored where the last rounding is that of memory: all patterns at which a format
+/// or a NaN ends, and random ones.
+void test_narrowing() {
+  for (int round = 0; round < 200000; ++round) {
+    float values[kQuad];
+    for (float& value : values) {
+      const uint32_t ends[] = {
+          0x7f7fffff, 0x7f800000, 0x7f800001, 0x7fbfffff, 0x477fefff, 0x33000000};
+      value = bits_to_float(
+          below(3) ? engine() : (ends[below(6)] + below(3)) ^ (below(2) ? 0x80000000u : 0));
+    }
+    float rounded[kQuad];
+    std::copy(values, values + kQuad, rounded);
+    Quad bfloat16, float16, float32;
+    round_and_narrow(rounded, kBfloat16, bfloat16);
+    std::copy(values, values + kQuad, rounded);
+    round_and_narrow(rounded, kFloat16, float16);
+    std::copy(values, values + kQuad, rounded);
+    round_and_narrow(rounded, kFloat32, float32);
+    for (uint32_t k = 0; k < kQuad; ++k) {
+      const uint32_t half = k % 2 * 16;
+      require(
+          (bfloat16.words[k / 2] >> half & 0xffff) ==
+              float_to_bits(nearest_bfloat16(values[k])) >> 16,
+          "bfloat16");
+      require(
+          (float16.words[k / 2] >> half & 0xffff) ==
+              __half_as_ushort(__float2half_rn(nearest_float16(values[k]))),
+          "float16");
+      require(float32.words[k] == float_to_bits(values[k]), "float32");
+    }
+  }
+}
+
+/// The host's choice: of every combination, a kernel that sees just its flags, and the
+/// momentum's dtype; the generic one where the list has none.
+void test_the_choice_of_a_variant() {
+#define VARIANT(parameter, velocity, name, flags) \
+  {Variant<parameter, velocity, flags>::kHas, Variant<parameter, velocity, flags>::kMay},
+  constexpr uint32_t known[][2] = {MLX_FUSED_OPTIM_FULL_VARIANTS(VARIANT)};
+#undef VARIANT
+  size_t generic = 0;
+  for (uint32_t flags = 0; flags < 2 * kMeasureNorm; ++flags) {
+    for (const Type type : {Type::float32, Type::float16, Type::bfloat16}) {
+      for (const Type velocity : {Type::float32, Type::float16, Type::bfloat16}) {
+        const int chosen = full_variant(type, velocity, flags);
+        const bool has_momentum = flags & kMomentum;
+        bool listed = false;
+        for (auto& variant : kFullVariants) {
+          listed |= variant.parameter == type && (!has_momentum || variant.velocity == velocity) &&
+              variant.flags == (flags & kCompiledFlags);
+        }
+        require((chosen >= 0) == listed, "a variant that is listed is taken");
+        if (chosen < 0) {
+          ++generic;
+          continue;
+        }
+        auto& variant = kFullVariants[chosen];
+        require(variant.parameter == type, "the dtype");
+        require(!has_momentum || variant.velocity == velocity, "the momentum's dtype");
+        // A tensor may be without some of kTensorFlags, which no kernel adds.
+        for (const uint32_t own : {flags, flags & ~kTensorFlags}) {
+          require(((own & known[chosen][1]) | known[chosen][0]) == own, "the flags seen");
+        }
+      }
+    }
+  }
+  require(generic > 0, "some are generic");
+  const auto common = [](Type type, Type velocity, uint32_t flags) {
+    return full_variant(type, velocity, flags | kMomentum | kClipNorm | kGroups) >= 0;
+  };
+  for (const Type half : {Type::float16, Type::bfloat16}) {
+    for (const uint32_t kept : {uint32_t(0), uint32_t(kMaster)}) {
+      require(common(half, half, kept) && common(half, Type::float32, kept), "a common step");
+    }
+    require(common(half, half, kCompensated) && common(half, half, kStochastic), "a common step");
+    require(!common(half, half, kCompensated | kStochastic), "a rare one");
+    require(!common(half, half, kMaster | kAverage), "a rare one");
+  }
+  require(common(Type::float32, Type::float32, 0), "a common step");
+  require(!common(Type::float32, Type::float16, 0), "a rare one");
 }
 
 // ---- The measurement -------------------------------------------------------------
@@ -437,7 +582,7 @@ void test_measurement(int round, Counted& counted) {
     if (below(4) == 0) {
       shape = {below(2) * 3, static_cast<int>(kChunk * kChunksPerBlock / 3) + below(3)}; // or empty
     }
-    const auto way = static_cast<Way>(below(3));
+    const auto way = static_cast<Lying>(below(3));
     auto& a = arrays.emplace_back(random_array(shape, random_type(), way));
     a.memory->fill();
     const size_t size = element_count(shape.size(), shape.data());
@@ -446,10 +591,10 @@ void test_measurement(int round, Counted& counted) {
       a.memory->set(a.first + place(shape, a.strides, below(size)), infinite);
     }
     const bool is_gradient = i < tensors;
-    batches.add(shape.size(), shape.data(), a.source(), is_gradient, way != Way::any);
+    batches.add(shape.size(), shape.data(), a.source(), is_gradient, way != Lying::any);
     std::vector<float> values;
     for (size_t e = 0; e < size; ++e) {
-      const float x = a.memory->get(a.first + (way == Way::any ? place(shape, a.strides, e) : e));
+      const float x = a.memory->get(a.first + (way == Lying::any ? place(shape, a.strides, e) : e));
       peak = is_gradient ? peak_of(peak, x) : peak;
       values.push_back(is_gradient ? sgd_gradient(x, hyper, common.control.flags) : x);
     }
@@ -524,10 +669,15 @@ int main(int, char** arguments) {
     test_step(round, counted);
   }
   const size_t some = rounds / 6;
-  require(counted.tiled > some && counted.strided > some, "the random tensors miss a kind");
+  require(counted.strided > some, "the random tensors miss a kind");
+  for (auto tiled : counted.tiled) {
+    require(tiled > 0, "the random tensors miss a variant");
+  }
   for (int round = 0; round < rounds / 4; ++round) {
     test_measurement(round, counted);
   }
+  test_narrowing();
+  test_the_choice_of_a_variant();
   test_folds_of_more_than_the_lanes();
   test_an_arena_without_tensors_counts_the_step();
   std::printf("ok %zu elements\n", counted.elements);
