@@ -52,6 +52,10 @@ OPTIONS = {
     "trust_ratio compensated stochastic ema",
 }
 
+# A step of each kind of kernel, see csrc/cuda/full_variants.h; with every dtype of the
+# momentum, all of them. The last two are generic.
+KERNELS = ["clipped by norm", "masters", "compensated", "stochastic", "all", "all, compensated"]
+
 
 def flags_of(names):
     return sum(_ext.FLAGS[name] for name in names.split())
@@ -146,21 +150,50 @@ def test_every_option_has_the_bits_of_the_cpu(names, dtype):
 
 
 @pytest.mark.parametrize("dtype, gradient_dtype", list(itertools.product(DTYPES, DTYPES)), ids=str)
-@pytest.mark.parametrize("names", [OPTIONS["all"], OPTIONS["all, compensated"], "ema"])
+@pytest.mark.parametrize("names", [*(OPTIONS[name] for name in KERNELS), "ema"])
 def test_arrays_that_are_not_contiguous(names, dtype, gradient_dtype):
     """All ways to lie in memory at once; the gradients are made on the device that steps."""
     parameters = [p for p, _ in strided_cases(dtype, gradient_dtype)]
-    assert_devices_agree(
-        parameters, lambda: [g for _, g in strided_cases(dtype, gradient_dtype)], names, steps=2
-    )
+    for momentum_dtype in (None, mx.float32):
+        assert_devices_agree(
+            parameters,
+            lambda: [g for _, g in strided_cases(dtype, gradient_dtype)],
+            names,
+            steps=2,
+            momentum_dtype=momentum_dtype,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", [OPTIONS["all"], OPTIONS["decoupled"], OPTIONS["trust ratio"]])
-def test_groups(names, dtype):
+@pytest.mark.parametrize("name", KERNELS)
+def test_numbers_at_which_formats_end(name, dtype):
+    """To the bit, but for which NaN it is: that is the processor's."""
+    special = [0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 6e-8, -3e-5, 65504, 65520, -3.4e38]
+    values = mx.array(np.array(special, np.float32)).astype(dtype)
+    n = len(special)
+    parameters = [mx.repeat(values, n), random((n * n,), dtype), random((n * n,), dtype, 1)]
+    gradients = [mx.tile(values, n), mx.repeat(values, n), random((n * n,), dtype, 2)]
+    # A norm of these would make everything NaN.
+    measured = {"clip_norm", "skip_nonfinite", "trust_ratio"}
+    names = " ".join({*OPTIONS[name].split(), "maximize"} - measured)
+    for momentum_dtype in (None, mx.float32):
+        more = dict(momentum_dtype=momentum_dtype)
+        got = run(mx.gpu, parameters, lambda: gradients, names, **more)
+        want = run(mx.cpu, parameters, lambda: gradients, names, **more)
+        for a, b in zip(got, want, strict=True):
+            nan = np.isnan(np.array(b.astype(mx.float32)))
+            np.testing.assert_array_equal(np.isnan(np.array(a.astype(mx.float32))), nan)
+            np.testing.assert_array_equal(bits(a)[~nan], bits(b)[~nan])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*KERNELS, "decoupled", "trust ratio"])
+def test_groups(name, dtype):
     parameters, gradients = flat_tensors(dtype, mx.float32)
-    names += " groups"
-    assert_devices_agree(parameters, gradients, names, **groups_of(len(SIZES), names))
+    names = OPTIONS[name] + " groups"
+    for momentum_dtype in (None, mx.float32):
+        more = dict(momentum_dtype=momentum_dtype, **groups_of(len(SIZES), names))
+        assert_devices_agree(parameters, gradients, names, **more)
 
 
 def test_dtypes_side_by_side():
@@ -238,8 +271,9 @@ def test_norms_have_the_bits_of_the_cpu(dtype):
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("held", [False, True], ids=["in place", "held"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_skipped_step_changes_nothing(dtype, held, bad):
-    names = "momentum master_weights ema skip_nonfinite stochastic clip_norm"
+@pytest.mark.parametrize("kept", ["master_weights ema stochastic", "master_weights", "stochastic"])
+def test_a_skipped_step_changes_nothing(kept, dtype, held, bad):
+    names = f"momentum skip_nonfinite clip_norm {kept}"
     parameters, gradients = flat_tensors(dtype, mx.float32)
     slots = empty_slots(layout_of(parameters), names, None)
     step = mx.array(4, mx.uint64)
