@@ -1,11 +1,12 @@
 """Train in bfloat16 in every way that the optimizer offers, and compare with float32.
 
-    python bench/precision.py [--steps N] [--modes NAME ...] [--json FILE] [--write]
+    python bench/precision.py [--steps N] [--modes NAME ...] [--json FILE] [--write | --costs]
 
 Two tasks on data that is on the machine already: the 1797 handwritten digits that
 scikit-learn ships, and characters of the Python manual that every Python ships, learnt by a
 small transformer. Every mode starts from the same weights (rounded to its dtype) and sees
-the same batches. --write puts the table of --json's run into docs/precision.md.
+the same batches. --write puts the table of --json's run into docs/precision.md; --costs
+trains nothing and only weighs and times the step of every mode.
 """
 
 from __future__ import annotations
@@ -313,7 +314,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", action="store_true", help="renew the table of docs/precision.md")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--write", action="store_true", help="renew the table of docs/precision.md")
+    either.add_argument("--costs", action="store_true", help="weigh and time only, train nothing")
     parser.add_argument("--recorded", type=Path, help="write that run of --json into the docs")
     options = parser.parse_args(arguments)
     if options.recorded:
@@ -324,12 +327,13 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     costs(MODES["float32"])  # what a device does at its first step only
     rows = []
-    tasks = [digits(), characters()]
+    tasks = [] if options.costs else [digits(), characters()]
     for name in options.modes:
         cost = costs(MODES[name])
         losses = {task.name: train(task, MODES[name], options.steps) for task in tasks}
         rows.append(asdict(Row(name, cost, losses)))
-        console.print(rows[-1])
+        if tasks:
+            console.print(rows[-1])
     run = {
         "machine": machine(),
         "mlx": mx.__version__,

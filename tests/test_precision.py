@@ -39,6 +39,18 @@ def test_a_short_run_is_written_and_becomes_the_table(precision, tmp_path, monke
     assert all(f"| {mode} |" in text for mode in modes)
 
 
+def test_costs_alone_train_nothing(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "ELEMENTS", {mx.cpu: 4096, mx.gpu: 4096})
+    monkeypatch.setattr(precision, "train", None)
+    path = tmp_path / "run.json"
+    modes = ["float32", "bfloat16, master"]
+    precision.main(["--costs", "--modes", *modes, "--json", str(path)])
+    run = json.loads(path.read_text())
+    assert [row["mode"] for row in run["rows"]] == modes
+    assert all(row["costs"]["milliseconds"] > 0 and not row["losses"] for row in run["rows"])
+    assert run["options"].keys() == precision.OPTIONS.keys()
+
+
 def test_too_few_steps_are_an_error(precision, capsys):
     with pytest.raises(SystemExit):
         precision.main(["--steps", "3"])
