@@ -4,8 +4,10 @@ float32 with a constant rate has the bits of mlx.optimizers.SGD run eagerly; eve
 has the bits of the CPU backend, which has its own tests.
 """
 
+import contextlib
 import ctypes
 import itertools
+import os
 
 import mlx.core as mx
 import mlx.optimizers
@@ -17,7 +19,8 @@ from mlx_fused_optim import _ext
 if not mx.is_available(mx.gpu) or mx.metal.is_available():
     pytest.skip("needs MLX with CUDA and a GPU", allow_module_level=True)
 
-GPU = mx.default_device()  # see conftest.py
+# See conftest.py.
+GPU, GPU_NUMBER = mx.default_device(), int(os.environ.get("MLX_FUSED_OPTIM_TEST_GPU", 0))
 
 # Vector, tile and arena boundaries, and one more or less.
 SIZES = [0, 1, 3, 4, 5, 63, 64, 65, 127, 129, 1023, 1025, 4095, 4096, 4097, 8191, 8193, 65543]
@@ -354,31 +357,49 @@ def test_more_than_int32_elements():
         assert (parameters == want).all().item()
 
 
+@contextlib.contextmanager
+def driver_of_gpu():
+    """The driver's interface, with the context of the GPU under test."""
+    driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), GPU_NUMBER) == 0
+    assert driver.cuCtxPushCurrent_v2(context) == 0
+    try:
+        yield driver
+    finally:
+        assert driver.cuCtxPopCurrent_v2(ctypes.byref(context)) == 0
+        assert driver.cuDevicePrimaryCtxRelease_v2(GPU_NUMBER) == 0
+
+
+@contextlib.contextmanager
+def little_memory(left=512 << 20):
+    """The GPU has this much left (bytes)."""
+    mx.synchronize()
+    mx.clear_cache()
+    free, total, hog = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
+    with driver_of_gpu() as driver:
+        assert driver.cuCtxSynchronize() == 0  # only then has the driver taken it back
+        assert driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+        assert driver.cuMemAlloc_v2(ctypes.byref(hog), ctypes.c_size_t(free.value - left)) == 0
+    try:
+        yield
+    finally:
+        with driver_of_gpu() as driver:
+            assert driver.cuMemFree_v2(hog) == 0
+
+
 def test_out_of_memory_changes_nothing():
-    driver = ctypes.CDLL("libcuda.so.1")
     parameters = [mx.random.normal((1 << 24,)) for _ in range(16)]  # 64 MiB each, two an arena
     gradients = [p * 0.5 for p in parameters]
     state = optim.fused_sgd_init(parameters, momentum=0.9)
     before = [p * 1 for p in parameters]
     mx.eval(parameters, gradients, state, before)
-    mx.synchronize()
-    mx.clear_cache()
-    assert driver.cuCtxSynchronize() == 0  # only then has the driver taken it back
-
-    free, total, hog = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
-    assert driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
-    left = 512 << 20  # of the 2 GiB that the step wants, as all its inputs are held
-    assert driver.cuMemAlloc_v2(ctypes.byref(hog), ctypes.c_size_t(free.value - left)) == 0
-    try:
-        new, after = optim.fused_sgd_step(
-            parameters, gradients, state, learning_rate=0.1, momentum=0.9
-        )
-        with pytest.raises(
-            RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"
-        ):
-            mx.eval(new, after)
-    finally:
-        assert driver.cuMemFree_v2(hog) == 0
+    new, after = optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.1, momentum=0.9)
+    # The step wants 2 GiB, as all its inputs are held.
+    with (
+        little_memory(),
+        pytest.raises(RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"),
+    ):
+        mx.eval(new, after)
     assert_same(parameters, before)
     assert state["step"].item() == 0
     # The very same graph succeeds once there is room, as does a fresh one.

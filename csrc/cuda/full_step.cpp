@@ -77,13 +77,12 @@ class FullLaunches : public Launches {
 
   size_t count() const override { return batches_.launches(); }
 
-  void launch(mx::cu::CommandEncoder& encoder, const SgdInputs& in, const SgdOutputs& out)
-      override {
+  void launch(Submission& submission, const SgdInputs& in, const SgdOutputs& out) override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-    launch_batches(encoder, tiled_kernel(), kThreads, batches_.tiled, common, counted);
+    launch_batches(submission, tiled_kernel(), kThreads, batches_.tiled, common, counted);
     launch_batches(
-        encoder,
+        submission,
         step_kernel(Kind::full_strided, type_, device_),
         kThreads,
         batches_.strided,
