@@ -48,7 +48,9 @@ std::optional<mx::allocator::Data> device_memory(const mx::Shape& shape, mx::Str
 
 /// Everything that MLX can let go of: what finished work still holds, then its cache.
 void free_what_can_be_freed(mx::Stream stream) {
-  mx::cu::get_command_encoder(stream).synchronize();
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  encoder.commit(); // by itself, synchronize() returns before what is committed with it is let go
+  encoder.synchronize();
   mx::clear_cache();
   check(cuCtxSynchronize(), "cuCtxSynchronize"); // MLX frees in the order of a stream
 }
