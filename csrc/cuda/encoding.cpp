@@ -16,7 +16,7 @@ int pending_kernels(mx::cu::CommandEncoder& encoder);
 } // namespace
 
 Submission::Submission(mx::cu::CommandEncoder& encoder, size_t launches)
-    : encoder_(encoder), is_direct_(launches == 1 && has_collected_nothing(encoder)) {
+    : encoder_(encoder), is_direct_(launches == 1 && pending_kernels(encoder) == 0) {
   if (launches > 1) {
     side_by_side_.emplace(encoder);
   }
@@ -63,8 +63,8 @@ bool is_idle(mx::cu::CommandEncoder& encoder) {
   return cuStreamQuery(static_cast<cudaStream_t>(encoder.stream())) == CUDA_SUCCESS;
 }
 
-bool has_collected_nothing(mx::cu::CommandEncoder& encoder) {
-  return pending_kernels(encoder) == 0;
+bool has_nothing_to_do(mx::cu::CommandEncoder& encoder) {
+  return pending_kernels(encoder) == 0 && is_idle(encoder);
 }
 
 } // namespace mlx_fused_optim::cuda

@@ -102,7 +102,7 @@ void launch_batches(
 /// Whether everything that was launched on the stream is done.
 bool is_idle(mx::cu::CommandEncoder& encoder);
 
-/// Whether no kernel waits to be launched.
-bool has_collected_nothing(mx::cu::CommandEncoder& encoder);
+/// Whether that is so, and nothing waits to be launched.
+bool has_nothing_to_do(mx::cu::CommandEncoder& encoder);
 
 } // namespace mlx_fused_optim::cuda

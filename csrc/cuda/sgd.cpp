@@ -2,9 +2,6 @@
 // stream, which makes a CUDA graph of them or not.
 #include "sgd.h"
 
-#include <chrono>
-#include <thread>
-
 #include "cuda/encoding.h"
 #include "cuda/launches.h"
 #include "cuda/memory.h"
@@ -16,8 +13,7 @@ namespace {
 
 /// MLX lets go of the buffers of finished work on a thread of its own, and mx.eval
 /// does not wait for that. A step that follows at once would find its arenas held
-/// and move to fresh ones. Waits, but only where nothing else is to be done; and for a
-/// moment where the arenas before this one are already on their way.
+/// and move to fresh ones. Waits, but only where nothing else is to be done.
 void let_go_of_finished_work(
     mx::cu::CommandEncoder& encoder,
     const SgdPlan& plan,
@@ -25,24 +21,12 @@ void let_go_of_finished_work(
   auto uses = [](const mx::array& a) {
     return static_cast<size_t>(a.data_shared_ptr().use_count());
   };
-  auto is_held = [&] {
-    bool held = plan.tensor_count() > 0 && uses(in.parameters[0]) > plan.parameter_inputs();
-    for (auto* slot : in.slots) {
-      held |= slot && uses(*slot) > 1;
-    }
-    return held;
-  };
-  if (!is_held() || !has_collected_nothing(encoder)) {
-    return;
+  bool held = plan.tensor_count() > 0 && uses(in.parameters[0]) > plan.parameter_inputs();
+  for (auto* slot : in.slots) {
+    held |= slot && uses(*slot) > 1;
   }
-  if (is_idle(encoder)) {
+  if (held && has_nothing_to_do(encoder)) {
     encoder.synchronize();
-    return;
-  }
-  using Clock = std::chrono::steady_clock;
-  constexpr auto kMoment = std::chrono::microseconds(50);
-  for (const auto end = Clock::now() + kMoment; is_held() && Clock::now() < end;) {
-    std::this_thread::yield();
   }
 }
 
