@@ -228,6 +228,7 @@ def costs(mode: Mode, repeats: int = 25) -> Costs:
         parameters = optimizer.apply_gradients(gradients, parameters)
         mx.eval(parameters, optimizer.state)
         times.append(1e3 * (time.perf_counter() - start))
+    mx.synchronize()  # what is done with is let go of a moment after mx.eval
     held = mx.get_active_memory() - before
     return Costs(round(held / elements, 2), statistics.median(times[2:]))
 
@@ -279,11 +280,28 @@ def headings(run: dict[str, Any]) -> list[str]:
     return found
 
 
+def with_costs(run: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The losses of one run with the costs of another."""
+    costs = {row["mode"]: row["costs"] for row in other["rows"]}
+    return {
+        **run,
+        "rows": [{**row, "costs": costs[row["mode"]]} for row in run["rows"]],
+        "elements": other["elements"],
+        "options": other["options"],
+        "costs_of": _where(other),
+    }
+
+
+def _where(run: dict[str, Any]) -> str:
+    return f"{run['machine']}, MLX {run['mlx']}, {run['date']}"
+
+
 def write(run: dict[str, Any]) -> None:
     """The table in docs/precision.md, renewed."""
     million = f"{run['elements'] // 2**20}M"
+    costs = f" Bytes and times: {run['costs_of']}." if "costs_of" in run else ""
     lines = [
-        f"{run['steps']} steps on {run['machine']}, MLX {run['mlx']}, {run['date']}.",
+        f"Losses of {run['steps']} steps: {_where(run)}.{costs}",
         "",
         *markdown(headings(run), table_of(run)),
         "",
@@ -318,10 +336,16 @@ def main(arguments: list[str] | None = None) -> None:
     either.add_argument("--write", action="store_true", help="renew the table of docs/precision.md")
     either.add_argument("--costs", action="store_true", help="weigh and time only, train nothing")
     parser.add_argument("--recorded", type=Path, help="write that run of --json into the docs")
+    parser.add_argument("--costs-of", type=Path, help="with the costs of that run of --json")
     options = parser.parse_args(arguments)
     if options.recorded:
-        write(json.loads(options.recorded.read_text()))
+        run = json.loads(options.recorded.read_text())
+        if options.costs_of:
+            run = with_costs(run, json.loads(options.costs_of.read_text()))
+        write(run)
         return
+    if options.costs_of:
+        parser.error("--costs-of: got no --recorded, allowed with it only")
     if not 20 <= options.steps <= 100_000:
         parser.error(f"--steps out of range: got {options.steps}, allowed 20 to 100000")
     console = Console()

@@ -51,6 +51,12 @@ def test_costs_alone_train_nothing(precision, tmp_path, monkeypatch):
     assert run["options"].keys() == precision.OPTIONS.keys()
 
 
+def test_costs_of_nothing_are_an_error(precision, capsys):
+    with pytest.raises(SystemExit):
+        precision.main(["--costs-of", "run.json"])
+    assert "--costs-of: got no --recorded" in capsys.readouterr().err
+
+
 def test_too_few_steps_are_an_error(precision, capsys):
     with pytest.raises(SystemExit):
         precision.main(["--steps", "3"])
@@ -69,10 +75,10 @@ def test_a_step_in_bfloat16_learns_digits_as_float32_does(precision):
     assert abs(losses["bfloat16, compensated"] - losses["float32"]) < behind / 4
 
 
-def test_the_table_is_that_of_the_recorded_run(precision, tmp_path, monkeypatch):
-    (path,) = RECORDED.glob("*.json")
+def test_the_table_is_that_of_the_recorded_runs(precision, tmp_path, monkeypatch):
+    losses, costs = (RECORDED / f"{name}.json" for name in ("h200", "h100-costs"))
     copy = tmp_path / "precision.md"
     copy.write_text(REPORT.read_text())
     monkeypatch.setattr(precision, "REPORT", copy)
-    precision.main(["--recorded", str(path)])
+    precision.main(["--recorded", str(losses), "--costs-of", str(costs)])
     assert copy.read_text() == REPORT.read_text()
