@@ -69,7 +69,7 @@ __device__ void compute_numbers(
     const FullCommon& common,
     const FullTensor& tensor,
     SgdHyper& shared) {
-  __shared__ float scalars[kScalars];
+  __shared__ SgdScalars scalars;
   if (threadIdx.x >= 32) {
     return;
   }
@@ -77,7 +77,7 @@ __device__ void compute_numbers(
   const uint64_t step = *common.step;
   if (threadIdx.x < kScalars) {
     const float scalar = sgd_full_scalar(control, threadIdx.x, step, common.given);
-    scalars[threadIdx.x] = scalar;
+    scalars.of[threadIdx.x] = scalar;
     if (common.step_out && blockIdx.x == 0) {
       common.used_out[threadIdx.x] = scalar;
     }

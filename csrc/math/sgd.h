@@ -136,13 +136,17 @@ MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step
   return control.given >> i & 1 ? given[i] : schedule_value(control.schedules[i], step);
 }
 
+/// The scalars of one step. A struct, because Metal passes no array of a thread.
+struct SgdScalars {
+  float of[kScalars];
+};
+
 /// The numbers of a plain step, of its scalars.
-template <typename Scalars>
-MATH_FN SgdHyper sgd_hyper_of(MATH_CONSTANT SgdControl& control, Scalars scalars) {
+MATH_FN SgdHyper sgd_hyper_of(MATH_CONSTANT SgdControl& control, SgdScalars scalars) {
   SgdHyper hyper = {};
-  hyper.learning_rate = scalars[kLearningRate];
-  hyper.momentum = scalars[kMomentumFactor];
-  hyper.weight_decay = scalars[kWeightDecayFactor];
+  hyper.learning_rate = scalars.of[kLearningRate];
+  hyper.momentum = scalars.of[kMomentumFactor];
+  hyper.weight_decay = scalars.of[kWeightDecayFactor];
   hyper.gradient_weight = control.gradient_weight;
   hyper.apply = 1;
   return hyper;
@@ -152,11 +156,11 @@ MATH_FN SgdHyper sgd_hyper_of(MATH_CONSTANT SgdControl& control, Scalars scalars
 template <typename Given>
 MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
   // In a loop: one copy of a schedule's code, where three cost the CUDA kernels registers.
-  float values[kWeightDecayFactor + 1];
+  SgdScalars scalars = {};
   for (int i = 0; i <= kWeightDecayFactor; ++i) {
-    values[i] = sgd_scalar(control, i, step, given);
+    scalars.of[i] = sgd_scalar(control, i, step, given);
   }
-  return sgd_hyper_of(control, values);
+  return sgd_hyper_of(control, scalars);
 }
 
 /// The next counter, and the scalars that were used: by one thread, once a step.
@@ -207,14 +211,14 @@ MATH_FN float sgd_full_scalar(
 
 /// The numbers of a full step but for those of a tensor, of its scalars. `measured` is
 /// read only with kMeasuredFlags.
-template <typename Scalars, typename Measured>
+template <typename Measured>
 MATH_FN SgdHyper sgd_full_hyper_of(
     MATH_CONSTANT SgdControl& control,
     uint64_t step,
-    Scalars scalars,
+    SgdScalars scalars,
     Measured measured) {
   SgdHyper hyper = sgd_hyper_of(control, scalars);
-  hyper.unscale = divide_float(1.0f, scalars[kGradScaleFactor]);
+  hyper.unscale = divide_float(1.0f, scalars.of[kGradScaleFactor]);
   hyper.clip_value = control.clip_value;
   hyper.clip_factor = control.flags & kClipNorm
       ? sgd_clip_factor(control.clip_norm, measured[kMeasuredNorm])
@@ -229,11 +233,11 @@ MATH_FN SgdHyper sgd_full_hyper_of(
 template <typename Given, typename Measured>
 MATH_FN SgdHyper
 sgd_full_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
-  float values[kScalars];
+  SgdScalars scalars = {};
   for (int i = 0; i < kScalars; ++i) {
-    values[i] = sgd_full_scalar(control, i, step, given);
+    scalars.of[i] = sgd_full_scalar(control, i, step, given);
   }
-  return sgd_full_hyper_of(control, step, values, measured);
+  return sgd_full_hyper_of(control, step, scalars, measured);
 }
 
 /// The numbers of one tensor of a full step. `flags` are the tensor's own. `group` is
