@@ -15,48 +15,30 @@ int pending_kernels(mx::cu::CommandEncoder& encoder);
 
 } // namespace
 
-Submission::Submission(mx::cu::CommandEncoder& encoder, size_t launches)
-    : encoder_(encoder), is_direct_(launches == 1 && pending_kernels(encoder) == 0) {
-  if (launches > 1) {
-    side_by_side_.emplace(encoder);
-  }
-}
-
-void Submission::reads(const mx::array* arrays, size_t count) {
+void set_inputs(mx::cu::CommandEncoder& encoder, const mx::array* arrays, size_t count) {
   const void* last = nullptr;
-  for (size_t i = 0; !is_direct_ && i < count; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     if (arrays[i].buffer().ptr() != last) {
       last = arrays[i].buffer().ptr();
-      encoder_.set_input_array(arrays[i]);
+      encoder.set_input_array(arrays[i]);
     }
   }
 }
 
-void Submission::reads(std::initializer_list<const mx::array*> arrays) {
+void set_inputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays) {
   for (auto* array : arrays) {
     if (array) {
-      reads(array, 1);
+      encoder.set_input_array(*array);
     }
   }
 }
 
-void Submission::writes(std::initializer_list<const mx::array*> arrays) {
+void set_outputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays) {
   for (auto* array : arrays) {
-    if (array && !is_direct_) {
-      encoder_.set_output_array(*array);
+    if (array) {
+      encoder.set_output_array(*array);
     }
   }
-}
-
-void Submission::launch(CUfunction kernel, uint32_t blocks, uint32_t threads, void** arguments) {
-  if (!is_direct_) {
-    encoder_.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, arguments);
-    return;
-  }
-  const auto stream = static_cast<cudaStream_t>(encoder_.stream());
-  check(
-      cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr),
-      "cuLaunchKernel");
 }
 
 bool is_idle(mx::cu::CommandEncoder& encoder) {

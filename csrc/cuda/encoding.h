@@ -2,7 +2,6 @@
 #pragma once
 
 #include <initializer_list>
-#include <optional>
 
 #include "cuda/kernels.h"
 #include "cuda/packing.h"
@@ -38,40 +37,25 @@ const T* pointer(const mx::array* a) {
   return a ? mx::gpu_ptr<T>(*a) : nullptr;
 }
 
-/// Launches of kernels that write disjoint memory, and what they read and write: the encoder
-/// orders kernels by that.
-///
-/// MLX collects kernels in a CUDA graph, which is made, compared with an earlier one and
-/// launched when something waits for it. Where nothing has been collected, one kernel alone
-/// goes to the stream at once: the device starts earlier, and the graph's cost is saved. What
-/// is collected later comes after it, as it is in the stream then.
-class Submission {
- public:
-  Submission(mx::cu::CommandEncoder& encoder, size_t launches);
+/// Names `count` arrays as inputs of what is launched next: the encoder orders kernels
+/// by the buffers that they name. Many parameters are views of one arena: named once.
+void set_inputs(mx::cu::CommandEncoder& encoder, const mx::array* arrays, size_t count);
 
-  /// Many parameters are views of one arena, which is named once.
-  void reads(const mx::array* arrays, size_t count);
-  /// Those that are there.
-  void reads(std::initializer_list<const mx::array*> arrays);
-  void writes(std::initializer_list<const mx::array*> arrays);
+/// Likewise the arrays that are there.
+void set_inputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays);
+void set_outputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays);
 
-  /// A kernel whose one argument is this struct.
-  template <typename Arguments>
-  void launch(CUfunction kernel, uint32_t blocks, uint32_t threads, Arguments& arguments) {
-    void* pointers[] = {&arguments};
-    launch(kernel, blocks, threads, pointers);
-  }
-
-  bool is_direct() const { return is_direct_; }
-
- private:
-  void launch(CUfunction kernel, uint32_t blocks, uint32_t threads, void** arguments);
-
-  mx::cu::CommandEncoder& encoder_;
-  bool is_direct_;
-  // The encoder would put several in line.
-  std::optional<mx::cu::CommandEncoder::ConcurrentContext> side_by_side_;
-};
+/// Launches a kernel whose one argument is this struct.
+template <typename Arguments>
+void launch(
+    mx::cu::CommandEncoder& encoder,
+    CUfunction kernel,
+    uint32_t blocks,
+    uint32_t threads,
+    Arguments& arguments) {
+  void* pointers[] = {&arguments};
+  encoder.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, pointers);
+}
 
 /// The kernels of one kind: for any number of tensors, and for kFew of them if there is one.
 struct KernelPair {
@@ -84,7 +68,7 @@ struct KernelPair {
 /// each is launched.
 template <typename T, typename After>
 void launch_batches(
-    Submission& submission,
+    mx::cu::CommandEncoder& encoder,
     KernelPair kernels,
     uint32_t threads,
     const BatchList<T>& batches,
@@ -94,8 +78,20 @@ void launch_batches(
     common.count = batch->arguments.common.count;
     batch->arguments.common = common;
     const auto kernel = common.count <= kFew ? kernels.few : kernels.many;
-    submission.launch(kernel, batch->blocks, threads, batch->arguments);
+    launch(encoder, kernel, batch->blocks, threads, batch->arguments);
     after();
+  }
+}
+
+/// Calls `launch_all`, which makes `launches` launches that write disjoint memory: the
+/// encoder would put them in line.
+template <typename LaunchAll>
+void side_by_side(mx::cu::CommandEncoder& encoder, size_t launches, LaunchAll launch_all) {
+  if (launches > 1) {
+    auto concurrent = encoder.concurrent_context();
+    launch_all();
+  } else {
+    launch_all();
   }
 }
 

@@ -77,12 +77,13 @@ class FullLaunches : public Launches {
 
   size_t count() const override { return batches_.launches(); }
 
-  void launch(Submission& submission, const SgdInputs& in, const SgdOutputs& out) override {
+  void launch(mx::cu::CommandEncoder& encoder, const SgdInputs& in, const SgdOutputs& out)
+      override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-    launch_batches(submission, tiled_kernel(), kThreads, batches_.tiled, common, counted);
+    launch_batches(encoder, tiled_kernel(), kThreads, batches_.tiled, common, counted);
     launch_batches(
-        submission,
+        encoder,
         step_kernel(Kind::full_strided, type_, device_),
         kThreads,
         batches_.strided,

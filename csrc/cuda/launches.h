@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cuda/encoding.h"
+#include "mlx/backend/cuda/device.h"
 #include "sgd.h"
 
 namespace mlx_fused_optim::cuda {
@@ -14,7 +14,11 @@ class Launches {
 
   virtual size_t count() const = 0;
 
-  virtual void launch(Submission& submission, const SgdInputs& in, const SgdOutputs& out) = 0;
+  /// Gives them to the encoder, which knows inputs and outputs by now.
+  virtual void launch(
+      mx::cu::CommandEncoder& encoder,
+      const SgdInputs& in,
+      const SgdOutputs& out) = 0;
 };
 
 /// The tensors, sorted and packed. Throws std::invalid_argument where no kernel can read

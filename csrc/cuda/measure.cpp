@@ -38,20 +38,21 @@ void launch_chunks(
     const MeasureBatches& batches,
     mx::array& chunks) {
   const int device = encoder.device().cuda_device();
-  Submission submission(encoder, batches.launches());
-  submission.reads(in.arrays, plan.array_count());
-  submission.reads({in.step, in.given});
-  submission.writes({&chunks});
+  set_inputs(encoder, in.arrays, plan.array_count());
+  set_inputs(encoder, {in.step, in.given});
+  set_outputs(encoder, {&chunks});
   MeasureCommon common{};
   common.control = plan.control;
   common.step = mx::gpu_ptr<uint64_t>(*in.step);
   common.given = pointer<float>(in.given);
   common.chunks = mx::gpu_ptr<ChunkSum>(chunks);
   auto nothing = [] {};
-  const auto dense = other_kernel(Other::measure_dense, device);
-  const auto sparse = other_kernel(Other::measure_sparse, device);
-  launch_batches(submission, dense, kThreads, batches.dense, common, nothing);
-  launch_batches(submission, sparse, kThreads, batches.sparse, common, nothing);
+  side_by_side(encoder, batches.launches(), [&] {
+    const auto dense = other_kernel(Other::measure_dense, device);
+    const auto sparse = other_kernel(Other::measure_sparse, device);
+    launch_batches(encoder, dense, kThreads, batches.dense, common, nothing);
+    launch_batches(encoder, sparse, kThreads, batches.sparse, common, nothing);
+  });
 }
 
 void launch_folds(
@@ -62,6 +63,8 @@ void launch_folds(
     mx::array& sums,
     mx::array& measured) {
   const auto kernel = other_kernel(Other::measure_fold, encoder.device().cuda_device());
+  set_inputs(encoder, {&chunks});
+  set_outputs(encoder, {&sums, &measured});
   auto folds = std::make_unique<FoldLaunch>();
   folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
   folds->sums = mx::gpu_ptr<ArraySum>(sums);
@@ -70,16 +73,15 @@ void launch_folds(
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
   const size_t arrays = batches.arrays();
   const size_t launches = divide_up(arrays, FoldLaunch::kCapacity);
-  Submission submission(encoder, launches);
-  submission.reads({&chunks});
-  submission.writes({&sums, &measured});
-  for (size_t first = 0; first < arrays; first += FoldLaunch::kCapacity) {
-    const size_t count = std::min<size_t>(arrays - first, FoldLaunch::kCapacity);
-    const auto begin = batches.first_chunk.begin() + first;
-    std::copy(begin, begin + count + 1, folds->first_chunk);
-    folds->first_array = static_cast<uint32_t>(first);
-    submission.launch(kernel, static_cast<uint32_t>(count), fused_math::kFoldLanes, *folds);
-  }
+  side_by_side(encoder, launches, [&] {
+    for (size_t first = 0; first < arrays; first += FoldLaunch::kCapacity) {
+      const size_t count = std::min<size_t>(arrays - first, FoldLaunch::kCapacity);
+      const auto begin = batches.first_chunk.begin() + first;
+      std::copy(begin, begin + count + 1, folds->first_chunk);
+      folds->first_array = static_cast<uint32_t>(first);
+      launch(encoder, kernel, static_cast<uint32_t>(count), fused_math::kFoldLanes, *folds);
+    }
+  });
 }
 
 void launch_finish(
@@ -89,9 +91,8 @@ void launch_finish(
     const mx::array& sums,
     mx::array& measured,
     mx::array& skipped) {
-  Submission submission(encoder, 1);
-  submission.reads({&sums, in.skipped});
-  submission.writes({&measured, &skipped});
+  set_inputs(encoder, {&sums, in.skipped});
+  set_outputs(encoder, {&measured, &skipped});
   FinishLaunch finish{
       mx::gpu_ptr<ArraySum>(sums),
       mx::gpu_ptr<uint64_t>(*in.skipped),
@@ -100,7 +101,7 @@ void launch_finish(
       static_cast<uint32_t>(plan.gradient_count),
       plan.control.flags};
   const auto kernel = other_kernel(Other::measure_finish, encoder.device().cuda_device());
-  submission.launch(kernel, 1, fused_math::kFoldLanes, finish);
+  launch(encoder, kernel, 1, fused_math::kFoldLanes, finish);
 }
 
 } // namespace

@@ -55,14 +55,15 @@ class PlainLaunches : public Launches {
 
   size_t count() const override { return batches_.launches(); }
 
-  void launch(Submission& submission, const SgdInputs& in, const SgdOutputs& out) override {
+  void launch(mx::cu::CommandEncoder& encoder, const SgdInputs& in, const SgdOutputs& out)
+      override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
     const KernelPair flat(kernel(Kind::flat), kernel(Kind::flat_few));
     const KernelPair transposed(kernel(Kind::transposed), kernel(Kind::transposed_few));
-    launch_batches(submission, flat, kThreads, batches_.flat, common, counted);
-    launch_batches(submission, transposed, kSquareThreads, batches_.transposed, common, counted);
-    launch_batches(submission, kernel(Kind::strided), kThreads, batches_.strided, common, counted);
+    launch_batches(encoder, flat, kThreads, batches_.flat, common, counted);
+    launch_batches(encoder, transposed, kSquareThreads, batches_.transposed, common, counted);
+    launch_batches(encoder, kernel(Kind::strided), kThreads, batches_.strided, common, counted);
   }
 
  private:

@@ -33,25 +33,6 @@ void let_go_of_finished_work(
 /// Fewer bytes than these take less time on the device than a launch of their own.
 constexpr size_t kWorthALaunch = size_t(4) << 20;
 
-/// Returns whether the device has it already.
-bool submit(
-    mx::cu::CommandEncoder& encoder,
-    Launches& launches,
-    const SgdPlan& plan,
-    const SgdInputs& in,
-    const SgdOutputs& out) {
-  Submission submission(encoder, launches.count());
-  submission.reads(in.parameters, plan.parameter_inputs() + plan.tensor_count());
-  submission.reads({in.step, in.given, in.measured, in.groups});
-  submission.writes({out.parameters, out.step, out.used});
-  for (int slot = 0; slot < kSlots; ++slot) {
-    submission.reads({in.slots[slot]});
-    submission.writes({out.slots[slot]});
-  }
-  launches.launch(submission, in, out);
-  return submission.is_direct();
-}
-
 } // namespace
 
 void step(const Step& step) {
@@ -65,9 +46,17 @@ void step(const Step& step) {
 
   let_go_of_finished_work(encoder, plan, in);
   const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
-  if (!submit(encoder, *launches, plan, in, out) &&
-      plan.arena->size * plan.arena->dtype.size() >= kWorthALaunch && is_idle(encoder)) {
-    // The device has nothing to do: it starts while the host goes on to the views.
+  set_inputs(encoder, in.parameters, plan.parameter_inputs() + plan.tensor_count());
+  set_inputs(encoder, {in.step, in.given, in.measured, in.groups});
+  set_outputs(encoder, {out.parameters, out.step, out.used});
+  for (int slot = 0; slot < kSlots; ++slot) {
+    set_inputs(encoder, {in.slots[slot]});
+    set_outputs(encoder, {out.slots[slot]});
+  }
+  side_by_side(encoder, launches->count(), [&] { launches->launch(encoder, in, out); });
+
+  // The device has nothing to do: it starts while the host goes on to the views.
+  if (plan.arena->size * plan.arena->dtype.size() >= kWorthALaunch && is_idle(encoder)) {
     encoder.commit();
   }
 }
