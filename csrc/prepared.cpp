@@ -24,7 +24,8 @@ nb::handle dict_at(nb::handle dict, nb::handle key) {
 
 /// The array that an object is, or null.
 const mx::array* as_array(nb::handle object) {
-  return object && nb::isinstance<mx::array>(object) ? nb::inst_ptr<mx::array>(object) : nullptr;
+  const bool is_array = object && nb::isinstance<mx::array>(object) && nb::inst_ready(object);
+  return is_array ? nb::inst_ptr<mx::array>(object) : nullptr;
 }
 
 const mx::array* as_scalar(nb::handle object) {
@@ -88,7 +89,12 @@ PreparedStep::PreparedStep(nb::object layout, std::string key, SgdOptions option
     : held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),
-      options_(std::move(options)) {}
+      options_(std::move(options)) {
+  auto& rate = options_.scalars[fused_math::kLearningRate];
+  if (std::holds_alternative<mx::array>(rate)) {
+    rate = mx::array(0.0f); // given with each step; this one may hold a whole graph
+  }
+}
 
 std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     const Tree& tree,

@@ -75,7 +75,7 @@ nb::handle lookup(const nb::dict& dict, nb::handle key) {
 // The type is looked up once: a tree has hundreds of leaves.
 bool is_array(nb::handle object) {
   static PyObject* const array_type = nb::type<mx::array>().ptr();
-  return object.type().ptr() == array_type;
+  return object.type().ptr() == array_type && nb::inst_ready(object);
 }
 
 std::string described(std::string_view path) {
@@ -113,6 +113,10 @@ void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
   }
 }
 
+[[noreturn]] void refuse_change() {
+  throw std::logic_error("[Tree] the tree of gradients was changed while a step was made of it.");
+}
+
 nb::object rebuild(nb::handle tree, std::vector<mx::array>& leaves, size_t& next) {
   if (is_array(tree)) {
     return nb::cast(std::move(leaves.at(next++)));
@@ -135,7 +139,7 @@ nb::object rebuild(nb::handle tree, std::vector<mx::array>& leaves, size_t& next
     }
     return nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items);
   }
-  throw std::logic_error("[Tree] the tree of gradients was changed while a step was made of it.");
+  refuse_change();
 }
 
 } // namespace
@@ -201,11 +205,15 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
   auto parameter_dict = nb::borrow<nb::dict>(parameters);
   for (auto [key, gradient] : gradient_dict) {
     __builtin_prefetch(gradient.ptr());
-    __builtin_prefetch(lookup(parameter_dict, key).ptr());
+    if (PyUnicode_CheckExact(key.ptr())) {
+      __builtin_prefetch(lookup(parameter_dict, key).ptr());
+    }
   }
   for (auto [key, gradient] : gradient_dict) {
+    // Held: a key of somebody's own type may change the trees when it is looked at.
+    const auto own_key = nb::borrow(key), own_gradient = nb::borrow(gradient);
     Descend down(walk.path, key);
-    const auto parameter = lookup(parameter_dict, key);
+    const auto parameter = nb::borrow(lookup(parameter_dict, key));
     if (!parameter) {
       refuse(
           op_,
@@ -213,7 +221,7 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
           walk.path,
           "', allowed only paths that the parameters have.");
     }
-    this->walk(gradient, parameter, walk);
+    this->walk(own_gradient, parameter, walk);
   }
   if (exact_) {
     for (auto [key, parameter] : parameter_dict) {
@@ -311,6 +319,9 @@ std::vector<TensorSpec> Tree::specs() const {
   std::vector<TensorSpec> specs;
   std::string path;
   for_each_leaf(structure_, path, [&](const std::string& name, nb::handle) {
+    if (specs.size() == parameters_.size()) {
+      refuse_change();
+    }
     auto& parameter = parameters_[specs.size()];
     specs.push_back({name, parameter.shape(), parameter.dtype()});
   });

@@ -1,6 +1,7 @@
 """A step that is taken again, csrc/prepared.h: the same as one that Python looked at, and
 never taken where something has changed since."""
 
+import contextlib
 import copy
 import pickle
 
@@ -300,6 +301,116 @@ def test_a_wrong_argument_is_refused_after_a_right_one():
     for bad in (None, [], {"step": 1}):
         with pytest.raises(ValueError, match=r"^\[fused_sgd_step\] .*: got "):
             optim.fused_sgd_step(parameters, parameters, bad, learning_rate=0.5, momentum=0.9)
+
+
+def stepped(function, **options):
+    return function({"w": mx.ones(4)}, {"w": mx.ones(4)}, learning_rate=0.5, **options)[0]["w"][0]
+
+
+def test_an_argument_that_changes_counts_at_once():
+    """The same object with another value: an array in place, a list."""
+    state = optim.fused_sgd_init({"w": mx.ones(4)})
+
+    def step(**options):
+        return stepped(lambda p, g, **o: optim.fused_sgd_step(p, g, state, **o), **options).item()
+
+    scale, decay, groups = np.array(2.0), mx.array(0.5), []
+    assert [step(grad_scale=scale) for _ in range(2)] == [0.75, 0.75]
+    scale[...] = 4.0
+    assert step(grad_scale=scale) == 0.875
+    assert [step(weight_decay=decay) for _ in range(2)] == [0.25, 0.25]
+    decay *= 0
+    assert step(weight_decay=decay) == 0.5
+    assert [step(groups=groups) for _ in range(2)] == [0.5, 0.5]
+    groups.append((lambda path, array: True, {"learning_rate": 0.0}))
+    assert step(groups=groups) == 1.0
+
+
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "dampening"])
+def test_an_attribute_that_changes_in_place_counts_at_once(name):
+    value = mx.array(0.5)
+    options = {"momentum": 0.5, "weight_decay": 0.5, name: value}
+    changing, fixed = optim.SGD(0.5, **options), optim.SGD(0.5, **{**options, name: 0.5})
+    gradients, parameters = {"w": mx.ones(4)}, {"w": mx.ones(4)}
+    for number in (0.5, 0.5, 0.25):
+        value += number - value
+        setattr(fixed, name, number)
+        one, other = (o.apply_gradients(gradients, parameters) for o in (changing, fixed))
+        same((one, changing.state), (other, fixed.state))
+
+
+@pytest.mark.parametrize("kind", ["function", "optimizer"])
+def test_a_rate_of_the_first_step_is_not_kept(kind):
+    parameters = {"w": mx.ones(4)}
+    state = optim.fused_sgd_init(parameters)
+    optimizer = optim.SGD(0.5)
+    mx.eval(parameters, state)
+    before = mx.get_active_memory()
+    big = mx.ones(1 << 20)
+    rate = (big * 2).mean()  # lazy: it holds 4 MiB
+    if kind == "function":
+        result = optim.fused_sgd_step(parameters, parameters, state, learning_rate=rate)
+    else:
+        optimizer.learning_rate = rate
+        result = optimizer.apply_gradients(parameters, parameters)
+        optimizer.learning_rate = 0.5
+    del big, rate, result
+    mx.synchronize()
+    assert mx.get_active_memory() - before < 1 << 20
+
+
+class Numbered(optim.SGD):
+    """A subclass with a state for copies of its own."""
+
+    def __getstate__(self):
+        return dict(self.__dict__)
+
+
+def test_a_subclass_that_copies_itself(calls):
+    optimizer, parameters = Numbered(0.25, momentum=0.9), tree(1)
+    parameters = optimizer.apply_gradients(tree(2), parameters)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        mine = copy.deepcopy(optimizer).apply_gradients(tree(3), parameters)
+        same(copied.apply_gradients(tree(3), parameters), mine)
+
+
+@pytest.mark.parametrize("change", ["clear", "grow"])
+def test_keys_that_change_the_trees(change):
+    """Whatever comes of it: an error, or a step. Not a crash."""
+
+    class Key:
+        def __init__(self, name):
+            self.name, self.looks = name, 0
+
+        def __hash__(self):
+            return hash(self.name)
+
+        def __eq__(self, other):
+            return isinstance(other, Key) and self.name == other.name
+
+        def __str__(self):
+            self.looks += 1
+            if change == "clear":
+                gradients.clear()
+                parameters.clear()
+            elif self.looks > 1:
+                gradients["more"] = [mx.ones(2)] * 50
+            return self.name
+
+    gradients, parameters = ({Key(n): {"x": mx.ones(3)} for n in "abc"} for _ in range(2))
+    state = optim.fused_sgd_init({"w": mx.ones(3)})
+    with contextlib.suppress(ValueError, RuntimeError, KeyError):
+        optim.fused_sgd_step(parameters, gradients, state, learning_rate=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:nanobind")
+def test_an_array_that_was_never_made(prepared):
+    optimizer, parameters = prepared
+    optimizer.state["step"] = mx.array.__new__(mx.array)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        optimizer.apply_gradients(tree(9), parameters)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        optim.SGD(0.1).apply_gradients({"w": mx.array.__new__(mx.array)}, {"w": mx.ones(3)})
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])

@@ -78,6 +78,15 @@ def begun(
     return state
 
 
+def never_changes(value: Any) -> bool:
+    """Whether the same object is the same value: arrays, of MLX or numpy, and lists change."""
+    return (
+        type(value) in (float, int, bool, str, type(None), mx.Dtype)
+        or isinstance(value, Schedule)
+        or (type(value) is tuple and not value)
+    )
+
+
 def prepared_step(
     tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyperparameters, options: Options
 ) -> _ext.PreparedStep | None:

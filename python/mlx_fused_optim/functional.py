@@ -11,7 +11,7 @@ from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList, known_groups
 from ._options import Options, checked_options
-from ._step import begun, checked_hyperparameters, prepared_step, take_step
+from ._step import begun, checked_hyperparameters, never_changes, prepared_step, take_step
 
 
 def fused_sgd_init(
@@ -251,9 +251,9 @@ _prepared: dict[tuple[int, ...], _Prepared] = {}
 
 
 def _prepare(key: tuple[Any, ...], step: _ext.PreparedStep | None) -> None:
-    if step is not None:
+    if step is not None and all(map(never_changes, key)):
         if len(_prepared) >= 16:  # a number that is another object in each call
-            _prepared.clear()
+            del _prepared[next(iter(_prepared))]
         _prepared[tuple(map(id, key))] = _Prepared(key, step)
 
 

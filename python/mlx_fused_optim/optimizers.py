@@ -12,10 +12,27 @@ from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList
 from ._options import Option, checked_options
-from ._step import Hyperparameters, begun, checked_hyperparameters, prepared_step, take_step
+from ._step import (
+    Hyperparameters,
+    begun,
+    checked_hyperparameters,
+    never_changes,
+    prepared_step,
+    take_step,
+)
 
-# What a step was prepared for, and the step.
-_NOT_PREPARED: tuple[tuple[Any, ...], _ext.PreparedStep | None] = ((), None)
+
+class _Prepared:
+    """What a step was prepared for, and the step. Copied and pickled as nothing: it is made
+    again."""
+
+    __slots__ = ("key", "step")
+
+    def __init__(self, key: tuple[Any, ...] = (), step: _ext.PreparedStep | None = None):
+        self.key, self.step = key, step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Prepared, ()
 
 
 class SGD(Optimizer):
@@ -149,6 +166,8 @@ class SGD(Optimizer):
         (array([[0.75, 0.75]], dtype=float32), array([0, 0], dtype=float32))
     """
 
+    _prepared = _Prepared()
+
     momentum_dtype = Option()
     master_weights = Option()
     rounding = Option()
@@ -208,16 +227,11 @@ class SGD(Optimizer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants: dict[str, Any] = {}
         self._checked: tuple[tuple[Any, ...], Hyperparameters] | None = None
-        self._prepared = _NOT_PREPARED
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
         self.nesterov = nesterov
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: what is prepared is made again."""
-        return {**self.__dict__, "_prepared": _NOT_PREPARED}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -331,15 +345,15 @@ class SGD(Optimizer):
         hyper = self._hyperparameters()
         learning_rate = self._schedulers.get("learning_rate")
         key = (hyper, self._options, learning_rate)
-        prepared_for, prepared = self._prepared
+        prepared = self._prepared
         if (
-            prepared is not None
+            prepared.step is not None
             and grad_scale is None
             and self._initialized
             and len(self._schedulers) == (learning_rate is not None)
-            and all(map(operator.is_, key, prepared_for))
+            and all(map(operator.is_, key, prepared.key))
         ):
-            taken = prepared(tree, self._state, self._state.get("learning_rate"))
+            taken = prepared.step(tree, self._state, self._state.get("learning_rate"))
             if taken is not None:
                 updated, state = taken
                 self._replace_state(state)
@@ -369,7 +383,8 @@ class SGD(Optimizer):
         )
         self._replace_state({**state, **used, **others})
         self._initialized = True
-        self._prepared = key, prepared_step(tree, learning_rate, hyper, self._options)
+        step = prepared_step(tree, learning_rate, hyper, self._options)
+        self._prepared = _Prepared(key, step)
         return updated
 
     def ema_parameters(self, dtype: mx.Dtype | None = None) -> Any:
@@ -428,7 +443,10 @@ class SGD(Optimizer):
         given = (options["momentum"], options["weight_decay"], self.dampening, self.nesterov)
         # Attributes are plain: checked at the next step, and then again where one has changed.
         if self._checked is None or not all(map(operator.is_, given, self._checked[0])):
-            self._checked = given, checked_hyperparameters("SGD", *given)
+            hyper = checked_hyperparameters("SGD", *given)
+            if not all(map(never_changes, given)):
+                return hyper
+            self._checked = given, hyper
         return self._checked[1]
 
     def _hyperparameter(self, name: str) -> Any:
