@@ -7,15 +7,6 @@ namespace mlx_fused_optim {
 
 namespace {
 
-/// A value of a dict, or a null handle.
-nb::handle lookup(nb::handle dict, nb::handle key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (!value && PyErr_Occurred()) {
-    throw nb::python_error();
-  }
-  return value;
-}
-
 /// A dict in a dict, or a null handle.
 nb::handle dict_at(nb::handle dict, nb::handle key) {
   const auto value = lookup(dict, key);

@@ -63,15 +63,6 @@ std::string python_type(nb::handle object) {
   return nb::cast<std::string>(object.type().attr("__name__"));
 }
 
-/// The value of a key, or a null handle.
-nb::handle lookup(const nb::dict& dict, nb::handle key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (!value && PyErr_Occurred()) {
-    throw nb::python_error();
-  }
-  return value;
-}
-
 // The type is looked up once: a tree has hundreds of leaves.
 bool is_array(nb::handle object) {
   static PyObject* const array_type = nb::type<mx::array>().ptr();
@@ -143,6 +134,14 @@ nb::object rebuild(nb::handle tree, std::vector<mx::array>& leaves, size_t& next
 }
 
 } // namespace
+
+nb::handle lookup(nb::handle dict, nb::handle key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!value && PyErr_Occurred()) {
+    throw nb::python_error();
+  }
+  return value;
+}
 
 Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exact)
     : structure_(gradients), op_(std::move(op)), exact_(exact) {

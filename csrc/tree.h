@@ -14,6 +14,9 @@ namespace mlx_fused_optim {
 
 namespace nb = nanobind;
 
+/// A value of a dict, borrowed, or a null handle.
+nb::handle lookup(nb::handle dict, nb::handle key);
+
 /// The leaves of a tree of gradients and the parameters at the same places. The
 /// tree of parameters may hold more. Throws std::invalid_argument, naming the
 /// path, where a gradient has no parameter or either is not an array of a

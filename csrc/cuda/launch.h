@@ -104,7 +104,7 @@ struct Launch {
 };
 
 /// Kernels for few tensors declare less: the driver copies what is declared, several
-/// times (docs/cuda.md: 20 to 40 us a launch). They read the same struct.
+/// times (20 to 45 us a launch, docs/cuda.md). They read the same struct.
 constexpr uint32_t kFew = 8;
 template <typename T>
 using FewLaunch = Launch<T, kFew>;
