@@ -60,84 +60,13 @@ nb::list layout_arenas(const Layout& layout) {
   return arenas;
 }
 
-using Number = std::variant<mx::array, Schedule, double>;
-
-SgdScalarSource source(const Number& number) {
-  if (auto* value = std::get_if<double>(&number)) {
-    return constant(*value);
-  }
-  if (auto* schedule = std::get_if<Schedule>(&number)) {
-    return *schedule;
-  }
-  return std::get<mx::array>(number);
-}
-
-/// All but the arrays that groups and skipped steps need.
-SgdOptions own_options(
-    const Number& learning_rate,
-    const Number& momentum,
-    const Number& weight_decay,
-    const Number& grad_scale,
-    double dampening,
-    uint32_t flags,
-    float clip_value,
-    float clip_norm,
-    float trust_coefficient,
-    double ema_decay,
-    uint64_t seed,
-    std::optional<mx::Dtype> momentum_dtype) {
-  return {
-      {source(learning_rate), source(momentum), source(weight_decay), source(grad_scale)},
-      dampening,
-      flags,
-      clip_value,
-      clip_norm,
-      trust_coefficient,
-      ema_decay,
-      seed,
-      momentum_dtype,
-      {},
-      {},
-      {}};
-}
-
 nb::tuple step_of_tree(
     const Tree& tree,
     const Layout& layout,
     const SgdSlots& slots,
     const mx::array& step,
-    const Number& learning_rate,
-    const Number& momentum,
-    const Number& weight_decay,
-    const Number& grad_scale,
-    double dampening,
-    uint32_t flags,
-    float clip_value,
-    float clip_norm,
-    float trust_coefficient,
-    double ema_decay,
-    uint64_t seed,
-    std::optional<mx::Dtype> momentum_dtype,
-    std::shared_ptr<SgdGroups> groups,
-    std::optional<mx::array> group_numbers,
-    std::optional<mx::array> skipped,
+    const SgdOptions& options,
     mx::StreamOrDevice stream) {
-  auto options = own_options(
-      learning_rate,
-      momentum,
-      weight_decay,
-      grad_scale,
-      dampening,
-      flags,
-      clip_value,
-      clip_norm,
-      trust_coefficient,
-      ema_decay,
-      seed,
-      momentum_dtype);
-  options.groups = groups;
-  options.group_numbers = group_numbers;
-  options.skipped = skipped;
   if (!tree.fits(layout)) {
     refuse(
         "fused_sgd_step",
@@ -164,8 +93,6 @@ nb::tuple step_of_tree(
 nb::dict flags() {
   using namespace fused_math;
   const std::pair<const char*, SgdFlags> named[] = {
-      {"momentum", kMomentum},
-      {"nesterov", kNesterov},
       {"weight_decay", kWeightDecay},
       {"maximize", kMaximize},
       {"grad_scale", kGradScale},
@@ -185,6 +112,23 @@ nb::dict flags() {
     bits[name] = static_cast<uint32_t>(bit);
   }
   return bits;
+}
+
+/// The table of rules.
+nb::list rule_rows() {
+  nb::list rows;
+  for (auto& rule : rules()) {
+    nb::dict row, flags;
+    row["name"] = rule.name;
+    row["slots"] = rule.slots;
+    row["scalars"] = rule.scalars;
+    for (auto& flag : rule.flags) {
+      flags[flag.name] = flag.bit;
+    }
+    row["flags"] = flags;
+    rows.append(row);
+  }
+  return rows;
 }
 
 } // namespace
@@ -296,80 +240,74 @@ NB_MODULE(_ext, m) {
           "group_of"_a,
           "flags_of"_a);
   m.attr("FLAGS") = flags();
+  m.attr("RULES") = rule_rows();
   m.attr("GROUP_NUMBERS") = int(fused_math::kGroupNumbers);
 
+  nb::class_<SgdOptions>(m, "Options", "What a step does: see csrc/sgd.h.")
+      .def(
+          "__init__",
+          [](SgdOptions* self,
+             uint32_t rule,
+             std::vector<SgdScalarSource> scalars,
+             uint32_t flags,
+             float clip_value,
+             float clip_norm,
+             float trust_coefficient,
+             double ema_decay,
+             uint64_t seed,
+             std::optional<mx::Dtype> state_dtype,
+             std::shared_ptr<SgdGroups> groups,
+             std::optional<mx::array> group_numbers,
+             std::optional<mx::array> skipped) {
+            if (rule >= rules().size() ||
+                scalars.size() != fused_math::kFirstRuleScalar + rules()[rule].scalars.size()) {
+              throw nb::index_error("[Options] not a rule, or not as many scalars as it has.");
+            }
+            new (self) SgdOptions{
+                rule,
+                std::move(scalars),
+                flags,
+                clip_value,
+                clip_norm,
+                trust_coefficient,
+                ema_decay,
+                seed,
+                state_dtype,
+                std::move(groups),
+                std::move(group_numbers),
+                std::move(skipped)};
+          },
+          nb::kw_only(),
+          "rule"_a,
+          "scalars"_a,
+          "flags"_a,
+          "clip_value"_a = 0.0f,
+          "clip_norm"_a = 0.0f,
+          "trust_coefficient"_a = 0.0f,
+          "ema_decay"_a = 0.0,
+          "seed"_a = 0,
+          "state_dtype"_a = nb::none(),
+          "groups"_a = nb::none(),
+          "group_numbers"_a = nb::none(),
+          "skipped"_a = nb::none(),
+          "``scalars`` are learning_rate, weight_decay, grad_scale and the rule's own, each a\n"
+          "float, a Schedule or a scalar array.");
+
   m.def(
-      "sgd_step",
+      "fused_step",
       &step_of_tree,
       "tree"_a,
       "layout"_a,
       "slots"_a,
       "step"_a,
+      "options"_a,
       nb::kw_only(),
-      "learning_rate"_a,
-      "momentum"_a,
-      "weight_decay"_a,
-      "grad_scale"_a,
-      "dampening"_a,
-      "flags"_a,
-      "clip_value"_a,
-      "clip_norm"_a,
-      "trust_coefficient"_a,
-      "ema_decay"_a,
-      "seed"_a,
-      "momentum_dtype"_a.none(),
-      "groups"_a.none(),
-      "group_numbers"_a.none(),
-      "skipped"_a.none(),
       "stream"_a = nb::none(),
       "One step of every tensor: (parameters, slots, step, used scalars, measured or None,\n"
-      "steps skipped or None). Each of learning_rate, momentum, weight_decay and grad_scale is\n"
-      "a float, a Schedule or a scalar array.");
+      "steps skipped or None).");
 
   nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")
-      .def(
-          "__init__",
-          [](PreparedStep* self,
-             nb::object layout,
-             std::string key,
-             const Number& learning_rate,
-             double momentum,
-             double weight_decay,
-             double grad_scale,
-             double dampening,
-             uint32_t flags,
-             float clip_value,
-             double ema_decay,
-             uint64_t seed,
-             std::optional<mx::Dtype> momentum_dtype) {
-            auto options = own_options(
-                learning_rate,
-                momentum,
-                weight_decay,
-                grad_scale,
-                dampening,
-                flags,
-                clip_value,
-                0,
-                0,
-                ema_decay,
-                seed,
-                momentum_dtype);
-            new (self) PreparedStep(std::move(layout), std::move(key), std::move(options));
-          },
-          "layout"_a,
-          "key"_a,
-          nb::kw_only(),
-          "learning_rate"_a,
-          "momentum"_a,
-          "weight_decay"_a,
-          "grad_scale"_a,
-          "dampening"_a,
-          "flags"_a,
-          "clip_value"_a,
-          "ema_decay"_a,
-          "seed"_a,
-          "momentum_dtype"_a.none())
+      .def(nb::init<nb::object, std::string, SgdOptions>(), "layout"_a, "key"_a, "options"_a)
       .def(
           "__call__",
           &PreparedStep::take,

@@ -31,11 +31,6 @@ bool is_real(mx::Dtype dtype) {
 /// Keys of a state, made once.
 struct Names {
   nb::str step{"step"}, learning_rate{"learning_rate"}, arenas{"arenas"}, table{"table"};
-  std::array<nb::str, kSlots> slots{
-      nb::str("momentum"),
-      nb::str("master"),
-      nb::str("compensation"),
-      nb::str("ema")};
 };
 const Names& names() {
   static const auto* made = new Names; // never destroyed: Python may be gone by then
@@ -43,11 +38,13 @@ const Names& names() {
 }
 
 /// What an entry of state["arenas"] keeps, or nothing if it has more or less than that.
-std::optional<SgdSlots> slots_of(nb::handle entry) {
+std::optional<SgdSlots> slots_of(
+    nb::handle entry,
+    const std::vector<std::pair<int, nb::str>>& slot_names) {
   SgdSlots slots;
   size_t known = lookup(entry, names().table) ? 1 : 0;
-  for (int slot = 0; slot < kSlots; ++slot) {
-    const auto arenas = lookup(entry, names().slots[slot]);
+  for (auto& [slot, name] : slot_names) {
+    const auto arenas = lookup(entry, name);
     if (!arenas) {
       continue;
     }
@@ -85,6 +82,12 @@ PreparedStep::PreparedStep(nb::object layout, std::string key, SgdOptions option
   if (std::holds_alternative<mx::array>(rate)) {
     rate = mx::array(0.0f); // given with each step; this one may hold a whole graph
   }
+  const int own = static_cast<int>(rules().at(options_.rule).slots.size());
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (slot < own || slot >= fused_math::kRuleSlots) {
+      slot_names_.emplace_back(slot, nb::str(slot_name(options_.rule, slot)));
+    }
+  }
 }
 
 std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
@@ -104,7 +107,7 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
   if (!tree.fits(layout_) || !step || !last_rate || !(entry || is_empty)) {
     return {};
   }
-  const std::optional<SgdSlots> slots = entry ? slots_of(entry) : SgdSlots{};
+  const std::optional<SgdSlots> slots = entry ? slots_of(entry, slot_names_) : SgdSlots{};
   auto options = options_;
   auto& rate = options.scalars[fused_math::kLearningRate];
   const bool is_given = std::holds_alternative<mx::array>(rate);
@@ -129,9 +132,9 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
   nb::dict next = copy_of(state);
   if (entry) {
     nb::dict next_entry = copy_of(entry), next_entries = copy_of(entries);
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (auto& [slot, name] : slot_names_) {
       if (!taken.slots[slot].empty()) {
-        next_entry[names().slots[slot]] = nb::cast(std::move(taken.slots[slot]));
+        next_entry[name] = nb::cast(std::move(taken.slots[slot]));
       }
     }
     next_entries[key_] = next_entry;

@@ -30,6 +30,7 @@ class PreparedStep {
   const Layout& layout_;
   nb::str key_;
   SgdOptions options_;
+  std::vector<std::pair<int, nb::str>> slot_names_; // as the state calls them
 };
 
 } // namespace mlx_fused_optim

@@ -18,15 +18,6 @@ mx::array mix64(mx::array x, mx::Stream s) {
   return spread(x, 31);
 }
 
-mx::array mix32(mx::array x, mx::Stream s) {
-  auto spread = [&](const mx::array& x, uint32_t shift) {
-    return mx::bitwise_xor(x, mx::right_shift(x, word(shift), s), s);
-  };
-  x = mx::multiply(spread(x, 16), word(0x85ebca6bu), s);
-  x = mx::multiply(spread(x, 13), word(0xc2b2ae35u), s);
-  return spread(x, 16);
-}
-
 /// `rounded`, with the derivative of x.
 mx::array straight_through(const mx::array& x, const mx::array& rounded, mx::Stream s) {
   // Minus zero: adding it would take the sign of -0.0. Infinities have no difference.
@@ -35,6 +26,15 @@ mx::array straight_through(const mx::array& x, const mx::array& rounded, mx::Str
 }
 
 } // namespace
+
+mx::array mix32_composed(mx::array x, mx::Stream s) {
+  auto spread = [&](const mx::array& x, uint32_t shift) {
+    return mx::bitwise_xor(x, mx::right_shift(x, word(shift), s), s);
+  };
+  x = mx::multiply(spread(x, 16), word(0x85ebca6bu), s);
+  x = mx::multiply(spread(x, 13), word(0xc2b2ae35u), s);
+  return spread(x, 16);
+}
 
 mx::array nearest_composed(const mx::array& x, mx::Dtype dtype, mx::Stream s) {
   return mx::astype(mx::astype(x, dtype, s), mx::float32, s);
@@ -106,7 +106,7 @@ mx::array random_bits_composed(
       mx::astype(mx::arange(0.0, size, mx::int64, s), mx::uint32, s),
       word(static_cast<uint32_t>(first)),
       s);
-  auto random = mix32(mx::bitwise_xor(mix32(mx::add(position, low, s), s), high, s), s);
+  auto random = mix32_composed(mx::bitwise_xor(mix32_composed(mx::add(position, low, s), s), high, s), s);
   return mx::reshape(random, shape, s);
 }
 

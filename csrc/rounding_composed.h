@@ -16,6 +16,9 @@ mx::array random_composed(
     const mx::array& random, // uint32
     mx::Stream s);
 
+/// fused_math::mix32.
+mx::array mix32_composed(mx::array x, mx::Stream s);
+
 /// fused_math::random_bits for `shape` elements from `first` on, with the key of a seed,
 /// a step (uint64 scalar) and a place.
 mx::array random_bits_composed(

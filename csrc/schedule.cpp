@@ -13,12 +13,12 @@ namespace mlx_fused_optim {
 
 using namespace fused_math;
 
-namespace {
-
-Real real_from_double(double x) {
-  auto hi = static_cast<float>(x);
+Real real_of(double x) {
+  const auto hi = static_cast<float>(x);
   return {hi, static_cast<float>(x - hi)};
 }
+
+namespace {
 
 double to_double(Real x) { return static_cast<double>(x.hi) + x.lo; }
 
@@ -27,8 +27,8 @@ Schedule one_segment(ScheduleKind kind, double one, double zero) {
   schedule.count = 1;
   auto& segment = schedule.segments[0];
   segment.kind = kind;
-  segment.one = real_from_double(one);
-  segment.zero = real_from_double(zero);
+  segment.one = real_of(one);
+  segment.zero = real_of(zero);
   return schedule;
 }
 
@@ -51,7 +51,7 @@ Schedule exponential_decay(
   // would be 12 % off after 1e7 steps of 0.999999.
   const double log2_rate = std::log2(decay_rate);
   segment.rate =
-      real_from_double(staircase ? log2_rate : log2_rate / static_cast<double>(transition_steps));
+      real_of(staircase ? log2_rate : log2_rate / static_cast<double>(transition_steps));
   segment.flags = staircase * kStaircase;
   if (end) {
     segment.flags |= decay_rate < 1 ? kFloor : kCeiling;
@@ -71,7 +71,7 @@ Schedule blend(
   auto& segment = schedule.segments[0];
   segment.begin = begin;
   segment.steps = steps;
-  segment.rate = real_from_double(power);
+  segment.rate = real_of(power);
   segment.flags = cosine * kCosine | rising * kRising | (power != 1) * kPower;
   return schedule;
 }
@@ -79,7 +79,7 @@ Schedule blend(
 Schedule inverse_power(double peak, uint64_t timescale, double power) {
   auto schedule = one_segment(kInversePower, peak, 0);
   schedule.segments[0].steps = timescale;
-  schedule.segments[0].rate = real_from_double(power);
+  schedule.segments[0].rate = real_of(power);
   return schedule;
 }
 
@@ -101,7 +101,7 @@ Schedule triangular(
   auto& segment = schedule.segments[0];
   segment.steps = up;
   segment.second = down;
-  segment.rate = real_from_double(std::log2(decay));
+  segment.rate = real_of(std::log2(decay));
   segment.flags = (decay != 1) * kDamped | decay_per_cycle * kStaircase;
   return schedule;
 }
@@ -135,7 +135,7 @@ Schedule scaled(const Schedule& schedule, double factor) {
       refuse(
           "scaled", "a value is too large for float32: got ", value, ", allowed a smaller factor.");
     }
-    return real_from_double(value);
+    return real_of(value);
   };
   Schedule result = schedule;
   for (auto& segment : result.segments) {

@@ -14,6 +14,9 @@ namespace mlx_fused_optim {
 namespace mx = mlx::core;
 using fused_math::Schedule;
 
+/// A float64 as csrc/math has it.
+fused_math::Real real_of(double x);
+
 // The makers of one segment. Arguments must have been checked: lengths are at
 // least 1, factors and powers positive, everything finite.
 

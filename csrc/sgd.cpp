@@ -6,6 +6,7 @@
 #include "donation.h"
 #include "errors.h"
 #include "measure.h"
+#include "rules.h"
 
 #include "mlx/transforms.h"
 
@@ -23,11 +24,11 @@ uint32_t format_of(mx::Dtype dtype) {
 
 /// The flags that dtypes have a use for: float32 loses nothing that a master, a
 /// compensation or rounding at random could keep.
-uint32_t flags_for(mx::Dtype parameter, mx::Dtype velocity, uint32_t flags) {
+uint32_t flags_for(mx::Dtype parameter, mx::Dtype state, uint32_t flags) {
   using namespace fused_math;
   if (parameter == mx::float32) {
     flags &= ~(kMaster | kCompensated);
-    flags &= velocity == mx::float32 ? ~kStochastic : ~0u;
+    flags &= state == mx::float32 ? ~kStochastic : ~0u;
   }
   return flags;
 }
@@ -38,15 +39,14 @@ SgdPlan make_plan(
     SgdControl control,
     bool writes_step,
     bool whole) {
-  const auto velocity = options.momentum_dtype.value_or(arena->dtype);
-  control.flags = flags_for(arena->dtype, velocity, options.flags);
+  const auto state = options.state_dtype.value_or(arena->dtype);
+  control.rule = options.rule;
+  control.flags = flags_for(arena->dtype, state, options.flags);
   control.place = arena->fingerprint;
   control.parameter_format = format_of(arena->dtype);
-  control.velocity_format = format_of(velocity);
-  return {std::move(arena), options.groups, control, velocity, writes_step, whole};
+  control.state_format = format_of(state);
+  return {std::move(arena), options.groups, control, state, writes_step, whole};
 }
-
-constexpr const char* kSlotNames[kSlots] = {"momentum", "master", "compensation", "ema"};
 
 void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& options) {
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -63,7 +63,7 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
         if (array.shape() != shape || array.dtype() != dtype) {
           refuse(
               kOp,
-              kSlotNames[slot],
+              slot_name(options.rule, slot),
               " of arena ",
               count,
               " does not fit the parameters: got ",
@@ -82,7 +82,7 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
     if (slots[slot].size() != count) {
       refuse(
           kOp,
-          kSlotNames[slot],
+          slot_name(options.rule, slot),
           " has the wrong number of arenas: got ",
           slots[slot].size(),
           ", expected ",
@@ -102,13 +102,12 @@ void check(
     refuse(
         kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
   }
-  const char* names[] = {"learning_rate", "momentum", "weight_decay", "grad_scale"};
-  for (int i = 0; i < fused_math::kScalars; ++i) {
+  for (size_t i = 0; i < options.scalars.size(); ++i) {
     auto* array = std::get_if<mx::array>(&options.scalars[i]);
     if (array && array->ndim() != 0) {
       refuse(
           kOp,
-          names[i],
+          scalar_name(options.rule, i),
           " must be a scalar: got an array of shape ",
           array->shape(),
           ", allowed ().");
@@ -134,27 +133,40 @@ void check(
   }
 }
 
-/// The schedules, and the given scalars as one array (none if none is given).
-std::pair<SgdControl, std::vector<mx::array>> make_control(
-    const SgdOptions& options,
-    mx::Stream stream) {
+/// The constants and schedules, and the given scalars as one array (none if none is given).
+std::pair<SgdControl, std::vector<mx::array>>
+make_control(const SgdOptions& options, const mx::array& step, mx::Stream stream) {
+  using namespace fused_math;
   SgdControl control{};
   control.seed = options.seed;
-  control.gradient_weight = static_cast<float>(1 - options.dampening);
   control.clip_value = options.clip_value;
   control.clip_norm = options.clip_norm;
   control.trust_coefficient = options.trust_coefficient;
   control.average_weight = static_cast<float>(1 - options.ema_decay);
+  control.rule = options.rule;
   control.flags = options.flags;
+  int schedules = 0;
   std::vector<mx::array> values;
-  for (int i = 0; i < fused_math::kScalars; ++i) {
-    if (auto* array = std::get_if<mx::array>(&options.scalars[i])) {
+  for (size_t i = 0; i < options.scalars.size(); ++i) {
+    auto& source = options.scalars[i];
+    std::optional<mx::array> given;
+    if (auto* value = std::get_if<double>(&source)) {
+      control.constants[i] = real_of(*value);
+      if (i >= kFirstRuleScalar) {
+        control.rest[i - kFirstRuleScalar] = static_cast<float>(1 - *value);
+      }
+    } else if (auto* array = std::get_if<mx::array>(&source)) {
+      given = array->dtype() == mx::float32 ? *array : mx::astype(*array, mx::float32, stream);
+    } else if (schedules < kMostSchedules) {
+      control.scheduled |= 1u << i;
+      control.schedules[schedules++] = std::get<Schedule>(source);
+    } else {
+      given = evaluate_schedule(std::get<Schedule>(source), step, stream);
+    }
+    if (given) {
       control.given |= 1u << i;
       values.resize(i, mx::array(0.0f)); // those before it that are not given
-      values.push_back(
-          array->dtype() == mx::float32 ? *array : mx::astype(*array, mx::float32, stream));
-    } else {
-      control.schedules[i] = std::get<Schedule>(options.scalars[i]);
+      values.push_back(*given);
     }
   }
   // A scalar alone needs no copy, and is the usual case: a constant rate.
@@ -263,7 +275,7 @@ SgdStep sgd_step(
   check(layout, slots, step, options);
   auto stream = mx::to_stream(s);
   const bool composed = composed_is_asked_for();
-  const auto [control, given] = make_control(options, stream);
+  const auto [control, given] = make_control(options, step, stream);
 
   SgdStep result;
   result.parameters = parameters; // each is replaced below

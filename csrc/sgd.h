@@ -7,6 +7,7 @@
 
 #include "layout.h"
 #include "math/sgd.h"
+#include "rules.h"
 #include "schedule.h"
 #include "view.h"
 
@@ -28,7 +29,7 @@ struct SgdPlan {
   std::shared_ptr<const Arena> arena;
   std::shared_ptr<const SgdGroups> groups; // null without kGroups
   SgdControl control; // its flags are those that this arena's dtype has a use for
-  mx::Dtype velocity_dtype;
+  mx::Dtype state_dtype; // of the rule's slots
   bool writes_step; // the next counter and the numbers used are outputs too
   bool whole; // the parameters come as one array, which is the arena
 
@@ -38,19 +39,14 @@ struct SgdPlan {
   size_t parameter_begin(size_t i) const { return whole ? arena->offsets[i] : 0; }
   size_t tensor_size(size_t i) const { return element_count(arena->shapes[i]); }
   uint32_t flags() const { return control.flags; }
-  /// Whether the plain kernels can do it.
-  bool is_plain() const {
-    return !(flags() & ~fused_math::kPlainFlags) && velocity_dtype == arena->dtype;
-  }
   bool is_measured() const { return flags() & fused_math::kMeasuredFlags; }
   /// Whether this arena has a slot: one without tensors has none.
   bool has(int slot) const {
-    using namespace fused_math;
-    constexpr uint32_t flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
-    return this->flags() & flags[slot] && tensor_count() > 0;
+    return tensor_count() > 0 && fused_math::has_slot(control.rule, flags(), slot);
   }
   mx::Dtype slot_dtype(int slot) const {
-    return slot == kVelocity ? velocity_dtype : slot == kCompensation ? arena->dtype : mx::float32;
+    using namespace fused_math;
+    return slot < kRuleSlots ? state_dtype : slot == kCompensation ? arena->dtype : mx::float32;
   }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
   uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }
@@ -87,19 +83,19 @@ struct SgdOutputs {
 };
 
 /// A number of the step: a constant or a schedule, or an array that has it.
-using SgdScalarSource = std::variant<Schedule, mx::array>;
+using SgdScalarSource = std::variant<mx::array, Schedule, double>;
 
 /// The options of a step.
 struct SgdOptions {
-  std::array<SgdScalarSource, fused_math::kScalars> scalars; // by SgdScalar
-  double dampening;
+  uint32_t rule; // fused_math::Rule
+  std::vector<SgdScalarSource> scalars; // by SgdScalar; of the rule's, those that it has
   uint32_t flags; // fused_math::SgdFlags
   float clip_value; // used with kClipValue, as the next ones with theirs
   float clip_norm;
   float trust_coefficient;
   double ema_decay;
   uint64_t seed;
-  std::optional<mx::Dtype> momentum_dtype; // by default the parameter's
+  std::optional<mx::Dtype> state_dtype; // of the rule's slots; by default the parameter's
   std::shared_ptr<const SgdGroups> groups;
   std::optional<mx::array> group_numbers; // float32 {groups, kGroupNumbers}
   std::optional<mx::array> skipped; // uint64 scalar: steps skipped so far
@@ -117,12 +113,8 @@ struct SgdStep {
   std::vector<mx::array> measured;
 };
 
-/// The update of every tensor of `layout`:
-///   g         = gradient + weight_decay * parameter
-///   velocity  = momentum * velocity + (1 - dampening) * g
-///   parameter = parameter - lr * (nesterov ? g + momentum * velocity : velocity)
-/// where `flags` leave out velocity and weight decay, or add what csrc/math/sgd.h calls
-/// the full element. Parameters have the layout's shapes and dtypes and keep them; a
+/// The update of every tensor of `layout`, by one rule of csrc/math/rules in the frame of
+/// csrc/math/sgd.h. Parameters have the layout's shapes and dtypes and keep them; a
 /// gradient has its parameter's shape and is float32, float16 or bfloat16: Tree has seen to
 /// that. The maths is float32, rounded once on the store. `step` is a uint64 scalar, at which
 /// schedules are evaluated. Parameters and slots are updated in place when
@@ -189,7 +181,7 @@ std::vector<mx::array> composed_tensors(
     mx::Stream stream);
 mx::array composed_scalar(
     const SgdControl& control,
-    fused_math::SgdScalar i,
+    int i,
     const mx::array& step,
     const mx::array* given,
     mx::Stream stream);

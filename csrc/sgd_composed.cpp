@@ -1,7 +1,11 @@
 // The step in MLX operations: csrc/math/sgd.h once more, for what MLX can transform.
+#include <bit>
+
+#include "composed_operators.h"
 #include "composed_transforms.h"
 #include "mlx/transforms.h"
 #include "rounding_composed.h"
+#include "rules_composed.h"
 #include "sgd.h"
 
 namespace mlx_fused_optim {
@@ -18,14 +22,15 @@ mx::array number(float value) { return mx::array(value); }
 
 /// The numbers of a step, as scalars.
 struct Numbers {
-  mx::array learning_rate, momentum, weight_decay;
-  mx::array unscale, clip_factor, trust_ratio;
+  ComposedNumbers rule;
+  mx::array weight_decay, unscale, clip_factor, trust_ratio;
+  std::array<mx::array, kRuleScalars> low; // what is known of the rule's beyond float32
 };
 
-class ComposedStep {
+class ComposedStep : ComposedOperators {
  public:
   ComposedStep(const SgdPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
-      : plan_(plan), control_(plan.control), in_(plan, inputs), s_(s) {}
+      : ComposedOperators(s), plan_(plan), control_(plan.control), in_(plan, inputs) {}
 
   std::vector<mx::array> outputs() const;
 
@@ -35,56 +40,56 @@ class ComposedStep {
     std::array<std::optional<mx::array>, kSlots> slots;
   };
 
-  mx::array scalar(SgdScalar i) const;
-  mx::array measured(int i) const { return mx::take(*in_.measured, i, 0, s_); }
-  mx::array applies() const { return mx::not_equal(measured(kMeasuredApply), number(0), s_); }
+  mx::array scalar(int i) const;
+  mx::array measured(int i) const { return mx::take(*in_.measured, i, 0, s); }
+  mx::array applies() const { return mx::not_equal(measured(kMeasuredApply), number(0), s); }
   /// 1 where the step is skipped: infinities have no way into its derivatives.
   mx::array norm(int i) const {
     const bool skips = plan_.flags() & kSkipNonfinite;
-    return skips ? mx::where(applies(), measured(i), number(1), s_) : measured(i);
+    return skips ? mx::where(applies(), measured(i), number(1), s) : measured(i);
   }
   Numbers numbers() const;
   Numbers tensor_numbers(Numbers numbers, size_t i) const;
   Tensor update(size_t i, const Numbers& numbers) const;
   mx::array parameter(size_t i) const;
   mx::array gradient(size_t i, const Numbers& numbers) const;
-  /// Rounded and stored: at random with the 16 bits from `shift` on, else to nearest.
-  mx::array stored(const mx::array& x, mx::Dtype dtype, bool at_random, const mx::array* random)
+  /// Rounded and stored: at random with the low bits of `random`, else to nearest.
+  mx::array stored(const mx::array& x, mx::Dtype dtype, const std::optional<mx::array>& random)
       const;
-
-  mx::array add(const mx::array& a, const mx::array& b) const { return mx::add(a, b, s_); }
-  mx::array subtract(const mx::array& a, const mx::array& b) const {
-    return mx::subtract(a, b, s_);
-  }
-  mx::array multiply(const mx::array& a, const mx::array& b) const {
-    return mx::multiply(a, b, s_);
-  }
-  mx::array wide(const mx::array& a) const { return mx::astype(a, mx::float32, s_); }
+  mx::array stored_slot(const mx::array& x, int slot, std::optional<mx::array> random) const;
+  ComposedSlots wide_slots(const std::array<std::optional<mx::array>, kSlots>& slots) const;
 
   const SgdPlan& plan_;
   const SgdControl& control_;
   SgdInputs in_;
-  mx::Stream s_;
 };
 
-mx::array ComposedStep::scalar(SgdScalar i) const {
-  return composed_scalar(control_, i, *in_.step, in_.given, s_);
+mx::array ComposedStep::scalar(int i) const {
+  return composed_scalar(control_, i, *in_.step, in_.given, s);
 }
 
 Numbers ComposedStep::numbers() const {
+  const auto zero = number(0), one = number(1);
   Numbers n{
-      scalar(kLearningRate),
-      scalar(kMomentumFactor),
+      {scalar(kLearningRate), {zero, zero, zero}, {one, one, one}, one, one},
       scalar(kWeightDecayFactor),
-      number(1),
-      number(1),
-      number(1)};
+      one,
+      one,
+      one,
+      {zero, zero, zero}};
+  for (int i = 0; i < kRuleScalars; ++i) {
+    const int at = kFirstRuleScalar + i;
+    const bool constant = is_constant(control_, at);
+    n.rule.scalar[i] = scalar(at);
+    n.rule.rest[i] = constant ? number(control_.rest[i]) : subtract(one, n.rule.scalar[i]);
+    n.low[i] = number(constant ? control_.constants[at].lo : 0.0f);
+  }
   if (plan_.flags() & kGradScale) {
-    n.unscale = mx::divide(number(1), scalar(kGradScaleFactor), s_);
+    n.unscale = divide(one, scalar(kGradScaleFactor));
   }
   if (plan_.flags() & kClipNorm) {
     const auto least = add(norm(kMeasuredNorm), number(1e-6f));
-    n.clip_factor = mx::minimum(mx::divide(number(control_.clip_norm), least, s_), number(1), s_);
+    n.clip_factor = mx::minimum(divide(number(control_.clip_norm), least), one, s);
   }
   return n;
 }
@@ -93,13 +98,18 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
   const uint32_t flags = plan_.tensor_flags(i);
   auto coefficient = number(control_.trust_coefficient);
   if (flags & kGroups) {
-    const auto row = mx::take(*in_.groups, int(plan_.group(i)), 0, s_);
-    auto own = [&](int i) { return mx::take(row, i, 0, s_); };
+    const auto row = mx::take(*in_.groups, int(plan_.group(i)), 0, s);
+    auto own = [&](int i) { return mx::take(row, i, 0, s); };
     auto affine = [&](const mx::array& x, int times, int plus) {
       return add(multiply(own(times), x), own(plus));
     };
-    n.learning_rate = affine(n.learning_rate, kLearningRateTimes, kLearningRatePlus);
-    n.momentum = affine(n.momentum, kMomentumTimes, kMomentumPlus);
+    n.rule.learning_rate = affine(n.rule.learning_rate, kLearningRateTimes, kLearningRatePlus);
+    for (int i = 0; i < kRuleScalars; ++i) {
+      const int times = kFirstScalarTimes + kGroupScalar * i;
+      n.low[i] = affine(n.low[i], times, times + 2);
+      n.rule.rest[i] = affine(n.rule.rest[i], times, times + 3);
+      n.rule.scalar[i] = affine(n.rule.scalar[i], times, times + 1);
+    }
     n.weight_decay = affine(n.weight_decay, kWeightDecayTimes, kWeightDecayPlus);
     coefficient = own(kTrustCoefficient);
   }
@@ -108,19 +118,23 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
     const auto gradient = multiply(norm(at), n.clip_factor), parameter = norm(at + 1);
     const bool decays = (flags & kWeightDecay) && !(flags & kDecoupled);
     const auto both = mx::logical_and(
-        mx::greater(gradient, number(0), s_), mx::greater(parameter, number(0), s_), s_);
+        mx::greater(gradient, number(0), s), mx::greater(parameter, number(0), s), s);
     const auto below = decays ? add(gradient, multiply(n.weight_decay, parameter)) : gradient;
     // What is not chosen must not divide by zero either: its derivative would be NaN.
     const auto ratio =
-        mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s_), s_);
-    n.trust_ratio = mx::where(both, ratio, number(1), s_);
+        mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s), s);
+    n.trust_ratio = mx::where(both, ratio, number(1), s);
+  }
+  if (control_.rule == kAdam && (flags & kBiasCorrection)) {
+    const auto t = add(*in_.step, mx::array(uint64_t(1), mx::uint64));
+    n.rule = bias_corrected_composed(n.rule, n.low[0], n.low[1], t);
   }
   return n;
 }
 
 mx::array ComposedStep::parameter(size_t i) const {
   auto& arena = *plan_.arena;
-  return in_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s_)
+  return in_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s)
                    : in_.parameters[i];
 }
 
@@ -128,18 +142,18 @@ mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
   const uint32_t flags = plan_.flags();
   auto g = wide(in_.gradients[i]);
   if (flags & kSkipNonfinite) {
-    g = mx::where(applies(), g, number(0), s_);
+    g = mx::where(applies(), g, number(0), s);
   }
   if (flags & kMaximize) {
-    g = mx::negative(g, s_);
+    g = mx::negative(g, s);
   }
   if (flags & kGradScale) {
     g = multiply(g, n.unscale);
   }
   if (flags & kClipValue) {
     const auto limit = number(control_.clip_value);
-    g = mx::where(mx::greater(g, limit, s_), limit, g, s_);
-    g = mx::where(mx::less(g, mx::negative(limit, s_), s_), mx::negative(limit, s_), g, s_);
+    g = mx::where(mx::greater(g, limit, s), limit, g, s);
+    g = mx::where(mx::less(g, mx::negative(limit, s), s), mx::negative(limit, s), g, s);
   }
   return flags & kClipNorm ? multiply(g, n.clip_factor) : g;
 }
@@ -147,9 +161,30 @@ mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
 mx::array ComposedStep::stored(
     const mx::array& x,
     mx::Dtype dtype,
-    bool at_random,
-    const mx::array* random) const {
-  return mx::astype(at_random ? random_composed(x, dtype, *random, s_) : x, dtype, s_);
+    const std::optional<mx::array>& random) const {
+  return mx::astype(random ? random_composed(x, dtype, *random, s) : x, dtype, s);
+}
+
+mx::array ComposedStep::stored_slot(const mx::array& x, int slot, std::optional<mx::array> random)
+    const {
+  if (random && slot > 0) {
+    random = mix32_composed(*random, s);
+  }
+  if (random && slot < 2) {
+    random = mx::right_shift(*random, mx::array(16u, mx::uint32), s);
+  }
+  return stored(x, plan_.state_dtype, random);
+}
+
+ComposedSlots ComposedStep::wide_slots(
+    const std::array<std::optional<mx::array>, kSlots>& slots) const {
+  ComposedSlots wide;
+  for (int slot = 0; slot < kRuleSlots; ++slot) {
+    if (slots[slot]) {
+      wide[slot] = this->wide(*slots[slot]);
+    }
+  }
+  return wide;
 }
 
 ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
@@ -159,7 +194,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   std::array<std::optional<mx::array>, kSlots> old;
   for (int slot = 0; slot < kSlots; ++slot) {
     if (in_.slots[slot]) {
-      old[slot] = composed_tensor(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s_);
+      old[slot] = composed_tensor(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s);
     }
   }
 
@@ -167,8 +202,8 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   const auto parameter = wide(given);
   auto w = parameter;
   if (flags & kMaster) {
-    const auto rounded = nearest_composed(*old[kMasterCopy], arena.dtype, s_);
-    w = mx::where(mx::equal(rounded, parameter, s_), *old[kMasterCopy], parameter, s_);
+    const auto rounded = nearest_composed(*old[kMasterCopy], arena.dtype, s);
+    w = mx::where(mx::equal(rounded, parameter, s), *old[kMasterCopy], parameter, s);
   }
   auto u = gradient(i, n);
   if ((flags & kWeightDecay) && !(flags & kDecoupled)) {
@@ -177,38 +212,30 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   if (flags & kTrustRatio) {
     u = multiply(u, n.trust_ratio);
   }
+  const auto ruled = rule_composed(control_.rule, u, wide_slots(old), n.rule, flags, s);
   Tensor next{parameter, old};
   std::optional<mx::array> random;
   if (flags & kStochastic) {
     random = random_bits_composed(
-        arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s_);
+        arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s);
   }
-  if (flags & kMomentum) {
-    const auto velocity = add(
-        multiply(n.momentum, wide(*old[kVelocity])), multiply(number(control_.gradient_weight), u));
-    u = flags & kNesterov ? add(u, multiply(n.momentum, velocity)) : velocity;
-    std::optional<mx::array> bits;
-    if (random) {
-      bits = mx::right_shift(*random, mx::array(16u, mx::uint32), s_);
-    }
-    next.slots[kVelocity] =
-        stored(velocity, plan_.velocity_dtype, bits.has_value(), bits ? &*bits : nullptr);
+  for (int slot = 0; slot < rule_slots(control_.rule, flags); ++slot) {
+    next.slots[slot] = stored_slot(*ruled.slots[slot], slot, random);
   }
   if ((flags & kWeightDecay) && (flags & kDecoupled)) {
-    u = add(u, multiply(n.weight_decay, w));
+    const auto decay = multiply(n.rule.learning_rate, n.weight_decay);
+    w = multiply(w, subtract(number(1), decay));
   }
-
-  const auto move = multiply(n.learning_rate, u);
-  auto exact = subtract(w, move);
+  auto exact = subtract(w, ruled.change);
   if (flags & kCompensated) {
-    const auto change = subtract(wide(*old[kCompensation]), move);
+    const auto change = subtract(wide(*old[kCompensation]), ruled.change);
     exact = add(w, change);
-    const auto rounded = nearest_composed(exact, arena.dtype, s_);
-    next.parameter = mx::astype(rounded, arena.dtype, s_);
-    next.slots[kCompensation] = mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s_);
+    const auto rounded = nearest_composed(exact, arena.dtype, s);
+    next.parameter = mx::astype(rounded, arena.dtype, s);
+    next.slots[kCompensation] = mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s);
   } else {
     const bool at_random = (flags & kStochastic) && !(flags & kMaster);
-    next.parameter = stored(exact, arena.dtype, at_random, random ? &*random : nullptr);
+    next.parameter = stored(exact, arena.dtype, at_random ? random : std::nullopt);
     if (flags & kMaster) {
       next.slots[kMasterCopy] = exact;
     } else {
@@ -223,10 +250,10 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
 
   if (flags & kSkipNonfinite) {
     const auto apply = applies();
-    next.parameter = mx::where(apply, next.parameter, given, s_);
+    next.parameter = mx::where(apply, next.parameter, given, s);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (old[slot]) {
-        next.slots[slot] = mx::where(apply, *next.slots[slot], *old[slot], s_);
+        next.slots[slot] = mx::where(apply, *next.slots[slot], *old[slot], s);
       }
     }
   }
@@ -249,22 +276,25 @@ std::vector<mx::array> ComposedStep::outputs() const {
 
   std::vector<mx::array> outputs;
   if (!parameters.empty()) {
-    outputs.push_back(pack(parameters, *plan_.arena, s_));
+    outputs.push_back(pack(parameters, *plan_.arena, s));
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (plan_.has(slot)) {
-      outputs.push_back(pack(slots[slot], *plan_.arena, s_));
+      outputs.push_back(pack(slots[slot], *plan_.arena, s));
     }
   }
   if (plan_.writes_step) {
     auto one = mx::array(uint64_t(1), mx::uint64);
     if (plan_.flags() & kSkipNonfinite) {
-      one = mx::astype(measured(kMeasuredApply), mx::uint64, s_);
+      one = mx::astype(measured(kMeasuredApply), mx::uint64, s);
     }
-    const auto scale = plan_.flags() & kGradScale ? scalar(kGradScaleFactor) : number(1);
+    std::vector<mx::array> used;
+    for (int i = 0; i < kScalars; ++i) {
+      const bool absent = i == kGradScaleFactor && !(plan_.flags() & kGradScale);
+      used.push_back(absent ? number(1) : scalar(i));
+    }
     outputs.push_back(add(*in_.step, one));
-    outputs.push_back(
-        mx::stack({step.learning_rate, step.momentum, step.weight_decay, scale}, 0, s_));
+    outputs.push_back(mx::stack(used, 0, s));
   }
   return outputs;
 }
@@ -293,19 +323,18 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
 
 mx::array composed_scalar(
     const SgdControl& control,
-    SgdScalar i,
+    int i,
     const mx::array& step,
     const mx::array* given,
     mx::Stream s) {
-  if (!(control.given >> i & 1)) {
-    auto& schedule = control.schedules[i];
-    if (schedule.count == 1 && schedule.segments[0].kind == kConstant) {
-      return number(schedule_value(schedule, 0));
-    }
-    return evaluate_schedule(schedule, step, s);
+  if (control.given >> i & 1) { // a scalar alone, or one of several
+    return given->ndim() == 0 ? *given : mx::take(*given, i, 0, s);
   }
-  // A scalar alone, or one of several.
-  return given->ndim() == 0 ? *given : mx::take(*given, int(i), 0, s);
+  if (control.scheduled >> i & 1) {
+    const int place = std::popcount(control.scheduled & ((1u << i) - 1));
+    return evaluate_schedule(control.schedules[place], step, s);
+  }
+  return number(control.constants[i].hi);
 }
 
 mx::array composed_tensor(

@@ -4,11 +4,16 @@
 
 #include "cpu/half.h"
 #include "cpu/kernel.h"
+#if defined(__SSE__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace mlx_fused_optim::cpu {
 namespace {
 
-// Six buffers of this many float32 are 12 KiB.
+// Eight buffers of this many float32 are 16 KiB.
 constexpr size_t kBlock = 512;
 
 float read_at(const Source& source, int64_t at) {
@@ -79,3 +84,32 @@ constexpr size_t kWidth = kVectorBytes / sizeof(float);
 
 } // namespace
 } // namespace mlx_fused_optim::cpu
+
+namespace fused_math {
+
+template <>
+struct Bits<mlx_fused_optim::cpu::Vector> {
+  using Vector = mlx_fused_optim::cpu::Vector;
+  using type = mlx_fused_optim::cpu::VectorBits;
+  MATH_MEMBER type of(Vector x) { return (type)x; }
+  MATH_MEMBER Vector to(type bits) { return (Vector)bits; }
+  MATH_MEMBER Vector quotient(Vector a, Vector b) { return a / b; }
+  MATH_MEMBER Vector root(Vector x) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE__)
+    return (Vector)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (Vector)vsqrtq_f32((float32x4_t)x);
+#else
+    for (size_t i = 0; i < mlx_fused_optim::cpu::kWidth; ++i) {
+      x[i] = sqrt_float(x[i]);
+    }
+    return x;
+#endif
+  }
+};
+
+} // namespace fused_math

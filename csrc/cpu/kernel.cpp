@@ -1,10 +1,13 @@
-// The CPU kernel of a plain step: the loop over a block is csrc/math's element on
-// vectors. Each build of this file has its own instruction set, which ISA names.
+// The CPU kernel of a step: the loop over a block is csrc/math's element on vectors. Each
+// build of this file has its own instruction set, which ISA names.
 #include "cpu/blocks.h"
 
 namespace mlx_fused_optim::cpu {
 namespace {
 
+using fused_math::kRuleSlots;
+using fused_math::kSlots;
+using fused_math::SgdElements;
 using fused_math::SgdHyper;
 
 // The loop goes by cache lines of float32 and asks for the one that it will want
@@ -13,94 +16,216 @@ using fused_math::SgdHyper;
 constexpr size_t kLine = 16;
 constexpr size_t kAhead = 128;
 
+/// Where a block is read from and written to, as float32; slots are null where absent.
+struct Block {
+  const float* parameter;
+  const float* gradient;
+  const float* slots[kSlots];
+  float* parameter_out;
+  float* slots_out[kSlots];
+  uint32_t position; // of its first element in the arena
+};
+
+template <typename T>
+typename fused_math::Bits<T>::type positions(uint32_t first);
+template <>
+inline uint32_t positions<float>(uint32_t first) {
+  return first;
+}
+template <>
+inline VectorBits positions<Vector>(uint32_t first) {
+  VectorBits result;
+  for (uint32_t i = 0; i < kWidth; ++i) {
+    result[i] = first + i;
+  }
+  return result;
+}
+
+template <typename T>
+__attribute__((always_inline)) inline void load(T& value, const float* from, size_t i) {
+  memcpy(&value, from + i, sizeof(T));
+}
+
+template <typename T>
+__attribute__((always_inline)) inline void store(float* to, size_t i, const T& value) {
+  memcpy(to + i, &value, sizeof(T));
+}
+
 /// Elements [i, i + width of T). An output may be its own input, element for
 /// element: everything is read before anything is written.
-template <typename T, uint32_t flags>
-__attribute__((always_inline)) inline void update_at(
-    size_t i,
-    const float* parameter,
-    const float* gradient,
-    const float* velocity,
-    float* parameter_out,
-    float* velocity_out,
-    SgdHyper hyper) {
-  constexpr bool has_momentum = flags & fused_math::kMomentum;
-  fused_math::SgdElements<T> e{};
-  T g;
-  memcpy(&e.parameter, parameter + i, sizeof(T));
-  memcpy(&g, gradient + i, sizeof(T));
-  if (has_momentum) {
-    memcpy(&e.velocity, velocity + i, sizeof(T));
+template <typename T>
+__attribute__((always_inline)) inline void
+update_at(const Block& block, size_t i, const SgdHyper& hyper, Form form) {
+  using namespace fused_math;
+  SgdElements<T> e{};
+  T gradient;
+  load(gradient, block.gradient, i);
+  load(e.parameter, block.parameter, i);
+  const int rule_slots = fused_math::rule_slots(form.rule, form.flags);
+#pragma GCC unroll 3
+  for (int slot = 0; slot < kRuleSlots; ++slot) {
+    if (slot < rule_slots) {
+      load(e.slots.of[slot], block.slots[slot], i);
+    }
   }
-  e = fused_math::sgd_element(e, g, hyper, flags);
-  memcpy(parameter_out + i, &e.parameter, sizeof(T));
-  if (has_momentum) {
-    memcpy(velocity_out + i, &e.velocity, sizeof(T));
+  T* const own[] = {&e.master, &e.compensation, &e.average};
+#pragma GCC unroll 3
+  for (int slot = kRuleSlots; slot < kSlots; ++slot) {
+    if (has_slot(form.rule, form.flags, slot)) {
+      load(*own[slot - kRuleSlots], block.slots[slot], i);
+    }
+  }
+  const auto position = positions<T>(block.position + static_cast<uint32_t>(i));
+  e = sgd_element(
+      e,
+      gradient,
+      position,
+      hyper,
+      form.rule,
+      form.flags,
+      form.parameter_format,
+      form.state_format);
+  store(block.parameter_out, i, e.parameter);
+#pragma GCC unroll 3
+  for (int slot = 0; slot < kRuleSlots; ++slot) {
+    if (slot < rule_slots) {
+      store(block.slots_out[slot], i, e.slots.of[slot]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int slot = kRuleSlots; slot < kSlots; ++slot) {
+    if (has_slot(form.rule, form.flags, slot)) {
+      store(block.slots_out[slot], i, *own[slot - kRuleSlots]);
+    }
   }
 }
 
-template <uint32_t flags>
-void update_block(
-    const float* parameter,
-    const float* gradient,
-    const float* velocity,
-    float* parameter_out,
-    float* velocity_out,
-    size_t n,
-    SgdHyper hyper) {
+/// A step of a form that is known where this is compiled, but for what it calls.
+__attribute__((always_inline)) inline void
+update_block(const Block& given, size_t n, const SgdHyper& given_hyper, Form form) {
+  const Block block = given; // in registers: what is stored could be its memory
+  const SgdHyper hyper = given_hyper;
+  const int rule_slots = fused_math::rule_slots(form.rule, form.flags);
   size_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(parameter + i + kAhead);
-    __builtin_prefetch(gradient + i + kAhead);
-    if (flags & fused_math::kMomentum) {
-      __builtin_prefetch(velocity + i + kAhead);
+    __builtin_prefetch(block.parameter + i + kAhead);
+    __builtin_prefetch(block.gradient + i + kAhead);
+#pragma GCC unroll 3
+    for (int slot = 0; slot < kRuleSlots; ++slot) {
+      if (slot < rule_slots) {
+        __builtin_prefetch(block.slots[slot] + i + kAhead);
+      }
     }
     for (size_t j = i; j < i + kLine; j += kWidth) {
-      update_at<Vector, flags>(
-          j, parameter, gradient, velocity, parameter_out, velocity_out, hyper);
+      update_at<Vector>(block, j, hyper, form);
     }
   }
   for (; i < n; ++i) {
-    update_at<float, flags>(i, parameter, gradient, velocity, parameter_out, velocity_out, hyper);
+    update_at<float>(block, i, hyper, form);
   }
+}
+
+/// The frame with nothing in it: what is narrower than float32 is rounded when it is stored.
+template <uint32_t rule, uint32_t flags>
+void update_plain(const Block& block, size_t n, const SgdHyper& hyper) {
+  update_block(block, n, hyper, {rule, flags, fused_math::kFloat32, fused_math::kFloat32});
+}
+
+template <uint32_t rule>
+void update_any(const Block& block, size_t n, const SgdHyper& hyper, Form form) {
+  form.rule = rule;
+  update_block(block, n, hyper, form);
+}
+
+/// The plain flags of kernel `n`. Those that say nothing to the rule make no kernel of
+/// their own.
+template <uint32_t rule>
+constexpr uint32_t plain_flags(uint32_t n) {
+  using namespace fused_math;
+  const bool has_flags = rule == kSgd || rule == kAdam;
+  return (has_flags ? n & kRuleFlags : 0) | (n & kWeightDecay) |
+      ((n & kWeightDecay) && (n & 8) ? kDecoupled : 0);
+}
+
+template <uint32_t rule>
+void update_of(const Block& block, size_t n, const SgdHyper& hyper, Form form) {
+  using namespace fused_math;
+  static constexpr decltype(&update_plain<rule, 0>) plain[] = {
+#define PLAIN(n) update_plain<rule, plain_flags<rule>(n)>
+      PLAIN(0), PLAIN(1), PLAIN(2),  PLAIN(3),  PLAIN(4),  PLAIN(5),  PLAIN(6),  PLAIN(7),
+      PLAIN(8), PLAIN(9), PLAIN(10), PLAIN(11), PLAIN(12), PLAIN(13), PLAIN(14), PLAIN(15)};
+#undef PLAIN
+  if (form.flags & ~kPlainFlags) {
+    update_any<rule>(block, n, hyper, form);
+  } else {
+    plain[(form.flags & 7) | (form.flags & kDecoupled ? 8 : 0)](block, n, hyper);
+  }
+}
+
+constexpr decltype(&update_of<0>) kUpdates[fused_math::kRules] = {
+    update_of<fused_math::kSgd>,
+    update_of<fused_math::kAdam>,
+    update_of<fused_math::kAdamax>,
+    update_of<fused_math::kLion>,
+    update_of<fused_math::kRmsprop>,
+    update_of<fused_math::kAdagrad>,
+    update_of<fused_math::kAdadelta>};
+
+/// Where the elements from `at` on are to be computed: in their own memory, or in
+/// `buffer` to be narrowed.
+float* place(Type type, void* data, size_t at, float* buffer) {
+  return type == Type::float32 ? static_cast<float*>(data) + at : buffer;
+}
+
+/// Whether all that is read is float32 in a row: then there is no buffer to fill.
+bool is_direct(const Arenas& arenas, const Tensor& tensor) {
+  auto direct = [](const Source& source) {
+    return !source.data || (source.type == Type::float32 && !source.strided);
+  };
+  bool all = direct(tensor.parameter) && direct(tensor.gradient);
+  for (auto& slot : arenas.slots) {
+    all = all && direct(slot);
+  }
+  return all;
 }
 
 } // namespace
 
-void KERNEL(
-    update)(const Tensor& tensor, size_t begin, size_t end, SgdHyper hyper, uint32_t flags) {
-  alignas(64) float parameter_block[kBlock], gradient_block[kBlock], velocity_block[kBlock];
+void KERNEL(update)(
+    const Arenas& arenas,
+    const Tensor& tensor,
+    size_t begin,
+    size_t end,
+    SgdHyper hyper,
+    Form form) {
+  alignas(64) float parameter[kBlock], gradient[kBlock], slots[kSlots][kBlock];
   const Type type = tensor.parameter.type;
-  const bool direct = type == Type::float32;
-  const bool has_momentum = flags & fused_math::kMomentum;
-  static constexpr decltype(&update_block<0>) blocks[] = {
-      update_block<0>,
-      update_block<1>,
-      update_block<2>,
-      update_block<3>,
-      update_block<4>,
-      update_block<5>,
-      update_block<6>,
-      update_block<7>};
-  const auto update = blocks[flags & 7];
-  // Without conversions or gathers there is no buffer to fill: one long block.
-  const bool whole = direct && tensor.gradient.type == Type::float32 && !tensor.parameter.strided &&
-      !tensor.gradient.strided && !tensor.velocity.strided;
-  const size_t step = whole ? end - begin : kBlock;
+  const size_t step = is_direct(arenas, tensor) ? end - begin : kBlock;
+  for (; begin < end; begin += step) {
+    const size_t n = end - begin < step ? end - begin : step;
+    const size_t at = tensor.position + begin; // in the arenas
+    Block block{};
+    block.parameter = read(tensor.parameter, begin, n, parameter);
+    block.gradient = read(tensor.gradient, begin, n, gradient);
+    block.parameter_out = place(type, arenas.parameter_out, at, parameter);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      auto& source = arenas.slots[slot];
+      if (source.data) {
+        block.slots[slot] = read(source, at, n, slots[slot]);
+        block.slots_out[slot] = place(source.type, arenas.slots_out[slot], at, slots[slot]);
+      }
+    }
+    block.position = static_cast<uint32_t>(at);
 
-  for (size_t at = begin; at < end; at += step) {
-    const size_t n = end - at < step ? end - at : step;
-    const float* p = read(tensor.parameter, at, n, parameter_block);
-    const float* g = read(tensor.gradient, at, n, gradient_block);
-    const float* v = has_momentum ? read(tensor.velocity, at, n, velocity_block) : nullptr;
-    float* p_out = direct ? static_cast<float*>(tensor.parameter_out) + at : parameter_block;
-    float* v_out =
-        direct && has_momentum ? static_cast<float*>(tensor.velocity_out) + at : velocity_block;
-    update(p, g, v, p_out, v_out, n, hyper);
-    if (!direct) {
-      write(type, tensor.parameter_out, at, n, p_out);
-      if (has_momentum) {
-        write(type, tensor.velocity_out, at, n, v_out);
+    kUpdates[form.rule](block, n, hyper, form);
+
+    if (type != Type::float32) {
+      write(type, arenas.parameter_out, at, n, block.parameter_out);
+    }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      auto& source = arenas.slots[slot];
+      if (source.data && source.type != Type::float32) {
+        write(source.type, arenas.slots_out[slot], at, n, block.slots_out[slot]);
       }
     }
   }

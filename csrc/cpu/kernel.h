@@ -28,31 +28,27 @@ struct Source {
   Type type;
 };
 
-/// One tensor's share of a step. Outputs are contiguous and have the type of
-/// the parameter; they may be the very memory of the parameter and the velocity.
-struct Tensor {
-  size_t size;
-  Source parameter;
-  Source gradient;
-  Source velocity; // data null without momentum
-  void* parameter_out;
-  void* velocity_out;
-};
-
-/// One tensor's share of a full step. Slots have the types of their sources, and
-/// likewise may be written to the memory they are read from.
-struct FullTensor {
-  size_t size;
-  size_t position; // of its first element in the arena
-  Source parameter;
-  Source gradient;
+/// The arenas of a step. Outputs have the types of what they replace, and may be the very
+/// memory that it is read from.
+struct Arenas {
   Source slots[fused_math::kSlots]; // data null where the step has none
-  void* parameter_out;
+  void* parameter_out; // null without tensors
   void* slots_out[fused_math::kSlots];
 };
 
-struct Formats {
-  uint32_t parameter, velocity; // fused_math::Format
+/// One tensor's share of a step.
+struct Tensor {
+  size_t size;
+  size_t position; // of its first element in the arenas
+  Source parameter;
+  Source gradient;
+};
+
+/// What a step consists of, for one tensor.
+struct Form {
+  uint32_t rule; // fused_math::Rule
+  uint32_t flags; // fused_math::SgdFlags
+  uint32_t parameter_format, state_format; // fused_math::Format
 };
 
 /// The sum of the squares of a chunk, in the order of csrc/math/norm.h, and the largest
@@ -66,19 +62,12 @@ struct Chunk {
 struct Kernels {
   /// Updates the elements [begin, end) of a tensor.
   void (*update)(
+      const Arenas& arenas,
       const Tensor& tensor,
       size_t begin,
       size_t end,
       fused_math::SgdHyper hyper,
-      uint32_t flags); // fused_math::SgdFlags
-
-  void (*update_full)(
-      const FullTensor& tensor,
-      size_t begin,
-      size_t end,
-      fused_math::SgdHyper hyper,
-      uint32_t flags,
-      Formats formats);
+      Form form);
 
   /// The elements [begin, begin + n) of an array, n <= fused_math::kChunk; a gradient
   /// goes through sgd_gradient with these `flags`.
@@ -95,11 +84,10 @@ struct Kernels {
 #define KERNEL_OF(name, isa) KERNEL_NAME(name, isa)
 #define KERNEL(name) KERNEL_OF(name, ISA)
 #define DECLARE_KERNELS(isa)                                                          \
-  void update_##isa(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t);   \
-  void update_full_##isa(                                                             \
-      const FullTensor&, size_t, size_t, fused_math::SgdHyper, uint32_t, Formats);    \
+  void update_##isa(                                                                  \
+      const Arenas&, const Tensor&, size_t, size_t, fused_math::SgdHyper, Form);      \
   Chunk measure_##isa(const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t); \
-  constexpr Kernels kKernels_##isa = {update_##isa, update_full_##isa, measure_##isa};
+  constexpr Kernels kKernels_##isa = {update_##isa, measure_##isa};
 DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 DECLARE_KERNELS(avx2)

@@ -21,27 +21,35 @@ using fused_math::SgdHyper;
 // Elements a thread must have to be worth waking: about 30 us of memory traffic.
 constexpr size_t kGrain = 32768;
 
+/// A tensor's share, and where its own numbers come from.
+struct TaskTensor : cpu::Tensor {
+  uint32_t flags;
+  uint32_t group, norms; // where they begin
+};
+
 /// Everything the queued work needs, by pointer: MLX keeps the buffers alive
 /// until the stream has passed this step.
 struct Task {
   Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out);
-  virtual ~Task() = default;
 
   void run() const;
 
- protected:
+ private:
   /// Memory between tensors is saved with the state: it must not be garbage.
   void clear_gaps(const Arena& arena, mx::array* output, const mx::array& input);
-  /// The elements [begin, end) of tensor `t`.
-  virtual void update(size_t t, size_t begin, size_t end, const SgdHyper& hyper) const = 0;
+  /// The elements [begin, end) of a tensor.
+  void update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper) const;
 
   SgdControl control;
   cpu::Sources sources;
+  cpu::Arenas arenas{};
+  std::vector<TaskTensor> tensors;
   std::vector<size_t> ends; // running sum of the tensors' sizes
   std::vector<std::pair<char*, size_t>> gaps; // fresh memory between tensors
   const uint64_t* step;
   const float* given;
   const float* measured;
+  const float* groups;
   uint64_t* step_out;
   float* used_out;
 };
@@ -51,18 +59,32 @@ Task::Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
       step(in.step->data<uint64_t>()),
       given(in.given ? in.given->data<float>() : nullptr),
       measured(in.measured ? in.measured->data<float>() : nullptr),
+      groups(in.groups ? in.groups->data<float>() : nullptr),
       step_out(out.step ? out.step->data<uint64_t>() : nullptr),
       used_out(out.used ? out.used->data<float>() : nullptr) {
   const size_t n = plan.tensor_count();
   ends.reserve(n);
+  tensors.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    ends.push_back((i ? ends.back() : 0) + plan.tensor_size(i));
+    TaskTensor tensor{};
+    tensor.size = plan.tensor_size(i);
+    tensor.position = plan.arena->offsets[i];
+    tensor.parameter = sources.of(in.parameter(i), plan.parameter_begin(i));
+    tensor.gradient = sources.of(in.gradients[i]);
+    tensor.flags = plan.tensor_flags(i);
+    tensor.group = plan.group(i) * fused_math::kGroupNumbers;
+    tensor.norms = fused_math::kMeasuredTensors + 2 * plan.arena->tensors[i];
+    tensors.push_back(tensor);
+    ends.push_back((i ? ends.back() : 0) + tensor.size);
   }
   if (out.parameters) {
+    arenas.parameter_out = out.parameters->data<void>();
     clear_gaps(*plan.arena, out.parameters, in.parameters[0]);
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
+      arenas.slots[slot] = sources.of(*in.slots[slot]);
+      arenas.slots_out[slot] = out.slots[slot]->data<void>();
       clear_gaps(*plan.arena, out.slots[slot], *in.slots[slot]);
     }
   }
@@ -83,11 +105,10 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
 }
 
 void Task::run() const {
-  const auto hyper = control.flags & ~fused_math::kPlainFlags
-      ? fused_math::sgd_full_hyper(control, *step, given, measured)
-      : fused_math::sgd_hyper(control, *step, given);
+  const auto scalars = fused_math::sgd_scalars(control, *step, given);
+  const auto hyper = fused_math::sgd_hyper_of(control, *step, scalars, measured);
   if (step_out) {
-    fused_math::sgd_counters(control, hyper, *step, given, step_out, used_out);
+    fused_math::sgd_counters(scalars, hyper, *step, step_out, used_out);
   }
   for (auto [begin, bytes] : gaps) {
     std::memset(begin, 0, bytes);
@@ -101,85 +122,25 @@ void Task::run() const {
       const size_t first = t ? ends[t - 1] : 0;
       const size_t last = std::min(end, ends[t]);
       if (last > begin) {
-        update(t, begin - first, last - first, hyper);
+        update(tensors[t], begin - first, last - first, hyper);
       }
       begin = last;
     }
   });
 }
 
-void* at(mx::array& arena, size_t offset) { return arena.data<char>() + offset * arena.itemsize(); }
-
-struct PlainTask : Task {
-  PlainTask(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) : Task(plan, in, out) {
-    tensors.reserve(plan.tensor_count());
-    for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      const size_t offset = plan.arena->offsets[i];
-      cpu::Tensor tensor{};
-      tensor.size = plan.tensor_size(i);
-      tensor.parameter = sources.of(in.parameter(i), plan.parameter_begin(i));
-      tensor.gradient = sources.of(in.gradients[i]);
-      tensor.parameter_out = at(*out.parameters, offset);
-      if (in.slots[kVelocity]) {
-        tensor.velocity = sources.of(*in.slots[kVelocity], offset);
-        tensor.velocity_out = at(*out.slots[kVelocity], offset);
-      }
-      tensors.push_back(tensor);
-    }
-  }
-
-  void update(size_t t, size_t begin, size_t end, const SgdHyper& hyper) const override {
-    cpu::kernels().update(tensors[t], begin, end, hyper, control.flags);
-  }
-
-  std::vector<cpu::Tensor> tensors;
-};
-
-struct FullTask : Task {
-  FullTask(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
-      : Task(plan, in, out), groups(in.groups ? in.groups->data<float>() : nullptr) {
-    tensors.reserve(plan.tensor_count());
-    for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      const size_t offset = plan.arena->offsets[i];
-      FullTensor tensor{};
-      tensor.size = plan.tensor_size(i);
-      tensor.position = offset;
-      tensor.parameter = sources.of(in.parameter(i), plan.parameter_begin(i));
-      tensor.gradient = sources.of(in.gradients[i]);
-      tensor.parameter_out = at(*out.parameters, offset);
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (in.slots[slot]) {
-          tensor.slots[slot] = sources.of(*in.slots[slot], offset);
-          tensor.slots_out[slot] = at(*out.slots[slot], offset);
-        }
-      }
-      tensor.flags = plan.tensor_flags(i);
-      tensor.group = plan.group(i) * fused_math::kGroupNumbers;
-      tensor.norms = fused_math::kMeasuredTensors + 2 * plan.arena->tensors[i];
-      tensors.push_back(tensor);
-    }
-  }
-
-  void update(size_t t, size_t begin, size_t end, const SgdHyper& hyper) const override {
-    auto& tensor = tensors[t];
-    const auto own = fused_math::sgd_tensor_hyper(
-        hyper,
-        control.trust_coefficient,
-        tensor.flags,
-        groups + tensor.group,
-        measured + tensor.norms);
-    const cpu::Formats formats{control.parameter_format, control.velocity_format};
-    cpu::kernels().update_full(tensor, begin, end, own, tensor.flags, formats);
-  }
-
-  struct FullTensor : cpu::FullTensor {
-    uint32_t flags;
-    size_t group; // where its numbers begin
-    size_t norms; // likewise
-  };
-  std::vector<FullTensor> tensors;
-  const float* groups;
-};
+void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper)
+    const {
+  const auto own = fused_math::sgd_tensor_hyper(
+      control, hyper, *step, tensor.flags, groups + tensor.group, measured + tensor.norms);
+  cpu::kernels().update(
+      arenas,
+      tensor,
+      begin,
+      end,
+      own,
+      {control.rule, tensor.flags, control.parameter_format, control.state_format});
+}
 
 } // namespace
 
@@ -187,12 +148,7 @@ void FusedSGD::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
   set_outputs(plan_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
   SgdInputs in(plan_, inputs);
   SgdOutputs out(plan_, outputs);
-  std::shared_ptr<const Task> task;
-  if (plan_.is_plain()) {
-    task = std::make_shared<PlainTask>(plan_, in, out);
-  } else {
-    task = std::make_shared<FullTask>(plan_, in, out);
-  }
+  auto task = std::make_shared<const Task>(plan_, in, out);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   encoder.dispatch([task] { task->run(); });
 }

@@ -74,6 +74,15 @@ MATH_FN Real log2_of(Real x, Real rest) {
   return add({float(exponent), 0.0f}, log2_m);
 }
 
+/// 1 / sqrt(x), for normal x > 0. Relative error below 2^-44.
+MATH_FN Real reciprocal_root(Real x) {
+  const float y = divide_float(1.0f, sqrt_float(x.hi));
+  // A step of Newton's: y + y (1 - x y^2) / 2, where the difference is small.
+  const Real square = multiply(x, two_product(y, y));
+  const Real rest = add({1.0f, 0.0f}, negate(square));
+  return fast_two_sum(y, 0.5f * y * rest.hi);
+}
+
 /// sin(pi/2 * x) for 0 <= x <= 1/2. Relative error below 2^-31.
 MATH_FN Real sine_of_quarter_turns(Real x) {
   Real angle = multiply(x, {1.57079637050628662109375f, -4.371139000186243e-8f});

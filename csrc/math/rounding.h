@@ -9,7 +9,8 @@ namespace fused_math {
 
 enum Format : uint32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-/// The bits of a float; the CPU kernel adds those of its vectors.
+/// What there is no operator for: the bits of a float, roots and quotients. The CPU kernel
+/// adds those of its vectors.
 template <typename T>
 struct Bits;
 template <>
@@ -17,6 +18,8 @@ struct Bits<float> {
   using type = uint32_t;
   MATH_MEMBER type of(float x) { return float_to_bits(x); }
   MATH_MEMBER float to(type bits) { return bits_to_float(bits); }
+  MATH_MEMBER float root(float x) { return sqrt_float(x); }
+  MATH_MEMBER float quotient(float a, float b) { return divide_float(a, b); }
 };
 
 template <typename T>

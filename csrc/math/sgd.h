@@ -1,15 +1,19 @@
-// One element of one SGD step, in the operations and the order of
-// mlx.optimizers.SGD, so that float32 has its bits on every backend; and the
-// numbers that all elements of a step share.
+// The frame of a step: what happens to a gradient before the optimizer's own rule
+// (rules.h) and to a parameter after it, and the numbers that all elements of a step
+// share. Operations and their order are those of mlx.optimizers, so that float32 has its
+// bits on every backend.
 //
-// There are two elements. The plain one is all that mlx.optimizers.SGD does. The full
-// one adds what training needs around it: scaled, clipped and skipped gradients,
-// masters, compensation, rounding at random, averages. Kernels of the plain one stay
-// small and fast.
+//   gradient   maximize, unscale, clip by value and by norm, coupled weight decay, trust ratio
+//   rule       new slots of its own, and the change of the parameter
+//   parameter  decoupled weight decay, master or compensation, rounding, moving average
+//
+// What a step does not have is left out where its kernel is compiled: a plain step is the
+// frame with nothing in it.
 #pragma once
 
 #include "norm.h"
 #include "rounding.h"
+#include "rules.h"
 #include "schedule.h"
 
 namespace fused_math {
@@ -17,10 +21,8 @@ namespace fused_math {
 /// What a step consists of. Fixed for a compiled graph: kernels may be
 /// specialised on it.
 enum SgdFlags : uint32_t {
-  kMomentum = 1 << 0,
-  kNesterov = 1 << 1,
+  // Bits 0 and 1 are the rule's own: RuleFlags.
   kWeightDecay = 1 << 2,
-  // From here on only the full element.
   kMaximize = 1 << 3,
   kGradScale = 1 << 4,
   kClipValue = 1 << 5,
@@ -35,20 +37,18 @@ enum SgdFlags : uint32_t {
   kAverage = 1 << 14,
   kMeasureNorm = 1 << 15, // only told
 
-  kPlainFlags = kMomentum | kNesterov | kWeightDecay,
+  /// All that mlx.optimizers has.
+  kPlainFlags = kRuleFlags | kWeightDecay | kDecoupled,
   /// Steps that first measure all gradients.
   kMeasuredFlags = kClipNorm | kMeasureNorm | kSkipNonfinite | kTrustRatio,
   /// What a group of tensors may be without.
-  kTensorFlags = kMomentum | kNesterov | kWeightDecay | kTrustRatio,
+  kTensorFlags = kRuleFlags | kWeightDecay | kTrustRatio,
 };
 
 /// The numbers of one step, for one tensor.
 struct SgdHyper {
-  float learning_rate;
-  float momentum;
+  RuleNumbers rule;
   float weight_decay;
-  float gradient_weight; // 1 - dampening, formed in float64 and rounded once
-  // Of the full element:
   float unscale; // 1 / grad_scale
   float clip_value;
   float clip_factor; // of the global norm
@@ -59,41 +59,56 @@ struct SgdHyper {
 };
 
 /// What the state keeps of every element, each in arenas of its own that are laid
-/// out like the parameters'.
+/// out like the parameters'. The first ones are the rule's, of any of the three dtypes.
 enum SgdSlot : int {
-  kVelocity = 0, // with kMomentum; any of the three dtypes
-  kMasterCopy = 1, // with kMaster; float32, of half types only
-  kCompensation = 2, // with kCompensated; the parameter's dtype, of half types only
-  kMovingAverage = 3, // with kAverage; float32
-  kSlots = 4,
+  kMasterCopy = kRuleSlots, // with kMaster; float32, of half types only
+  kCompensation, // with kCompensated; the parameter's dtype, of half types only
+  kMovingAverage, // with kAverage; float32
+  kSlots,
 };
+
+/// Whether a step keeps a slot.
+MATH_FN bool has_slot(uint32_t rule, uint32_t flags, int slot) {
+  return slot < kRuleSlots     ? slot < rule_slots(rule, flags)
+      : slot == kMasterCopy    ? (flags & kMaster) != 0
+      : slot == kCompensation  ? (flags & kCompensated) != 0
+                               : (flags & kAverage) != 0;
+}
 
 /// The numbers that may change from step to step, and their positions in the
 /// arrays of given and of used values.
 enum SgdScalar : int {
   kLearningRate = 0,
-  kMomentumFactor = 1,
-  kWeightDecayFactor = 2,
-  kGradScaleFactor = 3,
-  kScalars = 4,
+  kWeightDecayFactor = 1,
+  kGradScaleFactor = 2,
+  kFirstRuleScalar = 3,
+  kScalars = kFirstRuleScalar + kRuleScalars,
 };
 
-/// Where the numbers of a step come from. Each scalar is either given as
-/// an array (its bit in `given` is set), or a schedule of the step counter.
+enum SgdLimits : int {
+  kMostSchedules = 4, // that a kernel evaluates; the host gives further scalars as arrays
+};
+
+/// Where the numbers of a step come from. Each scalar is a constant, or given as an array
+/// (its bit in `given` is set), or a schedule of the step counter (its bit in `scheduled`;
+/// the schedules are in the order of their scalars).
 struct SgdControl {
-  Schedule schedules[kScalars];
-  uint64_t seed; // of rounding at random
-  uint64_t place; // likewise: the arena
-  float gradient_weight;
+  Real constants[kScalars];
+  float rest[kRuleScalars]; // 1 - scalar of the rule's constant ones, see RuleNumbers
   float clip_value;
   float clip_norm;
   float trust_coefficient;
   float average_weight;
   uint32_t flags; // SgdFlags
-  uint32_t given; // bit i: scalar i is read from the array of given values
+  uint32_t given;
+  uint32_t scheduled;
+  uint32_t rule; // Rule
   uint32_t parameter_format; // Format
-  uint32_t velocity_format; // Format
+  uint32_t state_format; // Format, of the rule's slots
   uint32_t reserved;
+  uint64_t seed; // of rounding at random
+  uint64_t place; // likewise: the arena
+  Schedule schedules[kMostSchedules];
 };
 static_assert(sizeof(SgdControl) <= 4096, "Metal takes at most 4 KiB by value");
 
@@ -116,24 +131,42 @@ MATH_FN bool sgd_applies(uint32_t flags, uint32_t peak, float norm) {
       (is_finite_peak(peak) && (!(flags & kClipNorm) || is_finite_peak(peak_of(0, norm))));
 }
 
-/// The numbers of a group of tensors, a row of float32: each scalar of the step times
-/// its factor plus its own number.
+/// The numbers of a group of tensors, a row of float32: learning rate and weight decay of
+/// the step times a factor plus the group's own number, and each scalar of the rule likewise,
+/// its own in two parts (Real) and with its rest.
 enum SgdGroup : uint32_t {
   kLearningRateTimes = 0,
   kLearningRatePlus = 1,
-  kMomentumTimes = 2,
-  kMomentumPlus = 3,
-  kWeightDecayTimes = 4,
-  kWeightDecayPlus = 5,
-  kTrustCoefficient = 6,
-  kGroupNumbers = 7,
+  kWeightDecayTimes = 2,
+  kWeightDecayPlus = 3,
+  kTrustCoefficient = 4,
+  kFirstScalarTimes = 5, // of scalar i of the rule: + kGroupScalar * i, as the next ones
+  kFirstScalarPlus = 6,
+  kFirstScalarPlusLow = 7,
+  kFirstScalarPlusRest = 8,
+  kGroupScalar = 4,
+  kGroupNumbers = kFirstScalarTimes + kGroupScalar * kRuleScalars,
 };
+
+MATH_FN bool is_constant(MATH_CONSTANT SgdControl& control, int i) {
+  return !((control.given | control.scheduled) >> i & 1);
+}
 
 /// `given` is the array of given values, one for each SgdScalar up to the last
 /// that is given.
 template <typename Given>
 MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step, Given given) {
-  return control.given >> i & 1 ? given[i] : schedule_value(control.schedules[i], step);
+  if (control.given >> i & 1) {
+    return given[i];
+  }
+  if (control.scheduled >> i & 1) {
+    int place = 0;
+    for (int before = 0; before < i; ++before) {
+      place += control.scheduled >> before & 1;
+    }
+    return schedule_value(control.schedules[place], step);
+  }
+  return control.constants[i].hi;
 }
 
 /// The scalars of one step. A struct, because Metal passes no array of a thread.
@@ -141,43 +174,31 @@ struct SgdScalars {
   float of[kScalars];
 };
 
-/// The numbers of a plain step, of its scalars.
-MATH_FN SgdHyper sgd_hyper_of(MATH_CONSTANT SgdControl& control, SgdScalars scalars) {
-  SgdHyper hyper = {};
-  hyper.learning_rate = scalars.of[kLearningRate];
-  hyper.momentum = scalars.of[kMomentumFactor];
-  hyper.weight_decay = scalars.of[kWeightDecayFactor];
-  hyper.gradient_weight = control.gradient_weight;
-  hyper.apply = 1;
-  return hyper;
-}
-
-/// The numbers of a plain step.
+/// A scalar that is absent is never looked at: that of gradients which are not scaled is 1.
 template <typename Given>
-MATH_FN SgdHyper sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
-  // In a loop: one copy of a schedule's code, where three cost the CUDA kernels registers.
+MATH_FN SgdScalars sgd_scalars(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
+  // In a loop: one copy of a schedule's code, where more cost the CUDA kernels registers.
   SgdScalars scalars = {};
-  for (int i = 0; i <= kWeightDecayFactor; ++i) {
-    scalars.of[i] = sgd_scalar(control, i, step, given);
+  for (int i = 0; i < kScalars; ++i) {
+    scalars.of[i] = i == kGradScaleFactor && !(control.flags & kGradScale)
+        ? 1.0f
+        : sgd_scalar(control, i, step, given);
   }
-  return sgd_hyper_of(control, scalars);
+  return scalars;
 }
 
 /// The next counter, and the scalars that were used: by one thread, once a step.
-template <typename Given, typename StepOut, typename UsedOut>
+template <typename StepOut, typename UsedOut>
 MATH_FN void sgd_counters(
-    MATH_CONSTANT SgdControl& control,
+    SgdScalars scalars,
     SgdHyper hyper,
     uint64_t step,
-    Given given,
     StepOut step_out,
     UsedOut used_out) {
   step_out[0] = step + hyper.apply;
-  used_out[kLearningRate] = hyper.learning_rate;
-  used_out[kMomentumFactor] = hyper.momentum;
-  used_out[kWeightDecayFactor] = hyper.weight_decay;
-  used_out[kGradScaleFactor] =
-      control.flags & kGradScale ? sgd_scalar(control, kGradScaleFactor, step, given) : 1.0f;
+  for (int i = 0; i < kScalars; ++i) {
+    used_out[i] = scalars.of[i];
+  }
 }
 
 /// What the measurement of the gradients needs: their scale.
@@ -197,27 +218,53 @@ MATH_FN float sgd_clip_factor(float clip_norm, float norm) {
   return factor > 1.0f ? 1.0f : factor;
 }
 
-/// A scalar of a full step: that of the gradients is 1 where they are not scaled.
-template <typename Given>
-MATH_FN float sgd_full_scalar(
-    MATH_CONSTANT SgdControl& control,
-    int i,
-    uint64_t step,
-    Given given) {
-  return i == kGradScaleFactor && !(control.flags & kGradScale)
-      ? 1.0f
-      : sgd_scalar(control, i, step, given);
+/// 1 - factor^t, for 0 <= factor <= 1.
+MATH_FN Real bias_of(Real factor, uint64_t t) {
+  if (factor.hi <= 0.0f) {
+    return {1.0f, 0.0f};
+  }
+  const Real log2 = log2_of(factor, add({1.0f, 0.0f}, negate(factor)));
+  return exponential_weight(multiply(log2, real_from_integer(t))).rest;
 }
 
-/// The numbers of a full step but for those of a tensor, of its scalars. `measured` is
+/// The two numbers of a bias correction at update `t`, counted from 1. `low` are the second
+/// parts of the factors.
+MATH_FN RuleNumbers bias_corrected(RuleNumbers n, float low0, float low1, uint64_t t) {
+  const Real first = bias_of({n.scalar[0], low0}, t), second = bias_of({n.scalar[1], low1}, t);
+  n.corrected_rate = divide({n.learning_rate, 0.0f}, first).hi;
+  n.corrected_root = reciprocal_root(second).hi;
+  return n;
+}
+
+/// The second part of a constant: what is known of it beyond float32.
+MATH_FN float low_part(MATH_CONSTANT SgdControl& control, int i) {
+  return is_constant(control, i) ? control.constants[i].lo : 0.0f;
+}
+
+/// The numbers of a step but for those of a tensor, of its scalars. `measured` is
 /// read only with kMeasuredFlags.
 template <typename Measured>
-MATH_FN SgdHyper sgd_full_hyper_of(
+MATH_FN SgdHyper sgd_hyper_of(
     MATH_CONSTANT SgdControl& control,
     uint64_t step,
     SgdScalars scalars,
     Measured measured) {
-  SgdHyper hyper = sgd_hyper_of(control, scalars);
+  SgdHyper hyper = {};
+  hyper.rule.learning_rate = scalars.of[kLearningRate];
+  for (int i = 0; i < kRuleScalars; ++i) {
+    const float scalar = scalars.of[kFirstRuleScalar + i];
+    hyper.rule.scalar[i] = scalar;
+    hyper.rule.rest[i] =
+        is_constant(control, kFirstRuleScalar + i) ? control.rest[i] : 1.0f - scalar;
+  }
+  if (control.rule == kAdam && (control.flags & kBiasCorrection)) {
+    hyper.rule = bias_corrected(
+        hyper.rule,
+        low_part(control, kFirstRuleScalar),
+        low_part(control, kFirstRuleScalar + 1),
+        step + 1);
+  }
+  hyper.weight_decay = scalars.of[kWeightDecayFactor];
   hyper.unscale = divide_float(1.0f, scalars.of[kGradScaleFactor]);
   hyper.clip_value = control.clip_value;
   hyper.clip_factor = control.flags & kClipNorm
@@ -232,28 +279,37 @@ MATH_FN SgdHyper sgd_full_hyper_of(
 
 template <typename Given, typename Measured>
 MATH_FN SgdHyper
-sgd_full_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
-  SgdScalars scalars = {};
-  for (int i = 0; i < kScalars; ++i) {
-    scalars.of[i] = sgd_full_scalar(control, i, step, given);
-  }
-  return sgd_full_hyper_of(control, step, scalars, measured);
+sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
+  return sgd_hyper_of(control, step, sgd_scalars(control, step, given), measured);
 }
 
-/// The numbers of one tensor of a full step. `flags` are the tensor's own. `group` is
-/// its row of SgdGroup (read with kGroups), `norms` the norms of its gradient and its
-/// parameter (read with kTrustRatio).
+/// The numbers of one tensor. `flags` are the tensor's own. `group` is its row of
+/// SgdGroup (read with kGroups), `norms` the norms of its gradient and its parameter (read
+/// with kTrustRatio).
 template <typename Group, typename Norms>
 MATH_FN SgdHyper sgd_tensor_hyper(
+    MATH_CONSTANT SgdControl& control,
     SgdHyper hyper,
-    float trust_coefficient,
+    uint64_t step,
     uint32_t flags,
     Group group,
     Norms norms) {
+  float trust_coefficient = control.trust_coefficient;
   if (flags & kGroups) {
-    hyper.learning_rate =
-        group[kLearningRateTimes] * hyper.learning_rate + group[kLearningRatePlus];
-    hyper.momentum = group[kMomentumTimes] * hyper.momentum + group[kMomentumPlus];
+    RuleNumbers n = hyper.rule;
+    float low[kRuleScalars];
+    n.learning_rate = group[kLearningRateTimes] * n.learning_rate + group[kLearningRatePlus];
+    for (int i = 0; i < kRuleScalars; ++i) {
+      const int at = kGroupScalar * i;
+      const float times = group[kFirstScalarTimes + at];
+      low[i] = times * low_part(control, kFirstRuleScalar + i) + group[kFirstScalarPlusLow + at];
+      n.scalar[i] = times * n.scalar[i] + group[kFirstScalarPlus + at];
+      n.rest[i] = times * n.rest[i] + group[kFirstScalarPlusRest + at];
+    }
+    if (control.rule == kAdam && (flags & kBiasCorrection)) {
+      n = bias_corrected(n, low[0], low[1], step + 1);
+    }
+    hyper.rule = n;
     hyper.weight_decay = group[kWeightDecayTimes] * hyper.weight_decay + group[kWeightDecayPlus];
     trust_coefficient = group[kTrustCoefficient];
   }
@@ -271,45 +327,7 @@ MATH_FN SgdHyper sgd_tensor_hyper(
   return hyper;
 }
 
-// ---- The plain element -------------------------------------------------------
-
-/// An element, or a vector of elements: T is float, or a type of the compiler's
-/// with the arithmetic of one (a vector extension of g++ and clang, Metal's float4).
-template <typename T>
-struct SgdElements {
-  T parameter;
-  T velocity;
-};
-using SgdElement = SgdElements<float>;
-
-/// The new velocity, and in the parameter's place the update, which the learning
-/// rate is to multiply.
-template <typename T>
-MATH_FN SgdElements<T> sgd_update(T velocity, T gradient, SgdHyper hyper, uint32_t flags) {
-  if (flags & kMomentum) {
-    velocity = hyper.momentum * velocity + hyper.gradient_weight * gradient;
-    if (flags & kNesterov) {
-      gradient = gradient + hyper.momentum * velocity;
-    } else {
-      gradient = velocity;
-    }
-  }
-  return {gradient, velocity};
-}
-
-/// Values in and out, so that no address space, vector width or launch shape
-/// shows. Terms that the step does not have are left out, not multiplied by
-/// zero: that keeps the sign of -0.0 and the bits of mlx.optimizers.
-template <typename T>
-MATH_FN SgdElements<T> sgd_element(SgdElements<T> e, T gradient, SgdHyper hyper, uint32_t flags) {
-  if (flags & kWeightDecay) {
-    gradient = gradient + hyper.weight_decay * e.parameter;
-  }
-  const SgdElements<T> update = sgd_update(e.velocity, gradient, hyper, flags);
-  return {e.parameter - hyper.learning_rate * update.parameter, update.velocity};
-}
-
-// ---- The full element --------------------------------------------------------
+// ---- An element ----------------------------------------------------------------
 
 /// The gradient that is measured: unscaled, then clipped by value.
 template <typename T>
@@ -325,30 +343,51 @@ MATH_FN T sgd_gradient(T gradient, SgdHyper hyper, uint32_t flags) {
   return gradient;
 }
 
-/// Everything that is kept of an element. What a step does not have is left as it is.
+/// Everything that is kept of an element, or of a vector of them. What a step does not have
+/// is left as it is.
 template <typename T>
-struct SgdFullElements {
+struct SgdElements {
   T parameter;
-  T velocity;
+  RuleSlots<T> slots;
   T master; // the parameter in float32
   T compensation; // what the parameter's rounding has lost
   T average;
 };
-using SgdFullElement = SgdFullElements<float>;
+using SgdElement = SgdElements<float>;
 
-/// One element of a full step, rounded to the formats of its memory: what comes out is
-/// stored without another rounding. `position` is the element's in its arena.
+/// A number of the rule, as it is stored. Each of them has 16 random bits of its own; the
+/// parameter has the low ones of `random`.
 template <typename T>
-MATH_FN SgdFullElements<T> sgd_full_element(
-    SgdFullElements<T> e,
+MATH_FN T stored_slot(
+    T x,
+    int slot,
+    typename Bits<T>::type random,
+    uint32_t flags,
+    uint32_t format) {
+  if (!(flags & kStochastic)) {
+    return round_nearest(x, format);
+  }
+  const typename Bits<T>::type more = slot == 0 ? random : mix32(random);
+  return round_random(x, format, slot == 2 ? more : more >> 16);
+}
+
+/// One element of a step, rounded to the formats of its memory: what comes out is
+/// stored without another rounding. `position` is the element's in its arena. Values in and
+/// out, so that no address space, vector width or launch shape shows. Terms that the step
+/// does not have are left out, not multiplied by zero: that keeps the sign of -0.0 and the
+/// bits of mlx.optimizers.
+template <typename T>
+MATH_FN SgdElements<T> sgd_element(
+    SgdElements<T> e,
     T gradient,
     typename Bits<T>::type position,
     SgdHyper hyper,
+    uint32_t rule,
     uint32_t flags,
     uint32_t parameter_format,
-    uint32_t velocity_format) {
+    uint32_t state_format) {
   using U = typename Bits<T>::type;
-  if (!hyper.apply) {
+  if ((flags & kSkipNonfinite) && !hyper.apply) {
     return e;
   }
   T w = e.parameter;
@@ -369,23 +408,25 @@ MATH_FN SgdFullElements<T> sgd_full_element(
   if (flags & kTrustRatio) {
     gradient = gradient * hyper.trust_ratio;
   }
-  const SgdElements<T> next = sgd_update(e.velocity, gradient, hyper, flags);
-  T update = next.parameter;
-  if ((flags & kWeightDecay) && (flags & kDecoupled)) {
-    update = update + hyper.weight_decay * w;
-  }
+  const RuleStep<T> next = rule_step(rule, gradient, e.slots, hyper.rule, flags);
 
-  // Two numbers of 16 random bits an element: what is stored twice is rounded twice.
   U random = position & 0u;
   if (flags & kStochastic) {
     random = random_bits(position, hyper.key);
   }
-  e.velocity = flags & kStochastic ? round_random(next.velocity, velocity_format, random >> 16)
-                                   : round_nearest(next.velocity, velocity_format);
-  T exact = w - hyper.learning_rate * update;
+  for (int slot = 0; slot < kRuleSlots; ++slot) {
+    if (slot < rule_slots(rule, flags)) {
+      e.slots.of[slot] = stored_slot(next.slots.of[slot], slot, random, flags, state_format);
+    }
+  }
+
+  if ((flags & kWeightDecay) && (flags & kDecoupled)) {
+    w = w * (1.0f - hyper.rule.learning_rate * hyper.weight_decay);
+  }
+  T exact = w - next.change;
   if (flags & kCompensated) {
     // Kahan: the part that the last rounding lost joins this update.
-    const T change = e.compensation - hyper.learning_rate * update;
+    const T change = e.compensation - next.change;
     exact = w + change;
     e.parameter = round_nearest(exact, parameter_format);
     e.compensation = round_nearest(change - (e.parameter - w), parameter_format);
