@@ -620,14 +620,3 @@ def test_a_loaded_state_in_a_compiled_step_says_what_to_do(monkeypatch):
     other, part = loaded()
     want = other.apply_gradients({"a": mx.ones(4)}, part)
     assert of_mlx(got["a"]).tobytes() == of_mlx(want["a"]).tobytes()
-
-
-# ---- What a subclass must not do ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["init_single", "apply_single"])
-def test_single_tensors_are_not_the_unit(name):
-    optimizer = optim.SGD(0.1)
-    arguments = [mx.ones(1)] * (1 if name == "init_single" else 2)
-    with pytest.raises(NotImplementedError, match=rf"\[SGD\] {name} is not used"):
-        getattr(optimizer, name)(*arguments, {})

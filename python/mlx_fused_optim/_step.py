@@ -11,6 +11,7 @@ from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scala
 from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
+from .schedules._of_mlx import as_ours
 
 
 class Hyperparameters(NamedTuple):
@@ -42,8 +43,8 @@ def checked_hyperparameters(
 ) -> Hyperparameters:
     """The options as floats or schedules, or ValueError where they make no sense."""
     hyper = Hyperparameters(
-        momentum if callable(momentum) else checked_factor(op, "momentum", momentum),
-        weight_decay
+        as_ours(momentum) if callable(momentum) else checked_factor(op, "momentum", momentum),
+        as_ours(weight_decay)
         if callable(weight_decay)
         else checked_factor(op, "weight_decay", weight_decay),
         checked_factor(op, "dampening", dampening, "a float", at_most=1.0),

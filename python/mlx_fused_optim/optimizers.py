@@ -1,4 +1,4 @@
-"""Optimizers that read like ``mlx.optimizers``."""
+"""Optimizers that read like ``mlx.optimizers``: ours, and beside them the others as they are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import operator
 from typing import Any
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
+import mlx.optimizers
+from mlx.optimizers import (
+    AdaDelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    MultiOptimizer,
+    Muon,
+    Optimizer,
+    RMSprop,
+    clip_grad_norm,
+)
 
 from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList
-from ._options import Option, checked_options
+from ._options import Option, Options, checked_options
 from ._step import (
     Hyperparameters,
     begun,
@@ -20,6 +34,24 @@ from ._step import (
     prepared_step,
     take_step,
 )
+from .schedules import Schedule
+from .schedules._of_mlx import as_ours
+
+__all__ = [
+    "SGD",
+    "AdaDelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "MultiOptimizer",
+    "Muon",
+    "Optimizer",
+    "RMSprop",
+    "clip_grad_norm",
+]
 
 
 class _Prepared:
@@ -33,6 +65,13 @@ class _Prepared:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Prepared, ()
+
+
+def _shown(value: Any) -> str:
+    if callable(value) and not isinstance(value, Schedule):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return f"<{name}, called by Python before each step>"
+    return repr(value)
 
 
 class SGD(Optimizer):
@@ -167,6 +206,8 @@ class SGD(Optimizer):
     """
 
     _prepared = _Prepared()
+    # Of a subclass with a step of one tensor of its own: as in MLX then, tensor by tensor.
+    _is_single = False
 
     momentum_dtype = Option()
     master_weights = Option()
@@ -235,12 +276,7 @@ class SGD(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("init_single", "apply_single"):
-            if name in vars(cls):
-                raise TypeError(
-                    f"[SGD] a subclass cannot change the step of one tensor: got {name} in "
-                    f"{cls.__name__}, allowed apply_gradients, or mlx.optimizers.SGD as the base."
-                )
+        cls._is_single = (cls.init_single, cls.apply_single) != (SGD.init_single, SGD.apply_single)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -261,6 +297,7 @@ class SGD(Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: LearningRate) -> None:
         if callable(learning_rate):
+            learning_rate = as_ours(learning_rate)
             first = checked_scalar("SGD", "learning_rate", learning_rate(self.step))
             self._schedulers["learning_rate"] = learning_rate
             learning_rate = first
@@ -294,6 +331,11 @@ class SGD(Optimizer):
         Args:
             parameters (tree): A tree of the arrays that will be trained.
         """
+        if self._is_single:
+            # From our layout, if the state that was assigned has that.
+            self._replace_state(self.unpacked_state())
+            super().init(parameters)
+            return
         tree = _ext.Tree(parameters, parameters, "SGD")
         self._check_loaded_state(parameters)
         hyper = self._hyperparameters()
@@ -341,6 +383,9 @@ class SGD(Optimizer):
         Returns:
             The updated parameters; each keeps its shape and dtype.
         """
+        if self._is_single:
+            self._check_single(grad_scale)
+            return super().apply_gradients(gradients, parameters)
         tree = _ext.Tree(gradients, parameters, "SGD")
         hyper = self._hyperparameters()
         learning_rate = self._schedulers.get("learning_rate")
@@ -428,15 +473,70 @@ class SGD(Optimizer):
         return _packing.unpacked(self.state, "SGD")
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        raise NotImplementedError(
-            "[SGD] init_single is not used: the state is that of the whole tree, see init()."
-        )
+        """Begin the state of one tensor as ``mlx.optimizers.SGD`` does: ``state["v"]``, zeros.
+
+        Args:
+            parameter (array): The parameter.
+            state (dict): Of this tensor alone.
+        """
+        mlx.optimizers.SGD.init_single(self, parameter, state)  # type: ignore[arg-type]
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
-        raise NotImplementedError(
-            "[SGD] apply_single is not used: a step is one kernel for the whole tree, see "
-            "apply_gradients()."
-        )
+        """The step of one tensor in plain MLX operations: what ``mlx.optimizers.SGD`` has under
+        this name, with its roundings.
+
+        For an optimizer that wraps this one and steps tensor by tensor, and for subclasses:
+        one that overrides this or :meth:`init_single` takes all its steps so, without the
+        kernel, and its state is that of MLX.
+
+        Args:
+            gradient (array): The gradient.
+            parameter (array): The parameter.
+            state (dict): Of this tensor alone; ``state["v"]`` is replaced.
+
+        Returns:
+            array: The updated parameter.
+
+        Raises:
+            ValueError: An option is set that ``mlx.optimizers.SGD`` does not have, or momentum
+                or weight decay is scheduled.
+
+        Example:
+            >>> optimizer, state = SGD(learning_rate=0.5, momentum=0.5), {}
+            >>> optimizer.init_single(mx.array(1.0), state)
+            >>> optimizer.apply_single(mx.array(1.0), mx.array(1.0), state), state
+            (array(0.5, dtype=float32), {'v': array(1, dtype=float32)})
+        """
+        self._check_single()
+        step = mlx.optimizers.SGD.apply_single
+        return step(self, gradient, parameter, state)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        """The call that makes it, without what has its default."""
+        numbers = {**self._constants, **self._schedulers}
+        shown = {"learning_rate": numbers.pop("learning_rate", self.learning_rate)}
+        numbers |= {"dampening": self.dampening, "nesterov": self.nesterov}
+        shown |= {name: value for name, value in numbers.items() if callable(value) or value != 0}
+        shown |= self._beyond_mlx()
+        arguments = [f"{name}={_shown(value)}" for name, value in shown.items()]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _beyond_mlx(self) -> dict[str, Any]:
+        """The options that mlx.optimizers.SGD does not have, where not the default."""
+        fields = zip(Options._fields, self._options, Options(), strict=True)
+        return {name: getattr(self, name) for name, value, usual in fields if value != usual}
+
+    def _check_single(self, grad_scale: Any = None) -> None:
+        """Nothing is asked for that MLX's step of one tensor does not do."""
+        beyond = list(self._beyond_mlx()) if grad_scale is None else ["grad_scale"]
+        scheduled = [name for name in ("momentum", "weight_decay") if name in self._schedulers]
+        beyond += [f"a scheduled {name}" for name in scheduled]
+        if beyond:
+            raise ValueError(
+                f"[SGD] a step tensor by tensor is that of mlx.optimizers.SGD: got "
+                f"{', '.join(beyond)}; allowed learning_rate, momentum, weight_decay, dampening "
+                "and nesterov, of which the first may be scheduled."
+            )
 
     def _hyperparameters(self) -> Hyperparameters:
         options: dict[str, Any] = {**self._constants, **self._schedulers}
@@ -458,6 +558,7 @@ class SGD(Optimizer):
 
     def _set_hyperparameter(self, name: str, value: Hyperparameter) -> None:
         if callable(value):
+            value = as_ours(value)
             first = checked_scalar("SGD", name, value(self.step))
             self._schedulers[name] = value
             self.state[name] = first
