@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import _ext
-from ._checks import checked_factor, checked_positive, checked_scalar
+from ._checks import LEAST, checked_factor, checked_positive, checked_scalar
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
 
@@ -153,12 +153,14 @@ def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
     if key == "learning_rate_factor":
-        return checked_factor(op, name, value, "a float")
+        return checked_factor(op, name, value, "a float", at_least=LEAST)
     if callable(value):
         return as_ours(value)
     if isinstance(value, mx.array):
         return checked_scalar(op, name, value)
-    return checked_factor(op, name, value, "a float, a scalar array, a schedule or a callable")
+    least = 0.0 if key == "momentum" else LEAST
+    allowed = "a float, a scalar array, a schedule or a callable"
+    return checked_factor(op, name, value, allowed, least)
 
 
 def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:

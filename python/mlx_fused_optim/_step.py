@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext, _groups, _packing
-from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._checks import LEAST, Hyperparameter, LearningRate, checked_factor, checked_scalar
 from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
@@ -46,7 +46,7 @@ def checked_hyperparameters(
         as_ours(momentum) if callable(momentum) else checked_factor(op, "momentum", momentum),
         as_ours(weight_decay)
         if callable(weight_decay)
-        else checked_factor(op, "weight_decay", weight_decay),
+        else checked_factor(op, "weight_decay", weight_decay, at_least=LEAST),
         checked_factor(op, "dampening", dampening, "a float", at_most=1.0),
         bool(nesterov),
     )
@@ -120,6 +120,32 @@ def prepared_step(
     )
 
 
+def uses_of_state(
+    learning_rate: LearningRate,
+    hyper: Hyperparameters,
+    options: Options,
+    grad_scale: LearningRate | None,
+) -> list[str]:
+    """What a step reads in the state or leaves there, but for the bare counter."""
+    scale = options.grad_scale if grad_scale is None else grad_scale
+    scalars = {
+        "learning_rate": learning_rate,
+        "momentum": hyper.momentum,
+        "weight_decay": hyper.weight_decay,
+        "grad_scale": scale,
+    }
+    uses = [f"a scheduled {name}" for name, value in scalars.items() if callable(value)]
+    overrides = (member.overrides.values() for member in options.groups.members)
+    if any(callable(value) for values in overrides for value in values):
+        uses.append("a scheduled number of a group")
+    uses += wanted_slots(hyper, options).slots
+    if options.rounding == "stochastic":
+        uses.append("stochastic rounding")
+    if options.is_measured:
+        uses.append("grad_norm")
+    return uses
+
+
 def flags_of(hyper: Hyperparameters, options: Options, scale: LearningRate) -> int:
     """Everything that a step of these options may consist of: bits of _ext.FLAGS."""
     flags = hyper.flags | options.flags | options.groups.added_flags
@@ -154,11 +180,11 @@ def take_step(
         "grad_scale": scale,
     }
     scheduled: dict[str, mx.array] = {}
-    in_kernel = []
+    in_kernel: list[tuple[str, int, _ext.Schedule]] = []
     for position, (name, value) in enumerate(scalars.items()):
         if isinstance(value, Schedule) and value.in_kernel:
             scalars[name] = value._device
-            in_kernel.append((name, position))
+            in_kernel.append((name, position, scalars[name]))
         elif callable(value):
             scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
 
@@ -206,8 +232,11 @@ def take_step(
         stream=stream,
     )
     state = _packing.with_arenas(state, slots, layout)
-    for name, position in in_kernel:
-        scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
+    for name, position, schedule in in_kernel:
+        if used is None:
+            scheduled[name] = mx.array(schedule.first_value)
+        else:
+            scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
     scheduled.pop("grad_scale", None)
     rate = scheduled.pop("learning_rate", scalars["learning_rate"])
     state = {**state, "step": step, "learning_rate": rate}

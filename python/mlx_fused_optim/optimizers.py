@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers
+from mlx.nn import Module
+from mlx.nn.layers.distributed import FullyShardedModule
 from mlx.optimizers import (
     AdaDelta,
     Adafactor,
@@ -21,10 +24,10 @@ from mlx.optimizers import (
     RMSprop,
     clip_grad_norm,
 )
-
 from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList
+from ._layout import layout_of
 from ._options import Option, Options, checked_options
 from ._step import (
     Hyperparameters,
@@ -33,6 +36,7 @@ from ._step import (
     never_changes,
     prepared_step,
     take_step,
+    uses_of_state,
 )
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
@@ -72,6 +76,12 @@ def _shown(value: Any) -> str:
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"<{name}, called by Python before each step>"
     return repr(value)
+
+
+# What a compiled step has as it was when it was traced.
+_NOT_IN_THE_STATE = frozenset(
+    {"momentum", "weight_decay", "dampening", "nesterov", *Options._fields}
+)
 
 
 class SGD(Optimizer):
@@ -208,6 +218,9 @@ class SGD(Optimizer):
     _prepared = _Prepared()
     # Of a subclass with a step of one tensor of its own: as in MLX then, tensor by tensor.
     _is_single = False
+    _compiled = False  # a step was traced by mx.compile
+    _state_of_trace = False  # the state was made inside a function that is traced
+    _whole: frozenset[str] = frozenset()  # sets of tensors of which none is a shard
 
     momentum_dtype = Option()
     master_weights = Option()
@@ -266,6 +279,7 @@ class SGD(Optimizer):
             ema_decay=ema_decay,
         )
         super().__init__()  # type: ignore[no-untyped-call]
+        self._state_of_trace = _ext.is_tracing()
         self._constants: dict[str, Any] = {}
         self._checked: tuple[tuple[Any, ...], Hyperparameters] | None = None
         self.learning_rate = learning_rate
@@ -278,6 +292,27 @@ class SGD(Optimizer):
         super().__init_subclass__(**kwargs)
         cls._is_single = (cls.init_single, cls.apply_single) != (SGD.init_single, SGD.apply_single)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_stale = self._compiled and not _ext.is_tracing() and self._changes(name, value)
+        super().__setattr__(name, value)
+        if is_stale:
+            warnings.warn(
+                f"[SGD] {name} was set after a step was compiled: got {value!r}, which functions "
+                "that mx.compile has traced do not know; define and compile them again, or make it "
+                "a function of the step (see the class about compiled steps).",
+                stacklevel=2,
+            )
+
+    def _changes(self, name: str, value: Any) -> bool:
+        """Whether this value of an attribute changes what a step does, in a way that is not
+        in the state."""
+        if name == "learning_rate":
+            return callable(value)
+        if name not in _NOT_IN_THE_STATE:
+            return False
+        old = getattr(self, name)
+        return not (never_changes(old) and never_changes(value) and old == value)
+
     @property
     def state(self) -> dict[str, Any]:
         """The optimizer's state. One that is assigned is copied (not its arrays), so that
@@ -287,6 +322,7 @@ class SGD(Optimizer):
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self._initialized = False
+        self._state_of_trace = _ext.is_tracing()
         self._state = dict(state) if isinstance(state, dict) else state
 
     @property
@@ -405,6 +441,9 @@ class SGD(Optimizer):
                 return updated
 
         self._check_loaded_state(parameters)
+        if _ext.is_tracing():
+            self._check_traced(tree, learning_rate, hyper, grad_scale)
+        self._check_whole(tree, parameters)
         if learning_rate is None:
             rate = self.state.get("learning_rate")
             learning_rate = checked_scalar("SGD", "learning_rate", rate)
@@ -566,6 +605,45 @@ class SGD(Optimizer):
             if self._schedulers.pop(name, None) is not None:
                 self.state.pop(name, None)
             self._constants[name] = value
+
+    def _check_traced(
+        self,
+        tree: _ext.Tree,
+        learning_rate: LearningRate | None,
+        hyper: Hyperparameters,
+        grad_scale: LearningRate | None,
+    ) -> None:
+        """Raise ValueError for a step inside mx.compile that needs the state and cannot have
+        it: it would go on for ever with what the state was when it was traced."""
+        if not tree.has_placeholders:
+            return
+        if not self._state_of_trace and not _ext.has_placeholders([self.state["step"]]):
+            rate = self.state["learning_rate"] if learning_rate is None else learning_rate
+            uses = uses_of_state(rate, hyper, self._options, grad_scale)
+            if uses:
+                raise ValueError(
+                    "[SGD] a compiled step needs the optimizer's state: got a function that does "
+                    f"not capture it, for steps with {', '.join(uses)}; allowed "
+                    "mx.compile(function, inputs=state, outputs=state) with "
+                    "state = [model.state, optimizer.state]."
+                )
+        self._compiled = True
+
+    def _check_whole(self, tree: _ext.Tree, parameters: Any) -> None:
+        """Raise ValueError where norms are needed and a model has shards of its tensors."""
+        if not self._options.is_measured or not isinstance(parameters, Module):
+            return
+        key = layout_of(tree).key  # wrapped, a module has other paths
+        if key in self._whole:
+            return
+        for path, module in parameters.named_modules():
+            if isinstance(module, FullyShardedModule):
+                raise ValueError(
+                    "[SGD] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
+                    f"this process alone: got shards in '{path}', of mlx.nn.fully_shard; allowed "
+                    "mlx.nn.clip_grad_norm_sharded before the step, without these options."
+                )
+        self._whole |= {key}
 
     def _check_loaded_state(self, parameters: Any) -> None:
         if self._initialized:
