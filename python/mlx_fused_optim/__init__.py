@@ -12,6 +12,7 @@ from ._requirements import check_extension, check_mlx
 check_mlx()
 check_extension()
 
+from ._describe import describe
 from .functional import fused_sgd_ema, fused_sgd_init, fused_sgd_step
 from .optimizers import SGD
 from .scaler import GradScaler
@@ -53,6 +54,7 @@ __all__ = [
     "constant",
     "cosine_decay",
     "cosine_restarts",
+    "describe",
     "exponential_decay",
     "fused_sgd_ema",
     "fused_sgd_init",
