@@ -37,9 +37,8 @@ class Layout:
         return [i for i, (dtype, *_) in enumerate(self.arenas) if dtype != mx.float32]
 
     def __str__(self) -> str:
-        others = len(self.tensors) - 1
-        first = f"'{name_of(self.tensors[0][0])}'" if self.tensors else "no tensor"
-        return first + (f" and {others} other tensors" if others > 0 else "")
+        names = [f"'{name_of(path)}'" for path, _, _ in self.tensors]
+        return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
 
 
 # Enough for a few optimizers and what is frozen in turn; each is hundreds of bytes a tensor.

@@ -326,7 +326,7 @@ def with_counters(state: State, skips: bool, op: str) -> State:
         elif not isinstance(value, mx.array) or value.dtype != dtype or value.ndim != 0:
             raise ValueError(
                 f"[{op}] state['{name}'] is of the wrong type: got {described(value)}, allowed "
-                f"a scalar array of {dtype}, and no frozen module of this name."
+                f"a scalar array of {dtype}."
             )
     return state
 
