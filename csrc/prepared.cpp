@@ -94,16 +94,17 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     nb::handle state,
     nb::handle learning_rate,
     mx::StreamOrDevice stream) const {
-  if (!PyDict_CheckExact(state.ptr()) || is_tracing()) {
+  if (!PyDict_Check(state.ptr()) || is_tracing()) {
     return {};
   }
   auto* step = as_scalar(lookup(state, names().step));
   auto* last_rate = as_scalar(lookup(state, names().learning_rate));
   const auto entries = dict_at(state, names().arenas);
   const auto entry = entries ? dict_at(entries, key_) : nb::handle();
-  // With nothing else in the state, nothing that an earlier step kept is to be forgotten.
-  const bool is_empty = nb::len(state) == 2;
-  if (!tree.fits(layout_) || !step || !last_rate || !(entry || is_empty)) {
+  // What else is in the state, somebody has put there for a step to take in; and without an
+  // entry nothing that an earlier step kept is to be forgotten.
+  const bool is_own = nb::len(state) == (entry ? 3 : 2);
+  if (!tree.fits(layout_) || !step || !last_rate || !is_own) {
     return {};
   }
   const std::optional<SgdSlots> slots = entry ? slots_of(entry) : SgdSlots{};

@@ -340,8 +340,7 @@ SgdStep sgd_step(
                                   inputs);
     SgdOutputs out(plan, outputs);
     if (out.parameters) {
-      auto views = composed ? composed_tensors(*out.parameters, *plan.arena, stream)
-                            : arena_views(*out.parameters, plan.arena, stream);
+      auto views = arena_tensors(*out.parameters, plan.arena, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
         result.parameters[tensors[i]] = std::move(views[i]);
       }
@@ -369,6 +368,14 @@ mx::array arena_tensor(
     mx::StreamOrDevice s) {
   return composed_is_asked_for() ? composed_tensor(arena, shape, offset, mx::to_stream(s))
                                  : arena_view(arena, shape, offset, s);
+}
+
+std::vector<mx::array> arena_tensors(
+    const mx::array& arena,
+    const std::shared_ptr<const Arena>& layout,
+    mx::StreamOrDevice s) {
+  return composed_is_asked_for() ? composed_tensors(arena, *layout, mx::to_stream(s))
+                                 : arena_views(arena, layout, s);
 }
 
 std::vector<mx::Shape> FusedSGD::output_shapes(const std::vector<mx::array>& inputs) {

@@ -176,6 +176,12 @@ mx::array arena_tensor(
     size_t offset,
     mx::StreamOrDevice s = {});
 
+/// All of them.
+std::vector<mx::array> arena_tensors(
+    const mx::array& arena,
+    const std::shared_ptr<const Arena>& layout,
+    mx::StreamOrDevice s = {});
+
 /// The same step in MLX operations: what FusedSGD differentiates and vectorises.
 std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,

@@ -13,6 +13,7 @@ check_mlx()
 check_extension()
 
 from . import optimizers, schedulers
+from ._describe import describe
 from .functional import fused_sgd_ema, fused_sgd_init, fused_sgd_step
 from .optimizers import (
     SGD,
@@ -80,6 +81,7 @@ __all__ = [
     "constant",
     "cosine_decay",
     "cosine_restarts",
+    "describe",
     "exponential_decay",
     "fused_sgd_ema",
     "fused_sgd_init",

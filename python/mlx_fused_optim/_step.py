@@ -64,16 +64,21 @@ def wanted_slots(hyper: Hyperparameters, options: Options) -> _packing.Wanted:
     slots = options.slots
     if hyper.momentum != 0 or options.groups.added_flags & _ext.FLAGS["momentum"]:
         slots = ("momentum", *slots)
-    return _packing.Wanted(slots, options.momentum_dtype)
+    return _packing.Wanted(_packing.SGD, slots, options.momentum_dtype)
 
 
 def begun(
-    op: str, tree: _ext.Tree, state: _packing.State, hyper: Hyperparameters, options: Options
+    op: str,
+    tree: _ext.Tree,
+    parameters: Any,
+    state: _packing.State,
+    hyper: Hyperparameters,
+    options: Options,
 ) -> _packing.State:
-    """A state that has everything a step of these tensors needs."""
+    """A state that has everything a step of these tensors needs, and nothing to be taken in."""
     wanted = wanted_slots(hyper, options)
-    if wanted.slots and len(tree) > 0:
-        state = _packing.packed(state, tree, layout_of(tree), wanted, op)
+    state = _packing.with_step(state)
+    state = _packing.packed(state, tree, layout_of(tree), wanted, parameters, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
     return state
@@ -172,6 +177,7 @@ def take_step(
 
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
+    state = _packing.with_step(state)
     scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
     scalars: dict[str, Any] = {
         "learning_rate": learning_rate,
@@ -198,17 +204,15 @@ def take_step(
         )
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
-    if arenas is None:
-        if not packs:
+    if arenas is None or not _packing.is_settled(state, layout, wanted, op):
+        if arenas is None and not packs:
             raise ValueError(
                 f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got "
                 "the state of other parameters, or of steps with other options; allowed one "
                 "from fused_sgd_init(parameters, state=..., and the options of the step)."
             )
-        state = _packing.packed(state, tree, layout, wanted, op)
+        state = _packing.packed(state, tree, layout, wanted, parameters, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []
-    elif not any(arenas):
-        state = _packing.packed(state, tree, layout, wanted, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
 
@@ -231,7 +235,7 @@ def take_step(
         skipped=state.get("skipped") if options.skip_nonfinite else None,
         stream=stream,
     )
-    state = _packing.with_arenas(state, slots, layout)
+    state = _packing.with_arenas(state, slots, layout, wanted.rule)
     for name, position, schedule in in_kernel:
         if used is None:
             scheduled[name] = mx.array(schedule.first_value)

@@ -92,7 +92,7 @@ def fused_sgd_init(
         state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
     else:
         _packing.check_scalars(state, op)
-    return dict(begun(op, tree, state, hyper, options))
+    return dict(begun(op, tree, parameters, state, hyper, options))
 
 
 def fused_sgd_step(
@@ -239,7 +239,7 @@ def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     """
     op = "fused_sgd_ema"
     _packing.check_scalars(state, op)
-    return _packing.averages(state, dtype, op)
+    return _packing.averages(state, dtype, _packing.SGD, op)
 
 
 class _Prepared(NamedTuple):

@@ -24,6 +24,7 @@ from mlx.optimizers import (
     RMSprop,
     clip_grad_norm,
 )
+
 from . import _ext, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList
@@ -84,6 +85,36 @@ _NOT_IN_THE_STATE = frozenset(
 )
 
 
+class _Views(dict[Any, Any]):
+    """What arenas hold of some tensors, to be read: writing here would change nothing."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "[SGD] views of the state are to be read: got a change, allowed a change of the state "
+            "itself, such as optimizer.state.update({'layer': {'weight': {'v': array}}})."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+
+class _State(dict[str, Any]):
+    """A state, which also answers for what its arenas hold: ``state["layer"]["weight"]["v"]``
+    is a view, without being in the state. Copied and pickled as the dict that it is."""
+
+    def __missing__(self, key: Any) -> Any:
+        return _read_only(_packing.views(self, _packing.SGD, "SGD")[key])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _read_only(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return _Views((key, _read_only(child)) for key, child in tree.items())
+    return tuple(map(_read_only, tree)) if isinstance(tree, list) else tree
+
+
 class SGD(Optimizer):
     r"""Stochastic gradient descent, the whole parameter tree in one kernel.
 
@@ -116,8 +147,8 @@ class SGD(Optimizer):
     :math:`\lambda w` joins the update behind the momentum instead of the gradient.
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
-    of ``mlx.optimizers.SGD`` can be assigned to it, and :meth:`unpacked_state` gives that
-    layout back. As for the learning rate, ``state["momentum"]`` and
+    of ``mlx.optimizers.SGD`` can be assigned to it or put into it with ``update``, and
+    :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has. As for the learning rate, ``state["momentum"]`` and
     ``state["weight_decay"]`` are there when they are scheduled, with the value that the last
     step used.
 
@@ -280,6 +311,8 @@ class SGD(Optimizer):
         )
         super().__init__()  # type: ignore[no-untyped-call]
         self._state_of_trace = _ext.is_tracing()
+        self._state = _State(self._state)
+        self._known: tuple[str, ...] = ()  # the arenas that this optimizer has made or checked
         self._constants: dict[str, Any] = {}
         self._checked: tuple[tuple[Any, ...], Hyperparameters] | None = None
         self.learning_rate = learning_rate
@@ -287,6 +320,10 @@ class SGD(Optimizer):
         self.weight_decay = weight_decay
         self.dampening = dampening
         self.nesterov = nesterov
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        vars(self).update(attributes)
+        self._state = _State(self._state)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -316,14 +353,19 @@ class SGD(Optimizer):
     @property
     def state(self) -> dict[str, Any]:
         """The optimizer's state. One that is assigned is copied (not its arrays), so that
-        whoever it came from keeps its own."""
+        whoever it came from keeps its own.
+
+        Reading a tensor's path gives views of its arenas, as :meth:`unpacked_state` does. What
+        is put in, for instance with ``optimizer.state.update(saved)``, counts as a state that is
+        assigned: the next step checks it, and takes it for what the arenas have of these tensors.
+        """
         return self._state
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self._initialized = False
         self._state_of_trace = _ext.is_tracing()
-        self._state = dict(state) if isinstance(state, dict) else state
+        self._state = _State(state) if isinstance(state, dict) else state
 
     @property
     def learning_rate(self) -> Any:
@@ -365,7 +407,8 @@ class SGD(Optimizer):
         step, for instance to capture it in ``mx.compile``.
 
         Args:
-            parameters (tree): A tree of the arrays that will be trained.
+            parameters (tree): A tree of the arrays that will be trained. Arrays of integers, as
+                a quantized layer has, are nothing to train and are left out.
         """
         if self._is_single:
             # From our layout, if the state that was assigned has that.
@@ -374,9 +417,9 @@ class SGD(Optimizer):
             return
         tree = _ext.Tree(parameters, parameters, "SGD")
         self._check_loaded_state(parameters)
-        hyper = self._hyperparameters()
-        self._replace_state(begun("SGD", tree, self.state, hyper, self._options))
-        self._initialized = True
+        self._take(
+            begun("SGD", tree, parameters, self.state, self._hyperparameters(), self._options)
+        )
 
     @property
     def grad_norm(self) -> mx.array | None:
@@ -440,7 +483,9 @@ class SGD(Optimizer):
                 self._replace_state(state)
                 return updated
 
-        self._check_loaded_state(parameters)
+        state = self.state
+        if self._check_loaded_state(parameters):
+            state = begun("SGD", tree, parameters, state, hyper, self._options)
         if _ext.is_tracing():
             self._check_traced(tree, learning_rate, hyper, grad_scale)
         self._check_whole(tree, parameters)
@@ -457,7 +502,7 @@ class SGD(Optimizer):
             "SGD",
             tree,
             parameters,
-            self.state,
+            state,
             learning_rate,
             hyper,
             self._options,
@@ -465,8 +510,7 @@ class SGD(Optimizer):
             None,
             packs=True,
         )
-        self._replace_state({**state, **used, **others})
-        self._initialized = True
+        self._take({**state, **used, **others})
         step = prepared_step(tree, learning_rate, hyper, self._options)
         self._prepared = _Prepared(key, step)
         return updated
@@ -479,9 +523,12 @@ class SGD(Optimizer):
         no longer trained are in it; of those that a model no longer has, such as ones that an
         adapter has wrapped since, ``model.update(..., strict=False)`` takes no notice.
 
+        The average begins at the first step or at :meth:`init`, with the parameters of then.
+        After weights were loaded, ``optimizer.forget("ema")`` begins it anew at the next step.
+
         Args:
             dtype (Dtype, optional): Of the arrays: float32, float16 or bfloat16. Default:
-                each parameter's own (float32 for tensors that are no longer trained).
+                each parameter's own (float32 where the state does not know it).
 
         Raises:
             ValueError: There is no average: no ``ema_decay``, or neither a step nor
@@ -494,7 +541,40 @@ class SGD(Optimizer):
             >>> parameters["w"], optimizer.ema_parameters()["w"]
             (array([0, 1], dtype=float32), array([0.5, 1.5], dtype=float32))
         """
-        return _packing.averages(self.state, dtype, "SGD")
+        return _packing.averages(self.state, dtype, _packing.SGD, "SGD")
+
+    def forget(self, *slots: str) -> None:
+        """Drop what the state keeps under these names, of all tensors: it begins anew at the
+        next step or :meth:`init`, the moving average with the parameters of then.
+
+        Args:
+            slots (str): Any of ``"momentum"``, ``"master"``, ``"compensation"``, ``"ema"``.
+
+        Example:
+            >>> optimizer = SGD(learning_rate=1.0, ema_decay=0.5)
+            >>> optimizer.init({"w": mx.zeros(2)})
+            >>> optimizer.forget("ema")
+            >>> parameters = optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})
+            >>> optimizer.ema_parameters()["w"]
+            array([0.5, 0.5], dtype=float32)
+        """
+        self._replace_state(_packing.without(self.state, slots, _packing.SGD, "SGD"))
+
+    def keep_only(self, parameters: Any) -> None:
+        """Drop what the state keeps of all other tensors, such as those that are frozen again.
+
+        Args:
+            parameters (tree): A tree of arrays, for instance ``model.trainable_parameters()``.
+
+        Example:
+            >>> optimizer = SGD(learning_rate=1.0, momentum=0.9)
+            >>> optimizer.init({"a": mx.zeros(2), "b": mx.zeros(3)})
+            >>> optimizer.keep_only({"a": mx.zeros(2)})
+            >>> optimizer.unpacked_state().keys()
+            dict_keys(['step', 'learning_rate', 'a'])
+        """
+        state = _packing.of_parameters(self.state, parameters, _packing.SGD, "SGD")
+        self._replace_state(state)
 
     def unpacked_state(self) -> dict[str, Any]:
         """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array, and
@@ -509,7 +589,7 @@ class SGD(Optimizer):
             >>> optimizer.unpacked_state()["w"]
             {'v': array([0, 0], dtype=float32)}
         """
-        return _packing.unpacked(self.state, "SGD")
+        return _packing.unpacked(self.state, _packing.SGD, "SGD")
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """Begin the state of one tensor as ``mlx.optimizers.SGD`` does: ``state["v"]``, zeros.
@@ -650,6 +730,27 @@ class SGD(Optimizer):
             _packing.check_scalars(self.state, "SGD")
         else:
             _packing.check_state(self.state, parameters, "SGD")
+
+    def _check_loaded_state(self, parameters: Any) -> bool:
+        """Whether somebody has assigned or edited it since the last step."""
+        _packing.check_scalars(self.state, "SGD")
+        if self._initialized and not _packing.is_edited(self.state, self._known, _packing.SGD):
+            return False
+        _packing.check_state(self.state, parameters, _packing.SGD, "SGD")
+        return True
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """The state after init() or a step. What was on a schedule in another run is not the
+        value of an option that is a constant here."""
+        self._replace_state(
+            {
+                name: value
+                for name, value in state.items()
+                if name not in self._constants or name in self._schedulers
+            }
+        )
+        self._known = tuple(state.get("arenas", ()))
+        self._initialized = True
 
     def _replace_state(self, state: dict[str, Any]) -> None:
         # The dict itself stays: mx.compile captures it.
