@@ -22,6 +22,9 @@ fused_math::Real real_of(double x);
 
 /// The same value at every step.
 Schedule constant(double value);
+inline bool is_constant(const Schedule& schedule) {
+  return schedule.count == 1 && schedule.segments[0].kind == fused_math::kConstant;
+}
 
 /// init * decay_rate ^ (transitions), transitions = (step - transition_begin) /
 /// transition_steps, as in optax.exponential_decay.

@@ -65,7 +65,7 @@ class ComposedStep : ComposedOperators {
 };
 
 mx::array ComposedStep::scalar(int i) const {
-  return composed_scalar(control_, i, *in_.step, in_.given, s);
+  return composed_scalar(control_, i, in_.step, in_.given, s);
 }
 
 Numbers ComposedStep::numbers() const {
@@ -125,7 +125,7 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
         mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s), s);
     n.trust_ratio = mx::where(both, ratio, number(1), s);
   }
-  if (control_.rule == kAdam && (flags & kBiasCorrection)) {
+  if (is_bias_corrected(control_.rule, flags)) {
     const auto t = add(*in_.step, mx::array(uint64_t(1), mx::uint64));
     n.rule = bias_corrected_composed(n.rule, n.low[0], n.low[1], t);
   }
@@ -307,7 +307,10 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
     }
     return count;
   }();
-  std::vector<int> step_out;
+  std::vector<int> step_in, step_out;
+  if (plan.reads_step()) {
+    step_in.push_back(int(plan.parameter_inputs() + plan.tensor_count()) + slots);
+  }
   if (plan.writes_step) {
     step_out.push_back((plan.tensor_count() > 0) + slots);
   }
@@ -315,7 +318,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
       [&plan, s](const std::vector<mx::array>& inputs) {
         return sgd_step_composed(plan, inputs, s);
       },
-      {int(plan.parameter_inputs() + plan.tensor_count()) + slots},
+      step_in,
       step_out};
 }
 
@@ -324,7 +327,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
 mx::array composed_scalar(
     const SgdControl& control,
     int i,
-    const mx::array& step,
+    const mx::array* step,
     const mx::array* given,
     mx::Stream s) {
   if (control.given >> i & 1) { // a scalar alone, or one of several
@@ -332,7 +335,7 @@ mx::array composed_scalar(
   }
   if (control.scheduled >> i & 1) {
     const int place = std::popcount(control.scheduled & ((1u << i) - 1));
-    return evaluate_schedule(control.schedules[place], step, s);
+    return evaluate_schedule(control.schedules[place], *step, s);
   }
   return number(control.constants[i].hi);
 }

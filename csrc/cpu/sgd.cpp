@@ -37,6 +37,7 @@ struct Task {
  private:
   /// Memory between tensors is saved with the state: it must not be garbage.
   void clear_gaps(const Arena& arena, mx::array* output, const mx::array& input);
+  uint64_t counter() const { return step ? *step : 0; }
   /// The elements [begin, end) of a tensor.
   void update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper) const;
 
@@ -56,7 +57,7 @@ struct Task {
 
 Task::Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
     : control(plan.control),
-      step(in.step->data<uint64_t>()),
+      step(in.step ? in.step->data<uint64_t>() : nullptr),
       given(in.given ? in.given->data<float>() : nullptr),
       measured(in.measured ? in.measured->data<float>() : nullptr),
       groups(in.groups ? in.groups->data<float>() : nullptr),
@@ -105,10 +106,11 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
 }
 
 void Task::run() const {
-  const auto scalars = fused_math::sgd_scalars(control, *step, given);
-  const auto hyper = fused_math::sgd_hyper_of(control, *step, scalars, measured);
+  const uint64_t t = counter();
+  const auto scalars = fused_math::sgd_scalars(control, t, given);
+  const auto hyper = fused_math::sgd_hyper_of(control, t, scalars, measured);
   if (step_out) {
-    fused_math::sgd_counters(scalars, hyper, *step, step_out, used_out);
+    fused_math::sgd_counters(scalars, hyper, t, step_out, used_out);
   }
   for (auto [begin, bytes] : gaps) {
     std::memset(begin, 0, bytes);
@@ -132,7 +134,7 @@ void Task::run() const {
 void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper)
     const {
   const auto own = fused_math::sgd_tensor_hyper(
-      control, hyper, *step, tensor.flags, groups + tensor.group, measured + tensor.norms);
+      control, hyper, counter(), tensor.flags, groups + tensor.group, measured + tensor.norms);
   cpu::kernels().update(
       arenas,
       tensor,

@@ -18,6 +18,11 @@ MATH_FN int rule_slots(uint32_t rule, uint32_t flags) {
                                                    : 1;
 }
 
+/// Whether a rule's numbers depend on how many steps there were.
+MATH_FN bool is_bias_corrected(uint32_t rule, uint32_t flags) {
+  return rule == kAdam && (flags & kBiasCorrection);
+}
+
 template <typename T>
 MATH_FN RuleStep<T>
 rule_step(uint32_t rule, T gradient, RuleSlots<T> slots, RuleNumbers n, uint32_t flags) {

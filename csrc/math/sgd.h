@@ -257,7 +257,7 @@ MATH_FN SgdHyper sgd_hyper_of(
     hyper.rule.rest[i] =
         is_constant(control, kFirstRuleScalar + i) ? control.rest[i] : 1.0f - scalar;
   }
-  if (control.rule == kAdam && (control.flags & kBiasCorrection)) {
+  if (is_bias_corrected(control.rule, control.flags)) {
     hyper.rule = bias_corrected(
         hyper.rule,
         low_part(control, kFirstRuleScalar),
@@ -306,7 +306,7 @@ MATH_FN SgdHyper sgd_tensor_hyper(
       n.scalar[i] = times * n.scalar[i] + group[kFirstScalarPlus + at];
       n.rest[i] = times * n.rest[i] + group[kFirstScalarPlusRest + at];
     }
-    if (control.rule == kAdam && (flags & kBiasCorrection)) {
+    if (is_bias_corrected(control.rule, flags)) {
       n = bias_corrected(n, low[0], low[1], step + 1);
     }
     hyper.rule = n;
