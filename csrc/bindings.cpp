@@ -310,6 +310,12 @@ NB_MODULE(_ext, m) {
           "flags_of"_a);
   m.attr("FLAGS") = flags();
   m.attr("RULES") = rule_rows();
+  m.def(
+      "rule_slots",
+      [](uint32_t rule, uint32_t flags) { return fused_math::rule_slots(rule, flags); },
+      "rule"_a,
+      "flags"_a,
+      "How many of a rule's slots a step keeps: the first ones.");
   m.attr("GROUP_NUMBERS") = int(fused_math::kGroupNumbers);
 
   nb::class_<SgdOptions>(m, "Options", "What a step does: see csrc/sgd.h.")

@@ -18,7 +18,7 @@ struct RuleFlag {
 /// A rule of csrc/math/rules.
 struct RuleDescription {
   const char* name;
-  std::vector<const char*> slots; // as mlx.optimizers calls them in its state
+  std::vector<const char*> slots; // as mlx.optimizers calls them, but for the momentum of SGD
   std::vector<const char*> scalars;
   std::vector<RuleFlag> flags;
 };

@@ -9,6 +9,7 @@ from mlx.utils import tree_unflatten
 
 from . import _packing
 from ._paths import name_of
+from ._rules import ALL_SLOTS
 
 
 def describe(state: dict[str, Any]) -> str:
@@ -16,7 +17,7 @@ def describe(state: dict[str, Any]) -> str:
 
     Args:
         state (dict): ``optimizer.state``, that of the functions, one of
-            ``mlx.optimizers.SGD``, or a saved one as ``mx.load`` gives it.
+            ``mlx.optimizers``, or a saved one as ``mx.load`` gives it.
 
     Returns:
         str: A line for each tensor (path, shape, and the dtype of each slot), the bytes of
@@ -26,6 +27,7 @@ def describe(state: dict[str, Any]) -> str:
         ValueError: It is not a state of this optimizer.
 
     Example:
+        >>> from mlx_fused_optim import SGD
         >>> optimizer = SGD(learning_rate=0.5, momentum=0.9, ema_decay=0.5)
         >>> optimizer.init({"layers": [{"w": mx.zeros((2, 3), mx.bfloat16)}, {"b": mx.zeros(3)}]})
         >>> print(describe(optimizer.state))
@@ -40,7 +42,7 @@ def describe(state: dict[str, Any]) -> str:
     if isinstance(state, dict) and any(key.startswith("arenas.") for key in map(str, state)):
         state = tree_unflatten(list(state.items()))
     _packing.check_is_state(state, op)
-    rule = _packing.SGD
+    rule = ALL_SLOTS
     tensors = _packing.everything(state, rule, op)
     names = [name for name in rule if any(name in kept for kept in tensors.values())]
     rows = [["tensor", "shape", *names]]

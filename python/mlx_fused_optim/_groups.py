@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from . import _ext
 from ._checks import LEAST, checked_factor, checked_positive, checked_scalar
 from ._paths import leaves, name_of
 from ._recent import Recent
+from ._rules import ANY, RULE_PLACES, SGD, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
 
@@ -21,13 +23,22 @@ if TYPE_CHECKING:
 Predicate = Callable[[str, mx.array], Any]
 GroupList = Sequence[tuple[Predicate, dict[str, Any]]]
 
-KEYS = ("learning_rate", "learning_rate_factor", "momentum", "weight_decay", "trust_coefficient")
-# Overrides that replace a number of the step, and their column in a row of numbers: what
-# the step's own is multiplied with, then what is added.
-SCALARS = {"learning_rate": 0, "momentum": 2, "weight_decay": 4}
-TRUST_COEFFICIENT = 6
-# Overrides that decide whether a tensor has a term at all, and the flag of that term.
-TERMS = {"momentum": "momentum", "weight_decay": "weight_decay", "trust_coefficient": "trust_ratio"}
+# Overrides of any rule; beside them those that are named like its scalars.
+KEYS = ("learning_rate", "learning_rate_factor", "weight_decay", "trust_coefficient")
+# A row of numbers, see SgdGroup in csrc/math/sgd.h: what the step's own is multiplied with,
+# then what is added.
+COLUMNS = {"learning_rate": 0, "weight_decay": 2}
+TRUST_COEFFICIENT = 4
+FIRST_SCALAR, SCALAR_NUMBERS = 5, 4
+# Overrides that decide whether a tensor has a term at all, and the bit of that term.
+TERMS = {
+    "momentum": SGD.flags["momentum"],
+    "weight_decay": _ext.FLAGS["weight_decay"],
+    "trust_coefficient": _ext.FLAGS["trust_ratio"],
+}
+
+
+RULE_FLAGS = sum(SGD.flags.values())  # the two bits that any rule has
 
 
 class Member(NamedTuple):
@@ -63,7 +74,7 @@ class Groups:
         for member in self.members:
             for key, term in TERMS.items():
                 if _is_term(member.overrides.get(key)):
-                    bits |= _ext.FLAGS[term]
+                    bits |= term
         return bits
 
 
@@ -80,7 +91,7 @@ def _groups_of(members: tuple[Member, ...]) -> Groups:
     return Groups(members) if members else NO_GROUPS
 
 
-def checked_groups(op: str, groups: Any) -> Groups:
+def checked_groups(op: str, rule: Rule, groups: Any) -> Groups:
     """``[(predicate, overrides), ...]`` checked."""
     if isinstance(groups, Groups):
         return groups
@@ -89,7 +100,7 @@ def checked_groups(op: str, groups: Any) -> Groups:
             f"[{op}] groups is of the wrong type: got {type(groups).__name__}, allowed a list of "
             "(predicate, overrides)."
         )
-    members = tuple(_checked_member(op, number, group) for number, group in enumerate(groups))
+    members = tuple(_checked_member(op, rule, number, group) for number, group in enumerate(groups))
     return _groups_of(members)
 
 
@@ -97,9 +108,9 @@ def checked_groups(op: str, groups: Any) -> Groups:
 _known: Recent[Groups] = Recent(16)
 
 
-def known_groups(groups: Groups) -> Groups:
+def known_groups(rule: Rule, groups: Groups) -> Groups:
     """Equal groups that were here before, or these."""
-    key = tuple(_identity(member) for member in groups.members)
+    key = (rule.name, *(_identity(member) for member in groups.members))
     return _known.find(key) or _known.keep(key, groups)
 
 
@@ -113,7 +124,7 @@ def _identity(member: Member) -> tuple[Any, ...]:
     return (id(member.predicate), *overrides)
 
 
-def _checked_member(op: str, number: int, group: Any) -> Member:
+def _checked_member(op: str, rule: Rule, number: int, group: Any) -> Member:
     if not isinstance(group, (list, tuple)) or len(group) != 2:
         raise TypeError(
             f"[{op}] group {number} is of the wrong type: got {group!r}, allowed a pair "
@@ -130,22 +141,26 @@ def _checked_member(op: str, number: int, group: Any) -> Member:
             f"[{op}] the overrides of group {number} are of the wrong type: got "
             f"{type(overrides).__name__}, allowed a dict."
         )
+    allowed = (*KEYS, *rule.scalars)
+    if "beta1" in allowed and "betas" in overrides:
+        overrides = {**overrides, **named_betas(op, overrides["betas"])}
+        del overrides["betas"]
     for key in overrides:
-        if key not in KEYS:
+        if key not in allowed:
             raise ValueError(
                 f"[{op}] group {number} overrides what no group can: got {key!r}, allowed "
-                f"{', '.join(KEYS)}."
+                f"{', '.join(allowed)}."
             )
     if "learning_rate" in overrides and "learning_rate_factor" in overrides:
         raise ValueError(
             f"[{op}] group {number} has two learning rates: got learning_rate and "
             "learning_rate_factor, allowed one of them."
         )
-    checked = {key: _checked_override(op, number, key, v) for key, v in overrides.items()}
+    checked = {key: _checked_override(op, rule, number, key, v) for key, v in overrides.items()}
     return Member(predicate, checked)
 
 
-def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
+def _checked_override(op: str, rule: Rule, number: int, key: str, value: Any) -> Any:
     name = f"{key} of group {number}"
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
@@ -155,9 +170,7 @@ def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
         return as_ours(value)
     if isinstance(value, mx.array):
         return checked_scalar(op, name, value)
-    least = 0.0 if key == "momentum" else LEAST
-    allowed = "a float, a scalar array, a schedule or a callable"
-    return checked_factor(op, name, value, allowed, least)
+    return rule.ranges.get(key, ANY).checked(op, name, value)
 
 
 def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:
@@ -198,34 +211,45 @@ def for_kernel(groups: Groups, key: str, rows: list[int], flags: int) -> _ext.Gr
 
 
 def _flags_of(groups: Groups, flags: int) -> list[int]:
-    # Without momentum a row's nesterov means nothing.
-    own = flags & sum(_ext.FLAGS[term] for term in (*TERMS.values(), "nesterov"))
+    # All that a tensor may be without; bits of the rule mean nothing without their term.
+    own = flags & (RULE_FLAGS | sum(list(TERMS.values())[1:]))
     result = [own]
     for _, overrides in groups.members:
         row = own
         for key, term in TERMS.items():
             if key in overrides:
-                row &= ~_ext.FLAGS[term]
-                row |= _ext.FLAGS[term] if _is_term(overrides[key]) else 0
+                row &= ~term
+                row |= term if _is_term(overrides[key]) else 0
         result.append(row)
     return result
 
 
 def numbers_of(
-    groups: Groups, trust_coefficient: float | None, step: mx.array, op: str, stream: Any
+    groups: Groups,
+    rule: Rule,
+    trust_coefficient: float | None,
+    step: mx.array,
+    op: str,
+    stream: Any,
 ) -> mx.array:
-    """A row for each group, see SgdGroup in csrc/math/sgd.h."""
+    """A row for each group."""
     numbers = groups.numbers.get(trust_coefficient)
     if numbers is not None:
         return numbers
-    rows: list[list[Any]] = [[1.0, 0.0, 1.0, 0.0, 1.0, 0.0, trust_coefficient or 0.0]]
+    usual = [1.0, 0.0, 1.0, 0.0, trust_coefficient or 0.0]
+    usual += [1.0, 0.0, 0.0, 0.0] * RULE_PLACES
+    rows: list[list[Any]] = [usual]
     for number, (_, overrides) in enumerate(groups.members):
-        row = list(rows[0])
+        row = list(usual)
         row[0] = overrides.get("learning_rate_factor", 1.0)
-        for key, column in SCALARS.items():
-            if key in overrides:
-                name = f"{key} of group {number}"
-                row[column : column + 2] = [0.0, _value(overrides[key], name, step, op)]
+        for key, value in overrides.items():
+            if key in COLUMNS or key in rule.scalars:
+                value = _value(value, f"{key} of group {number}", step, op)
+            if key in COLUMNS:
+                row[COLUMNS[key] : COLUMNS[key] + 2] = [0.0, value]
+            elif key in rule.scalars:
+                at = FIRST_SCALAR + SCALAR_NUMBERS * rule.scalars.index(key)
+                row[at : at + SCALAR_NUMBERS] = _own_scalar(value, stream)
         if "trust_coefficient" in overrides:
             row[TRUST_COEFFICIENT] = overrides["trust_coefficient"] or 0.0
         rows.append(row)
@@ -238,6 +262,23 @@ def numbers_of(
         for value in flat
     ]
     return mx.stack(scalars, stream=stream).reshape(len(rows), -1, stream=stream)
+
+
+def _own_scalar(value: Any, stream: Any) -> list[Any]:
+    """What the rule's scalar is multiplied with, what is added to it in two parts, and to
+    1 - scalar."""
+    if isinstance(value, mx.array):
+        value = value.astype(mx.float32, stream=stream)
+        return [0.0, value, 0.0, mx.subtract(1.0, value, stream=stream)]
+    single = struct.unpack("f", struct.pack("f", value))[0]
+    return [0.0, value, value - single, 1 - value]
+
+
+def named_betas(op: str, betas: Any) -> dict[str, Any]:
+    """A pair of factors by their names."""
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ValueError(f"[{op}] betas is not a pair: got {betas!r}, allowed two numbers.")
+    return {"beta1": betas[0], "beta2": betas[1]}
 
 
 def _value(value: Any, name: str, step: mx.array, op: str) -> Any:

@@ -1,11 +1,11 @@
-"""The options of a full step: what SGD does beyond mlx.optimizers.SGD. One truth for their
-checks, for the optimizer and the functions."""
+"""What every optimizer takes beyond mlx.optimizers. One truth for names, types, checks and
+words, for the optimizers and the functions."""
 
 from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import mlx.core as mx
 
@@ -17,7 +17,8 @@ from ._checks import (
     checked_positive,
     checked_scalar,
 )
-from ._groups import NO_GROUPS, Groups, checked_groups
+from ._groups import NO_GROUPS, GroupList, Groups, checked_groups
+from ._rules import Rule
 from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
@@ -30,8 +31,94 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
+class StepOptions(TypedDict, total=False):
+    """The keyword arguments that every optimizer and every function takes."""
+
+    state_dtype: mx.Dtype | None
+    master_weights: bool
+    rounding: str
+    compensated: bool
+    seed: int
+    clip_norm: float | None
+    clip_value: float | None
+    grad_scale: LearningRate
+    skip_nonfinite: bool
+    decoupled: bool
+    maximize: bool
+    groups: GroupList
+    trust_coefficient: float | None
+    ema_decay: float | None
+
+
+# Their part of every docstring: what the frame does around the rule, and the arguments.
+FRAME = r"""Arithmetic is float32 and is rounded once, to the parameter's dtype (float32, float16
+    or bfloat16), which a parameter always keeps.
+
+    The keyword arguments add what training needs around that, in the same kernel. Before
+    the rule sees it, and before a coupled :math:`\lambda w` is added, the gradient is
+
+    .. math::
+
+        g \leftarrow c \, \mathrm{clip}(\pm g / s, -b, b), \quad
+        c = \min\left(1, \frac{C}{\lVert g \rVert + 10^{-6}}\right)
+
+    with ``maximize`` (:math:`-g`), ``grad_scale`` :math:`s`, ``clip_value`` :math:`b` and
+    ``clip_norm`` :math:`C`, where :math:`\lVert g \rVert` is the norm of all unscaled and by
+    value clipped gradients together. After it, ``trust_coefficient`` :math:`\kappa` multiplies
+    the gradient of each tensor by :math:`\kappa \lVert w \rVert / (\lVert g \rVert + \lambda
+    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0.
+
+    ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
+    of the class in ``mlx.optimizers`` can be assigned to it or put into it with ``update``,
+    and :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has.
+    Every number may be a :class:`Schedule`, which the kernel evaluates, or any other callable,
+    which gets the step and returns a scalar; ``state["weight_decay"]`` and the like are there
+    when they are scheduled, with the value that the last step used."""
+WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule keeps.
+            Default: {state_dtype}.
+        master_weights (bool): Keep a float32 copy of every parameter of a half type and
+            update that; the parameter is its rounding. 4 bytes a parameter. A parameter that
+            is set from outside replaces its master. Default: ``False``.
+        rounding (str): ``"nearest"``, or ``"stochastic"``: up or down at random, with the
+            right mean. It rounds what half types have no other record of: what the rule
+            keeps, and the parameter unless it has a master or a compensation.
+            Default: ``"nearest"``.
+        compensated (bool): Keep what each rounding of a parameter of a half type has lost
+            and add it to the next update (Kahan). 2 bytes a parameter. Default: ``False``.
+        seed (int): Of the stochastic rounding, with the step and the place; 0 to
+            :math:`2^{{64}} - 1`. Default: ``0``.
+        clip_norm (float): The largest global norm :math:`C`, over the gradients of one call:
+            in a ``MultiOptimizer``, each optimizer has the norm of its own. ``inf`` measures
+            the norm and clips nothing. Default: ``None``.
+        clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
+        grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
+            were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
+            that changes goes to ``update``. Default: ``1.0``.
+        skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
+            where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
+            count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
+            those of the step that was skipped. Default: ``False``.
+        decoupled (bool): Weight decay apart from the gradient and from what is kept of it:
+            :math:`w \\leftarrow (1 - \\eta_t \\lambda) w` before the update.
+            Default: ``{decoupled}``.
+        maximize (bool): Climb instead of descending. Default: ``False``.
+        groups (list): ``[(predicate, overrides), ...]``: tensors with other numbers. The
+            first group whose ``predicate(path, array)`` is true for a parameter takes it.
+            ``overrides`` is a dict of ``learning_rate`` (in place of the optimizer's),
+            ``learning_rate_factor`` (times the optimizer's), {scalars}
+            ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
+            ``None``). A constant 0 of momentum or weight decay, or ``None``, leaves the term
+            out. An array is a constant inside ``mx.compile``, unlike a schedule. Predicates
+            are called once for a set of tensors; each must take a tensor of the first tree of
+            parameters. Default: ``()``.
+        trust_coefficient (float): LARS's :math:`\\kappa`. Default: ``None``, no ratio.
+        ema_decay (float): Keep a moving average of the parameters in float32,
+            :math:`a \\leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
+            see :meth:`ema_parameters`. 4 bytes a parameter. Default: ``None``."""
+
+
 class _Fields(NamedTuple):
-    momentum_dtype: mx.Dtype | None = None
+    state_dtype: mx.Dtype | None = None
     master_weights: bool = False
     rounding: str = "nearest"
     compensated: bool = False
@@ -98,30 +185,13 @@ def _copied(dtype: str | None, *others: Any) -> Options:
     return Options(DTYPES[dtype] if dtype else None, *others)
 
 
-class Option:
-    """An attribute of an optimizer that is one of its options: checked when it is set."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            return self
-        value = getattr(instance._options, self._name)
-        return value.given() if isinstance(value, Groups) else value
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        options = {**instance._options._asdict(), self._name: value}
-        instance._options = checked_options("SGD", **options)
-
-
-def checked_options(op: str, **options: Any) -> Options:
+def checked_options(op: str, rule: Rule, **options: Any) -> Options:
     """Options that make sense, or ValueError or TypeError."""
     given = Options(**options)
-    dtype = given.momentum_dtype
+    dtype = given.state_dtype
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
-            f"[{op}] momentum_dtype is unknown: got {dtype}, allowed None, "
+            f"[{op}] state_dtype is unknown: got {dtype}, allowed None, "
             f"{', '.join('mlx.core.' + name for name in DTYPES)}."
         )
     master_weights = checked_flag(op, "master_weights", given.master_weights)
@@ -141,7 +211,7 @@ def checked_options(op: str, **options: Any) -> Options:
     if trust_coefficient is not None:
         trust_coefficient = checked_positive(op, "trust_coefficient", trust_coefficient)
     return Options(
-        momentum_dtype=dtype,
+        state_dtype=dtype,
         master_weights=master_weights,
         rounding=as_choice(op, "rounding", given.rounding, ("nearest", "stochastic")),
         compensated=compensated,
@@ -152,7 +222,7 @@ def checked_options(op: str, **options: Any) -> Options:
         skip_nonfinite=checked_flag(op, "skip_nonfinite", given.skip_nonfinite),
         decoupled=checked_flag(op, "decoupled", given.decoupled),
         maximize=checked_flag(op, "maximize", given.maximize),
-        groups=checked_groups(op, given.groups),
+        groups=checked_groups(op, rule, given.groups),
         trust_coefficient=trust_coefficient,
         ema_decay=_checked_decay(op, given.ema_decay),
     )

@@ -28,45 +28,26 @@ from . import _ext
 from ._layout import Layout, described, encoded, layout_of_rows, layout_of_table
 from ._options import DTYPES
 from ._paths import Path, built, leaves, name_of
+from ._rules import Slot
 
 State = dict[str, Any]
 # What a state keeps of one tensor, by the name of the slot.
 Kept = dict[str, mx.array]
 
 
-class Slot(NamedTuple):
-    """Something that is kept of each element of a parameter."""
-
-    name: str
-    key: str  # at a tensor's path, where mlx.optimizers has it
-    dtype: mx.Dtype | None = None  # by default the parameter's
-    has_own_dtype: bool = False  # the option momentum_dtype
-    of_halves: bool = False  # only half types lose what it could keep
-    begins_at_weights: bool = False  # instead of zeros
-    lasts: bool = False  # through steps that do not keep it; the others would no longer be true
-
-    def arenas_of(self, layout: Layout) -> Iterable[int]:
-        """The numbers of the arenas that have it."""
-        return layout.halves if self.of_halves else range(len(layout.arenas))
+# What a rule may keep, by name, in the order of its kernel.
+Slots = dict[str, Slot]
 
 
-# What a rule may keep, in the order of its kernel (SgdSlot in csrc/sgd.h).
-Rule = dict[str, Slot]
-SGD: Rule = {
-    slot.name: slot
-    for slot in (
-        Slot("momentum", "v", has_own_dtype=True, lasts=True),
-        Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
-        Slot("compensation", "compensation", of_halves=True),
-        Slot("ema", "ema", mx.float32, begins_at_weights=True),
-    )
-}
+def arena_numbers(slot: Slot, layout: Layout) -> Iterable[int]:
+    """The numbers of the arenas that have a slot."""
+    return layout.halves if slot.of_halves else range(len(layout.arenas))
 
 
 class Wanted(NamedTuple):
     """The slots that a step keeps."""
 
-    rule: Rule
+    rule: Slots
     slots: tuple[str, ...]
     own_dtype: mx.Dtype | None = None  # of the slots that may have one
 
@@ -84,7 +65,7 @@ def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[lis
     kept = {} if entry is None else _slots_of(entry, layout, wanted.rule, op)
     found: list[list[mx.array]] = []
     for name, slot in wanted.rule.items():
-        numbers = slot.arenas_of(layout) if name in wanted.slots else ()
+        numbers = arena_numbers(slot, layout) if name in wanted.slots else ()
         arenas = kept.get(name) if numbers else []
         if arenas is None:
             return None
@@ -113,7 +94,7 @@ def is_settled(state: State, layout: Layout, wanted: Wanted, op: str) -> bool:
     )
 
 
-def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout, rule: Rule) -> State:
+def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout, rule: Slots) -> State:
     """The state after a step. What a step does not keep it forgets, but for what lasts."""
     entries = state.get("arenas", {})
     old = entries.get(layout.key)
@@ -170,12 +151,12 @@ def packed(
     return _with_entries(scalars(state, rule), entries)
 
 
-def views(state: State, rule: Rule, op: str) -> State:
+def views(state: State, rule: Slots, op: str) -> State:
     """What the state keeps of tensors, as mlx.optimizers nests it."""
     return _as_tree(everything(state, rule, op), rule, op)
 
 
-def unpacked(state: State, rule: Rule, op: str) -> State:
+def unpacked(state: State, rule: Slots, op: str) -> State:
     """The state in the layout of ``mlx.optimizers``: no arenas, only views of them."""
     own = scalars(state, rule)
     tree = views(state, rule, op)
@@ -187,7 +168,7 @@ def unpacked(state: State, rule: Rule, op: str) -> State:
     return {**own, **tree}
 
 
-def averages(state: State, dtype: mx.Dtype | None, rule: Rule, op: str) -> Any:
+def averages(state: State, dtype: mx.Dtype | None, rule: Slots, op: str) -> Any:
     """The tree of moving averages, in the parameters' dtypes if none is given."""
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(
@@ -208,7 +189,7 @@ def averages(state: State, dtype: mx.Dtype | None, rule: Rule, op: str) -> Any:
     return built(flat, op)
 
 
-def without(state: State, slots: Iterable[str], rule: Rule, op: str) -> State:
+def without(state: State, slots: Iterable[str], rule: Slots, op: str) -> State:
     """The state without these slots, of all tensors."""
     slots = set(slots)
     if unknown := sorted(slots - rule.keys()):
@@ -227,7 +208,7 @@ def without(state: State, slots: Iterable[str], rule: Rule, op: str) -> State:
     return _with_entries({**scalars(state, rule), **_as_tree(loose, rule, op)}, entries)
 
 
-def of_parameters(state: State, parameters: Any, rule: Rule, op: str) -> State:
+def of_parameters(state: State, parameters: Any, rule: Slots, op: str) -> State:
     """The state of these parameters alone."""
     paths = {path for path, leaf in leaves(parameters) if isinstance(leaf, mx.array)}
     loose = _loose(state, parameters, rule, op)
@@ -241,7 +222,7 @@ def of_parameters(state: State, parameters: Any, rule: Rule, op: str) -> State:
     return _with_entries(scalars(state, rule), entries)
 
 
-def check_state(state: State, parameters: Any, rule: Rule, op: str) -> None:
+def check_state(state: State, parameters: Any, rule: Slots, op: str) -> None:
     """Raise ValueError unless a state that was loaded fits these parameters.
 
     It may know tensors that the model no longer has, such as a layer that an adapter has
@@ -267,7 +248,7 @@ def check_state(state: State, parameters: Any, rule: Rule, op: str) -> None:
         _check_shapes(shapes[path], path, arrays[path].shape, op)
 
 
-def is_edited(state: State, known: Iterable[str], rule: Rule) -> bool:
+def is_edited(state: State, known: Iterable[str], rule: Slots) -> bool:
     """Whether somebody has put something in: what is loose, or arenas that are not ``known``."""
     entries = state.get("arenas", {})
     return (
@@ -336,14 +317,14 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 # ---- Parts ---------------------------------------------------------------------
 
 
-def _is_loose(key: str, value: Any, rule: Rule) -> bool:
+def _is_loose(key: str, value: Any, rule: Slots) -> bool:
     """Modules are containers; of a tree that is one array, the slots are arrays at the top."""
     if key == "arenas":
         return False
     return isinstance(value, (dict, list, tuple)) or any(key == s.key for s in rule.values())
 
 
-def scalars(state: State, rule: Rule) -> State:
+def scalars(state: State, rule: Slots) -> State:
     return {k: v for k, v in state.items() if k != "arenas" and not _is_loose(k, v, rule)}
 
 
@@ -351,7 +332,7 @@ def _with_entries(state: State, entries: State) -> State:
     return {**state, "arenas": entries} if entries else state
 
 
-def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kept]:
+def _loose(state: State, parameters: Any, rule: Slots, op: str) -> dict[Path, Kept]:
     """By path, what lies where mlx.optimizers keeps it; of integers nothing counts."""
     loose = {k: v for k, v in state.items() if _is_loose(k, v, rule)}
     if not loose:
@@ -393,11 +374,11 @@ def _own_paths(paths: set[Path], known: Iterable[Path]) -> dict[Path, Path]:
     return own
 
 
-def _layouts(state: State, rule: Rule, op: str) -> dict[str, Layout]:
+def _layouts(state: State, rule: Slots, op: str) -> dict[str, Layout]:
     return {key: _layout(key, e, rule, op) for key, e in state.get("arenas", {}).items()}
 
 
-def _layout(key: str, entry: Any, rule: Rule, op: str) -> Layout:
+def _layout(key: str, entry: Any, rule: Slots, op: str) -> Layout:
     """The layout of an entry, which has all that it says."""
     if not isinstance(entry, dict) or "table" not in entry:
         raise ValueError(
@@ -406,7 +387,7 @@ def _layout(key: str, entry: Any, rule: Rule, op: str) -> Layout:
         )
     layout = layout_of_table(key, entry["table"], op)
     for name, arenas in _slots_of(entry, layout, rule, op).items():
-        numbers = list(rule[name].arenas_of(layout))
+        numbers = list(arena_numbers(rule[name], layout))
         if len(arenas) != len(numbers):
             raise ValueError(
                 f"[{op}] the state's {name} of {layout} is incomplete: got {len(arenas)} "
@@ -425,7 +406,7 @@ def _layout(key: str, entry: Any, rule: Rule, op: str) -> Layout:
     return layout
 
 
-def _slots_of(entry: Any, layout: Layout, rule: Rule, op: str) -> dict[str, list[mx.array]]:
+def _slots_of(entry: Any, layout: Layout, rule: Slots, op: str) -> dict[str, list[mx.array]]:
     """The arrays of each slot of an entry."""
     slots = {} if not isinstance(entry, dict) else {k: v for k, v in entry.items() if k != "table"}
     if not slots or not slots.keys() <= rule.keys():
@@ -449,7 +430,7 @@ def _dtypes(layouts: dict[str, Layout]) -> dict[Path, mx.Dtype]:
 
 
 def _found(
-    state: State, layouts: dict[str, Layout], loose: dict[Path, Kept], rule: Rule
+    state: State, layouts: dict[str, Layout], loose: dict[Path, Kept], rule: Slots
 ) -> tuple[dict[Path, Kept], dict[Path, mx.Dtype]]:
     """By path, what entries keep of each tensor, as views, and what is loose instead; and the
     dtypes of the parameters."""
@@ -457,7 +438,7 @@ def _found(
     for key, layout in layouts.items():
         for name, slot in rule.items():
             arenas = state["arenas"][key].get(name, ())
-            for number, arena in zip(slot.arenas_of(layout), arenas, strict=False):
+            for number, arena in zip(arena_numbers(slot, layout), arenas, strict=False):
                 views = _ext.arena_views(mx.contiguous(arena), layout.made, number)
                 for tensor, view in zip(layout.arenas[number][2], views, strict=True):
                     found[layout.tensors[tensor][0]][name] = view
@@ -466,11 +447,11 @@ def _found(
     return found, _dtypes(layouts)
 
 
-def everything(state: State, rule: Rule, op: str) -> dict[Path, Kept]:
+def everything(state: State, rule: Slots, op: str) -> dict[Path, Kept]:
     return _found(state, _layouts(state, rule, op), _loose(state, None, rule, op), rule)[0]
 
 
-def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Rule) -> State:
+def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots) -> State:
     """Entries of tensors that are not in the step: one for each set of slots."""
     sets: dict[tuple[str, ...], dict[Path, Kept]] = {}
     for path, kept in found.items():
@@ -490,7 +471,7 @@ def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Rule) -> 
     return entries
 
 
-def _dtype_of(kept: Kept, rule: Rule) -> mx.Dtype:
+def _dtype_of(kept: Kept, rule: Slots) -> mx.Dtype:
     """Of a parameter that nobody has seen, as far as what is kept of it tells."""
     halves = [value.dtype for value in kept.values() if value.dtype != mx.float32]
     is_half = any(rule[name].of_halves for name in kept)
@@ -504,7 +485,7 @@ def _entry(
     entry: State = {}
     for slot in slots:
         arenas = []
-        for number in slot.arenas_of(layout):
+        for number in arena_numbers(slot, layout):
             parameter, _, tensors, _ = layout.arenas[number]
             values = [kept[tensor].get(slot.name) for tensor in tensors]
             if slot.begins_at_weights and parameters:
@@ -533,7 +514,7 @@ def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: 
             )
 
 
-def _as_tree(tensors: dict[Path, Kept], rule: Rule, op: str) -> State:
+def _as_tree(tensors: dict[Path, Kept], rule: Slots, op: str) -> State:
     """By path, as mlx.optimizers nests it."""
     tree = built(
         (

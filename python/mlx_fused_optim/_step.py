@@ -2,69 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import _ext, _groups, _packing
-from ._checks import LEAST, Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._layout import layout_of
 from ._options import Options, checked_scale
+from ._rules import ADAM, FRAME_SLOTS, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
 
 
-class Hyperparameters(NamedTuple):
-    """What mlx.optimizers.SGD has besides the learning rate. A scheduled one counts as present
-    even where its value is 0: what a step consists of does not change from step to step."""
+class Hyper(NamedTuple):
+    """A rule and its numbers beside the learning rate, checked. A scheduled one counts as
+    present even where its value is 0: what a step consists of does not change from step to
+    step."""
 
-    momentum: Hyperparameter
-    weight_decay: Hyperparameter
-    dampening: float
-    nesterov: bool
+    rule: Rule
+    scalars: tuple[Hyperparameter, ...]  # weight_decay, and the rule's in its order
+    flags: int  # bits of the rule's flags, and of weight_decay
 
     @property
-    def flags(self) -> int:
-        """Bits of _ext.FLAGS."""
-        bits = _ext.FLAGS["nesterov"] if self.nesterov else 0
-        if self.momentum != 0:
-            bits |= _ext.FLAGS["momentum"]
-        if self.weight_decay != 0:
-            bits |= _ext.FLAGS["weight_decay"]
-        return bits
+    def named(self) -> dict[str, Hyperparameter]:
+        return dict(zip(("weight_decay", *self.rule.scalars), self.scalars, strict=True))
 
 
-def checked_hyperparameters(
-    op: str,
-    momentum: Hyperparameter,
-    weight_decay: Hyperparameter,
-    dampening: float,
-    nesterov: bool,
-) -> Hyperparameters:
-    """The options as floats or schedules, or ValueError where they make no sense."""
-    hyper = Hyperparameters(
-        as_ours(momentum) if callable(momentum) else checked_factor(op, "momentum", momentum),
-        as_ours(weight_decay)
-        if callable(weight_decay)
-        else checked_factor(op, "weight_decay", weight_decay, at_least=LEAST),
-        checked_factor(op, "dampening", dampening, "a float", at_most=1.0),
-        bool(nesterov),
+def checked_hyper(
+    op: str, rule: Rule, numbers: Mapping[str, Any], flags: Mapping[str, bool]
+) -> Hyper:
+    """Numbers as floats or schedules, or ValueError where they make no sense."""
+    scalars = tuple(
+        as_ours(numbers[name])
+        if callable(numbers[name])
+        else rule.ranges[name].checked(op, name, numbers[name])
+        for name in ("weight_decay", *rule.scalars)
     )
-    if nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
-        raise ValueError(
-            f"[{op}] nesterov requires a momentum and zero dampening: got "
-            f"momentum={hyper.momentum}, dampening={hyper.dampening}, "
-            "allowed momentum above 0 and dampening 0."
-        )
-    return hyper
+    bits = sum(bit for name, bit in rule.flags.items() if flags.get(name))
+    if scalars[0] != 0:
+        bits |= _ext.FLAGS["weight_decay"]
+    return Hyper(rule, scalars, bits)
 
 
-def wanted_slots(hyper: Hyperparameters, options: Options) -> _packing.Wanted:
+def wanted_slots(hyper: Hyper, options: Options) -> _packing.Wanted:
     """What the state keeps for these options."""
-    slots = options.slots
-    if hyper.momentum != 0 or options.groups.added_flags & _ext.FLAGS["momentum"]:
-        slots = ("momentum", *slots)
-    return _packing.Wanted(_packing.SGD, slots, options.momentum_dtype)
+    rule = hyper.rule
+    own = rule.kept(hyper.flags | options.groups.added_flags)
+    return _packing.Wanted(
+        rule.slots, (*own, *options.slots), options.state_dtype or rule.state_dtype
+    )
 
 
 def begun(
@@ -72,7 +60,7 @@ def begun(
     tree: _ext.Tree,
     parameters: Any,
     state: _packing.State,
-    hyper: Hyperparameters,
+    hyper: Hyper,
     options: Options,
 ) -> _packing.State:
     """A state that has everything a step of these tensors needs, and nothing to be taken in."""
@@ -94,56 +82,61 @@ def never_changes(value: Any) -> bool:
 
 
 def prepared_step(
-    tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyperparameters, options: Options
+    tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyper, options: Options
 ) -> _ext.PreparedStep | None:
     """These steps again without a look at each option; None where every step needs one, for
     a number that Python makes, for groups and for what is measured."""
     rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     if (
         not isinstance(rate, (mx.array, _ext.Schedule))
-        or not isinstance(hyper.momentum, float)
-        or not isinstance(hyper.weight_decay, float)
+        or not all(isinstance(value, float) for value in hyper.scalars)
         or not isinstance(options.grad_scale, float)
         or options.groups.members
         or options.is_measured
     ):
         return None
     layout = layout_of(tree)
+    scalars = [rate, hyper.scalars[0], options.grad_scale, *hyper.scalars[1:]]
     return _ext.PreparedStep(
-        layout.made,
-        layout.key,
-        learning_rate=rate,
-        momentum=hyper.momentum,
-        weight_decay=hyper.weight_decay,
-        grad_scale=options.grad_scale,
-        dampening=hyper.dampening,
-        flags=flags_of(hyper, options, options.grad_scale),
+        layout.made, layout.key, options_of(hyper, options, scalars, options.grad_scale)
+    )
+
+
+def options_of(
+    hyper: Hyper, options: Options, scalars: list[Any], scale: Any, **arrays: Any
+) -> _ext.Options:
+    """As the extension takes them: the scalars are learning rate, weight decay, scale of the
+    gradients and the rule's own."""
+    return _ext.Options(
+        rule=hyper.rule.number,
+        scalars=scalars,
+        flags=flags_of(hyper, options, scale),
         clip_value=options.clip_value or 0.0,
+        clip_norm=options.clip_norm or 0.0,
+        trust_coefficient=options.trust_coefficient or 0.0,
         ema_decay=options.ema_decay or 0.0,
         seed=options.seed,
-        momentum_dtype=options.momentum_dtype,
+        state_dtype=options.state_dtype or hyper.rule.state_dtype,
+        **arrays,
     )
 
 
 def uses_of_state(
     learning_rate: LearningRate,
-    hyper: Hyperparameters,
+    hyper: Hyper,
     options: Options,
     grad_scale: LearningRate | None,
 ) -> list[str]:
     """What a step reads in the state or leaves there, but for the bare counter."""
     scale = options.grad_scale if grad_scale is None else grad_scale
-    scalars = {
-        "learning_rate": learning_rate,
-        "momentum": hyper.momentum,
-        "weight_decay": hyper.weight_decay,
-        "grad_scale": scale,
-    }
+    scalars = {"learning_rate": learning_rate, "grad_scale": scale, **hyper.named}
     uses = [f"a scheduled {name}" for name, value in scalars.items() if callable(value)]
     overrides = (member.overrides.values() for member in options.groups.members)
     if any(callable(value) for values in overrides for value in values):
         uses.append("a scheduled number of a group")
     uses += wanted_slots(hyper, options).slots
+    if hyper.rule is ADAM and hyper.flags & ADAM.flags["bias_correction"]:
+        uses.append("bias correction")
     if options.rounding == "stochastic":
         uses.append("stochastic rounding")
     if options.is_measured:
@@ -151,7 +144,7 @@ def uses_of_state(
     return uses
 
 
-def flags_of(hyper: Hyperparameters, options: Options, scale: LearningRate) -> int:
+def flags_of(hyper: Hyper, options: Options, scale: LearningRate) -> int:
     """Everything that a step of these options may consist of: bits of _ext.FLAGS."""
     flags = hyper.flags | options.flags | options.groups.added_flags
     if not isinstance(scale, float) or scale != 1:
@@ -165,7 +158,7 @@ def take_step(
     parameters: Any,
     state: _packing.State,
     learning_rate: LearningRate,
-    hyper: Hyperparameters,
+    hyper: Hyper,
     options: Options,
     grad_scale: LearningRate | None,
     stream: Any,
@@ -179,11 +172,12 @@ def take_step(
     """
     state = _packing.with_step(state)
     scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
+    named = hyper.named
     scalars: dict[str, Any] = {
         "learning_rate": learning_rate,
-        "momentum": hyper.momentum,
-        "weight_decay": hyper.weight_decay,
+        "weight_decay": named.pop("weight_decay"),
         "grad_scale": scale,
+        **named,
     }
     scheduled: dict[str, mx.array] = {}
     in_kernel: list[tuple[str, int, _ext.Schedule]] = []
@@ -200,7 +194,7 @@ def take_step(
         rows = _groups.rows_of(options.groups, layout, tree, parameters, op)
         groups = _groups.for_kernel(options.groups, layout.key, rows, hyper.flags | options.flags)
         numbers = _groups.numbers_of(
-            options.groups, options.trust_coefficient, state["step"], op, stream
+            options.groups, hyper.rule, options.trust_coefficient, state["step"], op, stream
         )
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
@@ -216,25 +210,26 @@ def take_step(
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
 
-    updated, slots, step, used, measured, skipped = _ext.sgd_step(
+    kernel_slots: list[list[mx.array]] = [[] for _ in range(RULE_PLACES + len(FRAME_SLOTS))]
+    for place, arrays in zip(hyper.rule.places, arenas, strict=True):
+        kernel_slots[place] = arrays
+    updated, slots, step, used, measured, skipped = _ext.fused_step(
         tree,
         layout.made,
-        arenas,
+        kernel_slots,
         state["step"],
-        **scalars,
-        dampening=hyper.dampening,
-        flags=flags_of(hyper, options, scale),
-        clip_value=options.clip_value or 0.0,
-        clip_norm=options.clip_norm or 0.0,
-        trust_coefficient=options.trust_coefficient or 0.0,
-        ema_decay=options.ema_decay or 0.0,
-        seed=options.seed,
-        momentum_dtype=options.momentum_dtype,
-        groups=groups,
-        group_numbers=numbers,
-        skipped=state.get("skipped") if options.skip_nonfinite else None,
+        options_of(
+            hyper,
+            options,
+            list(scalars.values()),
+            scale,
+            groups=groups,
+            group_numbers=numbers,
+            skipped=state.get("skipped") if options.skip_nonfinite else None,
+        ),
         stream=stream,
     )
+    slots = [slots[place] for place in hyper.rule.places]
     state = _packing.with_arenas(state, slots, layout, wanted.rule)
     for name, position, schedule in in_kernel:
         if used is None:

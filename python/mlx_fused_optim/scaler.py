@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 from ._checks import checked_number, checked_positive
 from ._layout import described
 from ._options import SMALLEST_SCALE
-from .optimizers import SGD
+from .optimizers import FusedOptimizer
 from .schedules._checks import as_integer
 
 # No step since the last update.
@@ -109,7 +109,7 @@ class GradScaler:
         float32, where the product has room."""
         return tree_map(lambda value: value * self._state["scale"], loss)
 
-    def step(self, optimizer: SGD, model: Any, gradients: Any) -> None:
+    def step(self, optimizer: FusedOptimizer, model: Any, gradients: Any) -> None:
         """One step of the optimizer with gradients of the scaled loss; one that is not finite
         changes nothing. Several optimizers may have theirs before one :meth:`update`. The
         optimizer's own ``grad_scale`` does not count in it.
@@ -118,15 +118,15 @@ class GradScaler:
             TypeError, ValueError: The optimizer is not an :class:`SGD` with
                 ``skip_nonfinite``.
         """
-        if not isinstance(optimizer, SGD):
+        if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(
                 f"[GradScaler] the optimizer cannot unscale: got {type(optimizer).__name__}, "
-                "allowed an SGD of mlx_fused_optim."
+                "allowed an optimizer of mlx_fused_optim that is fused."
             )
         if not optimizer.skip_nonfinite:
             raise ValueError(
-                "[GradScaler] the optimizer does not skip: got an SGD with skip_nonfinite=False, "
-                "allowed one with skip_nonfinite=True."
+                "[GradScaler] the optimizer does not skip: got skip_nonfinite=False, "
+                "allowed skip_nonfinite=True."
             )
         before = optimizer.skipped
         optimizer.update(model, gradients, grad_scale=self._state["scale"])

@@ -1,62 +1,36 @@
-"""Optimizers that read like ``mlx.optimizers``: ours, and beside them the others as they are."""
+"""What every optimizer of this package shares."""
 
 from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
-import mlx.optimizers
 from mlx.nn import Module
 from mlx.nn.layers.distributed import FullyShardedModule
-from mlx.optimizers import (
-    AdaDelta,
-    Adafactor,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Lion,
-    MultiOptimizer,
-    Muon,
-    Optimizer,
-    RMSprop,
-    clip_grad_norm,
-)
+from mlx.optimizers import Optimizer
 
-from . import _ext, _packing
-from ._checks import Hyperparameter, LearningRate, checked_scalar
-from ._groups import GroupList
-from ._layout import layout_of
-from ._options import Option, Options, checked_options
-from ._step import (
-    Hyperparameters,
+from .. import _ext, _packing
+from .._checks import LearningRate, checked_scalar
+from .._groups import Groups, named_betas
+from .._layout import layout_of
+from .._options import FRAME, WORDS, Options, StepOptions, checked_options
+from .._rules import Rule
+from .._step import (
+    Hyper,
     begun,
-    checked_hyperparameters,
+    checked_hyper,
     never_changes,
     prepared_step,
     take_step,
     uses_of_state,
 )
-from .schedules import Schedule
-from .schedules._of_mlx import as_ours
+from ..schedules import Schedule
+from ..schedules._of_mlx import as_ours
 
-__all__ = [
-    "SGD",
-    "AdaDelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Lion",
-    "MultiOptimizer",
-    "Muon",
-    "Optimizer",
-    "RMSprop",
-    "clip_grad_norm",
-]
+if TYPE_CHECKING:
+    pass
 
 
 class _Prepared:
@@ -79,18 +53,12 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
-# What a compiled step has as it was when it was traced.
-_NOT_IN_THE_STATE = frozenset(
-    {"momentum", "weight_decay", "dampening", "nesterov", *Options._fields}
-)
-
-
 class _Views(dict[Any, Any]):
     """What arenas hold of some tensors, to be read: writing here would change nothing."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
-            "[SGD] views of the state are to be read: got a change, allowed a change of the state "
+            "[state] views of it are to be read: got a change, allowed a change of the state "
             "itself, such as optimizer.state.update({'layer': {'weight': {'v': array}}})."
         )
 
@@ -102,8 +70,12 @@ class _State(dict[str, Any]):
     """A state, which also answers for what its arenas hold: ``state["layer"]["weight"]["v"]``
     is a view, without being in the state. Copied and pickled as the dict that it is."""
 
+    def __init__(self, state: dict[str, Any], slots: _packing.Slots):
+        super().__init__(state)
+        self._slots = slots
+
     def __missing__(self, key: Any) -> Any:
-        return _read_only(_packing.views(self, _packing.SGD, "SGD")[key])
+        return _read_only(_packing.views(self, self._slots, "state")[key])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
@@ -115,136 +87,79 @@ def _read_only(tree: Any) -> Any:
     return tuple(map(_read_only, tree)) if isinstance(tree, list) else tree
 
 
-class SGD(Optimizer):
-    r"""Stochastic gradient descent, the whole parameter tree in one kernel.
+def _words(cls: type[FusedOptimizer]) -> str:
+    """The part of a docstring that all optimizers share."""
+    rule, usual = cls._rule, cls._usual
+    names = [f"``{name}``," for name in rule.scalars if name not in ("beta1", "beta2")]
+    if "beta1" in rule.scalars:
+        names.insert(0, "``betas``,")
+    dtype = "each parameter's own" if rule.state_dtype is None else "float32"
+    return WORDS.format(
+        state_dtype=dtype, decoupled=f"``{usual.decoupled}``", scalars=" ".join(names)
+    )
 
-    Takes the place of ``mlx.optimizers.SGD``: the same arguments, the same methods and,
-    in float32 with a constant learning rate, the same bits as its eager step.
 
-    .. math::
+class Option:
+    """An attribute that is one of the options of every optimizer: checked when it is set."""
 
-        g &\leftarrow g + \lambda w \\
-        v &\leftarrow \mu v + (1 - \tau) g \\
-        w &\leftarrow w - \eta_t \, (g + \mu v \text{ if nesterov else } v)
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
 
-    With :math:`\mu = 0` there is no :math:`v`, and :math:`w \leftarrow w - \eta_t g`.
-    Arithmetic is float32 and is rounded once, to the parameter's dtype (float32, float16
-    or bfloat16), which a parameter always keeps. Momentum has the parameter's dtype.
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = getattr(instance._options, self._name)
+        return value.given() if isinstance(value, Groups) else value
 
-    The options after ``nesterov`` add what training needs around that, in the same kernel.
-    Before :math:`\lambda w` is added, the gradient is
+    def __set__(self, instance: Any, value: Any) -> None:
+        options = {**instance._options._asdict(), self._name: value}
+        instance._options = checked_options(instance._op, instance._rule, **options)
 
-    .. math::
 
-        g \leftarrow c \, \mathrm{clip}(\pm g / s, -b, b), \quad
-        c = \min\left(1, \frac{C}{\lVert g \rVert + 10^{-6}}\right)
+class Number:
+    """An attribute that is a number of the rule, or of weight decay: what was given, or the
+    value that a schedule had last."""
 
-    with ``maximize`` (:math:`-g`), ``grad_scale`` :math:`s`, ``clip_value`` :math:`b` and
-    ``clip_norm`` :math:`C`, where :math:`\lVert g \rVert` is the norm of all unscaled and by
-    value clipped gradients together. After it, ``trust_coefficient`` :math:`\kappa` multiplies
-    the gradient of each tensor by :math:`\kappa \lVert w \rVert / (\lVert g \rVert + \lambda
-    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0. With ``decoupled``,
-    :math:`\lambda w` joins the update behind the momentum instead of the gradient.
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
 
-    ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
-    of ``mlx.optimizers.SGD`` can be assigned to it or put into it with ``update``, and
-    :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has. As for the learning rate, ``state["momentum"]`` and
-    ``state["weight_decay"]`` are there when they are scheduled, with the value that the last
-    step used.
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        name, schedule = self._name, instance._schedulers.get(self._name)
+        if schedule is None:
+            return instance._constants[name]
+        # A state from elsewhere may lack it.
+        state = instance.state
+        return state[name] if name in state else schedule(instance.step)
 
-    Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
-            callable gets the step and returns a scalar.
-        momentum (float, Schedule or callable): The momentum :math:`\mu`, 0 or more;
-            scheduled like the learning rate, it may pass through 0. Default: ``0.0``.
-        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda` (L2
-            penalty), 0 or more; scheduled likewise. Default: ``0.0``.
-        dampening (float): The dampening :math:`\tau` of the momentum, 0 to 1.
-            Default: ``0.0``.
-        nesterov (bool): Nesterov momentum; needs momentum and no dampening.
-            Default: ``False``.
-        momentum_dtype (Dtype): float32, float16 or bfloat16, of the momentum.
-            Default: each parameter's own.
-        master_weights (bool): Keep a float32 copy of every parameter of a half type and
-            update that; the parameter is its rounding. 4 bytes a parameter. A parameter that
-            is set from outside replaces its master. Default: ``False``.
-        rounding (str): ``"nearest"``, or ``"stochastic"``: up or down at random, with the
-            right mean. It rounds what half types have no other record of: momentum, and the
-            parameter unless it has a master or a compensation. Default: ``"nearest"``.
-        compensated (bool): Keep what each rounding of a parameter of a half type has lost
-            and add it to the next update (Kahan). 2 bytes a parameter. Default: ``False``.
-        seed (int): Of the stochastic rounding, with the step and the place; 0 to
-            :math:`2^{64} - 1`. Default: ``0``.
-        clip_norm (float): The largest global norm :math:`C`, over the gradients of one call:
-            in a ``MultiOptimizer``, each optimizer has the norm of its own. ``inf`` measures
-            the norm and clips nothing. Default: ``None``.
-        clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
-        grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
-            were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
-            that changes goes to :meth:`update`. Default: ``1.0``.
-        skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
-            where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
-            count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
-            those of the step that was skipped. Default: ``False``.
-        decoupled (bool): Weight decay apart from the gradient and its momentum:
-            :math:`w \leftarrow w - \eta_t (u + \lambda w)`, with :math:`u` the update without
-            it. Default: ``False``.
-        maximize (bool): Climb instead of descending. Default: ``False``.
-        groups (list): ``[(predicate, overrides), ...]``: tensors with other numbers. The
-            first group whose ``predicate(path, array)`` is true for a parameter takes it.
-            ``overrides`` is a dict of ``learning_rate`` (in place of the optimizer's),
-            ``learning_rate_factor`` (times the optimizer's), ``momentum``,
-            ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
-            ``None``). A constant 0, or ``None``, leaves the term out. An array is a constant
-            inside ``mx.compile``, unlike a schedule. Predicates are called once for a set of
-            tensors; each must take a tensor of the first tree of parameters. Default: ``()``.
-        trust_coefficient (float): LARS's :math:`\kappa`. Default: ``None``, no ratio.
-        ema_decay (float): Keep a moving average of the parameters in float32,
-            :math:`a \leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
-            see :meth:`ema_parameters`. 4 bytes a parameter. Default: ``None``.
+    def __set__(self, instance: Any, value: Any) -> None:
+        name = self._name
+        if callable(value):
+            value = as_ours(value)
+            first = checked_scalar(instance._op, name, value(instance.step))
+            instance._schedulers[name] = value
+            instance.state[name] = first
+        else:
+            if instance._schedulers.pop(name, None) is not None:
+                instance.state.pop(name, None)
+            instance._constants[name] = value
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
 
-    References:
-        ``mlx.optimizers.SGD``, ``mlx.optimizers.clip_grad_norm``. LARS: You, Gitman and
-        Ginsburg, 2017, https://arxiv.org/abs/1708.03888. Decoupled weight decay: Loshchilov
-        and Hutter, 2019, https://arxiv.org/abs/1711.05101. Master weights: Micikevicius et
-        al., 2018, https://arxiv.org/abs/1710.03740.
+class FusedOptimizer(Optimizer):
+    """An optimizer whose step is one kernel for the whole tree of parameters.
 
-    Example:
-        >>> optimizer = SGD(learning_rate=0.5, momentum=0.5)
-        >>> parameters = {"w": mx.array([1.0, 2.0])}
-        >>> for _ in range(2):
-        ...     parameters = optimizer.apply_gradients({"w": mx.array([1.0, 1.0])}, parameters)
-        >>> parameters["w"], optimizer.step
-        (array([-0.25, 0.75], dtype=float32), array(2, dtype=uint64))
-
-        bfloat16 has no number between 1 and 0.996; a master has:
-
-        >>> parameters = {"w": mx.array([1.0], mx.bfloat16)}
-        >>> optimizer = SGD(learning_rate=2**-10, master_weights=True, clip_norm=4.0)
-        >>> for _ in range(8):
-        ...     parameters = optimizer.apply_gradients({"w": mx.array([1.0])}, parameters)
-        >>> parameters["w"], optimizer.grad_norm
-        (array([0.992188], dtype=bfloat16), array(1, dtype=float32))
-
-        Biases without weight decay, and at twice the learning rate:
-
-        >>> bias = lambda path, array: array.ndim < 2
-        >>> optimizer = SGD(
-        ...     learning_rate=0.5,
-        ...     weight_decay=0.5,
-        ...     groups=[(bias, {"weight_decay": 0.0, "learning_rate_factor": 2.0})],
-        ... )
-        >>> parameters = {"weight": mx.ones((1, 2)), "bias": mx.ones(2)}
-        >>> gradients = {"weight": mx.zeros((1, 2)), "bias": mx.ones(2)}
-        >>> parameters = optimizer.apply_gradients(gradients, parameters)
-        >>> parameters["weight"], parameters["bias"]
-        (array([[0.75, 0.75]], dtype=float32), array([0, 0], dtype=float32))
+    A subclass has a rule, the numbers of the rule as attributes, and a constructor that calls
+    :meth:`_begin`. Its second base is the class of ``mlx.optimizers`` that it stands for, so
+    that it is one, and so that a step of one tensor is MLX's.
     """
+
+    _op: ClassVar[str]  # its name in errors
+    _rule: ClassVar[Rule]
+    # What the class in mlx.optimizers has, of numbers and flags; and its options' defaults.
+    _of_mlx: ClassVar[frozenset[str]] = frozenset()
+    _usual: ClassVar[Options] = Options()
+    _defaults: ClassVar[dict[str, Any]]  # of its own arguments
 
     _prepared = _Prepared()
     # Of a subclass with a step of one tensor of its own: as in MLX then, tensor by tensor.
@@ -253,7 +168,7 @@ class SGD(Optimizer):
     _state_of_trace = False  # the state was made inside a function that is traced
     _whole: frozenset[str] = frozenset()  # sets of tensors of which none is a shard
 
-    momentum_dtype = Option()
+    state_dtype = Option()
     master_weights = Option()
     rounding = Option()
     compensated = Option()
@@ -267,74 +182,66 @@ class SGD(Optimizer):
     groups = Option()
     trust_coefficient = Option()
     ema_decay = Option()
+    weight_decay = Number()
 
-    def __init__(
-        self,
-        learning_rate: LearningRate,
-        momentum: Hyperparameter = 0.0,
-        weight_decay: Hyperparameter = 0.0,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        *,
-        momentum_dtype: mx.Dtype | None = None,
-        master_weights: bool = False,
-        rounding: str = "nearest",
-        compensated: bool = False,
-        seed: int = 0,
-        clip_norm: float | None = None,
-        clip_value: float | None = None,
-        grad_scale: LearningRate = 1.0,
-        skip_nonfinite: bool = False,
-        decoupled: bool = False,
-        maximize: bool = False,
-        groups: GroupList = (),
-        trust_coefficient: float | None = None,
-        ema_decay: float | None = None,
-    ):
-        checked_hyperparameters("SGD", momentum, weight_decay, dampening, nesterov)
-        self._options = checked_options(
-            "SGD",
-            momentum_dtype=momentum_dtype,
-            master_weights=master_weights,
-            rounding=rounding,
-            compensated=compensated,
-            seed=seed,
-            clip_norm=clip_norm,
-            clip_value=clip_value,
-            grad_scale=grad_scale,
-            skip_nonfinite=skip_nonfinite,
-            decoupled=decoupled,
-            maximize=maximize,
-            groups=groups,
-            trust_coefficient=trust_coefficient,
-            ema_decay=ema_decay,
-        )
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._state_of_trace = _ext.is_tracing()
-        self._state = _State(self._state)
+    def _begin(self, learning_rate: LearningRate, options: StepOptions, **own: Any) -> None:
+        """The constructor of every subclass, with its own arguments by name; nothing is made of
+        arguments that make no sense."""
+        _, checked = self._from_arguments(self._op, {**own, **options})
+        Optimizer.__init__(self)  # type: ignore[no-untyped-call]  # not that of its second base
+        self._options = checked
+        self._state = _State(self._state, self._rule.slots)
         self._known: tuple[str, ...] = ()  # the arenas that this optimizer has made or checked
+        self._state_of_trace = _ext.is_tracing()
         self._constants: dict[str, Any] = {}
-        self._checked: tuple[tuple[Any, ...], Hyperparameters] | None = None
+        self._checked: tuple[tuple[Any, ...], Hyper] | None = None
         self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.dampening = dampening
-        self.nesterov = nesterov
+        self.weight_decay = 0.0
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _from_arguments(cls, op: str, arguments: dict[str, Any]) -> tuple[Hyper, Options]:
+        """Arguments of the constructor, but for the learning rate, checked."""
+        own = {name: arguments.get(name, default) for name, default in cls._defaults.items()}
+        options = {name: value for name, value in arguments.items() if name not in own}
+        for name in options:
+            if name not in Options._fields:
+                allowed = ", ".join((*own, *Options._fields))
+                raise TypeError(f"[{op}] an unknown argument: got {name}, allowed {allowed}.")
+        if "betas" in own:
+            own |= named_betas(op, own.pop("betas"))
+        flags = {name: own.pop(name) for name in cls._rule.choices}
+        checked = checked_options(op, cls._rule, **{**cls._usual._asdict(), **options})
+        return cls._parsed(op, own, flags), checked
+
+    @classmethod
+    def _parsed(cls, op: str, numbers: dict[str, Any], flags: dict[str, bool]) -> Hyper:
+        """The numbers and flags of the rule, checked."""
+        return checked_hyper(op, cls._rule, {"weight_decay": 0.0, **numbers}, flags)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         vars(self).update(attributes)
-        self._state = _State(self._state)
+        self._state = _State(self._state, self._rule.slots)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._is_single = (cls.init_single, cls.apply_single) != (SGD.init_single, SGD.apply_single)
+        own, shared = (cls.init_single, cls.apply_single), FusedOptimizer
+        cls._is_single = own != (shared.init_single, shared.apply_single)
+        if "_op" in vars(cls):
+            code = cls.__init__.__code__
+            names = code.co_varnames[2 : code.co_argcount]  # behind self and the learning rate
+            cls._defaults = dict(zip(names, cls.__init__.__defaults__ or (), strict=True))
+            cls._defaults |= cls.__init__.__kwdefaults__ or {}
+        if cls.__doc__:
+            cls.__doc__ = cls.__doc__.replace("{frame}", FRAME).replace("{options}", _words(cls))
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_stale = self._compiled and not _ext.is_tracing() and self._changes(name, value)
         super().__setattr__(name, value)
         if is_stale:
             warnings.warn(
-                f"[SGD] {name} was set after a step was compiled: got {value!r}, which functions "
+                f"[{self._op}] {name} was set after a step was compiled: got {value!r}, which functions "
                 "that mx.compile has traced do not know; define and compile them again, or make it "
                 "a function of the step (see the class about compiled steps).",
                 stacklevel=2,
@@ -345,7 +252,7 @@ class SGD(Optimizer):
         in the state."""
         if name == "learning_rate":
             return callable(value)
-        if name not in _NOT_IN_THE_STATE:
+        if name not in {*self._constants, *self._rule.choices, *Options._fields}:
             return False
         old = getattr(self, name)
         return not (never_changes(old) and never_changes(value) and old == value)
@@ -365,7 +272,7 @@ class SGD(Optimizer):
     def state(self, state: dict[str, Any]) -> None:
         self._initialized = False
         self._state_of_trace = _ext.is_tracing()
-        self._state = _State(state) if isinstance(state, dict) else state
+        self._state = _State(state, self._rule.slots) if isinstance(state, dict) else state
 
     @property
     def learning_rate(self) -> Any:
@@ -376,29 +283,11 @@ class SGD(Optimizer):
     def learning_rate(self, learning_rate: LearningRate) -> None:
         if callable(learning_rate):
             learning_rate = as_ours(learning_rate)
-            first = checked_scalar("SGD", "learning_rate", learning_rate(self.step))
+            first = checked_scalar(self._op, "learning_rate", learning_rate(self.step))
             self._schedulers["learning_rate"] = learning_rate
             learning_rate = first
         # A schedule goes on, as in mlx.optimizers: the next step sets the rate again.
-        self.state["learning_rate"] = checked_scalar("SGD", "learning_rate", learning_rate)
-
-    @property
-    def momentum(self) -> Any:
-        """The momentum: the number that was given, or the value a schedule had last."""
-        return self._hyperparameter("momentum")
-
-    @momentum.setter
-    def momentum(self, value: Hyperparameter) -> None:
-        self._set_hyperparameter("momentum", value)
-
-    @property
-    def weight_decay(self) -> Any:
-        """The weight decay: the number that was given, or the value a schedule had last."""
-        return self._hyperparameter("weight_decay")
-
-    @weight_decay.setter
-    def weight_decay(self, value: Hyperparameter) -> None:
-        self._set_hyperparameter("weight_decay", value)
+        self.state["learning_rate"] = checked_scalar(self._op, "learning_rate", learning_rate)
 
     def init(self, parameters: Any) -> None:
         """Make the state for these parameters, keeping what it already knows of them.
@@ -415,11 +304,9 @@ class SGD(Optimizer):
             self._replace_state(self.unpacked_state())
             super().init(parameters)
             return
-        tree = _ext.Tree(parameters, parameters, "SGD")
+        tree = _ext.Tree(parameters, parameters, self._op)
         self._check_loaded_state(parameters)
-        self._take(
-            begun("SGD", tree, parameters, self.state, self._hyperparameters(), self._options)
-        )
+        self._take(begun(self._op, tree, parameters, self.state, self._hyper(), self._options))
 
     @property
     def grad_norm(self) -> mx.array | None:
@@ -465,8 +352,8 @@ class SGD(Optimizer):
         if self._is_single:
             self._check_single(grad_scale)
             return super().apply_gradients(gradients, parameters)
-        tree = _ext.Tree(gradients, parameters, "SGD")
-        hyper = self._hyperparameters()
+        tree = _ext.Tree(gradients, parameters, self._op)
+        hyper = self._hyper()
         learning_rate = self._schedulers.get("learning_rate")
         key = (hyper, self._options, learning_rate)
         prepared = self._prepared
@@ -485,21 +372,21 @@ class SGD(Optimizer):
 
         state = self.state
         if self._check_loaded_state(parameters):
-            state = begun("SGD", tree, parameters, state, hyper, self._options)
+            state = begun(self._op, tree, parameters, state, hyper, self._options)
         if _ext.is_tracing():
             self._check_traced(tree, learning_rate, hyper, grad_scale)
         self._check_whole(tree, parameters)
         if learning_rate is None:
             rate = self.state.get("learning_rate")
-            learning_rate = checked_scalar("SGD", "learning_rate", rate)
+            learning_rate = checked_scalar(self._op, "learning_rate", rate)
         # Of a subclass: whatever else it has put on a schedule.
         others = {
             name: schedule(self.step)
             for name, schedule in self._schedulers.items()
-            if name not in ("learning_rate", "momentum", "weight_decay")
+            if name != "learning_rate" and name not in hyper.named
         }
         updated, state, used = take_step(
-            "SGD",
+            self._op,
             tree,
             parameters,
             state,
@@ -535,22 +422,25 @@ class SGD(Optimizer):
                 :meth:`init` yet. Or the dtype is none of these.
 
         Example:
+            >>> from mlx_fused_optim import SGD
             >>> optimizer = SGD(learning_rate=1.0, ema_decay=0.5)
             >>> parameters = {"w": mx.array([1.0, 2.0])}
             >>> parameters = optimizer.apply_gradients({"w": mx.ones(2)}, parameters)
             >>> parameters["w"], optimizer.ema_parameters()["w"]
             (array([0, 1], dtype=float32), array([0.5, 1.5], dtype=float32))
         """
-        return _packing.averages(self.state, dtype, _packing.SGD, "SGD")
+        return _packing.averages(self.state, dtype, self._rule.slots, self._op)
 
     def forget(self, *slots: str) -> None:
         """Drop what the state keeps under these names, of all tensors: it begins anew at the
         next step or :meth:`init`, the moving average with the parameters of then.
 
         Args:
-            slots (str): Any of ``"momentum"``, ``"master"``, ``"compensation"``, ``"ema"``.
+            slots (str): Any of ``"master"``, ``"compensation"``, ``"ema"``, and what the rule
+                keeps: ``"momentum"`` of SGD, ``"m"`` and ``"v"`` of Adam, ...
 
         Example:
+            >>> from mlx_fused_optim import SGD
             >>> optimizer = SGD(learning_rate=1.0, ema_decay=0.5)
             >>> optimizer.init({"w": mx.zeros(2)})
             >>> optimizer.forget("ema")
@@ -558,7 +448,7 @@ class SGD(Optimizer):
             >>> optimizer.ema_parameters()["w"]
             array([0.5, 0.5], dtype=float32)
         """
-        self._replace_state(_packing.without(self.state, slots, _packing.SGD, "SGD"))
+        self._replace_state(_packing.without(self.state, slots, self._rule.slots, self._op))
 
     def keep_only(self, parameters: Any) -> None:
         """Drop what the state keeps of all other tensors, such as those that are frozen again.
@@ -567,42 +457,44 @@ class SGD(Optimizer):
             parameters (tree): A tree of arrays, for instance ``model.trainable_parameters()``.
 
         Example:
+            >>> from mlx_fused_optim import SGD
             >>> optimizer = SGD(learning_rate=1.0, momentum=0.9)
             >>> optimizer.init({"a": mx.zeros(2), "b": mx.zeros(3)})
             >>> optimizer.keep_only({"a": mx.zeros(2)})
             >>> optimizer.unpacked_state().keys()
             dict_keys(['step', 'learning_rate', 'a'])
         """
-        state = _packing.of_parameters(self.state, parameters, _packing.SGD, "SGD")
+        state = _packing.of_parameters(self.state, parameters, self._rule.slots, self._op)
         self._replace_state(state)
 
     def unpacked_state(self) -> dict[str, Any]:
-        """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array, and
-        beside it ``"master"``, ``"compensation"`` and ``"ema"`` where they are kept.
+        """The state as ``mlx.optimizers`` has it, for instance ``state[...path...]["v"]`` an
+        array, and beside it ``"master"``, ``"compensation"`` and ``"ema"`` where they are kept.
 
         Its arrays are views; while they live, the next step copies the momentum once
         instead of writing in place.
 
         Example:
+            >>> from mlx_fused_optim import SGD
             >>> optimizer = SGD(learning_rate=0.5, momentum=0.9)
             >>> optimizer.init({"w": mx.zeros(2)})
             >>> optimizer.unpacked_state()["w"]
             {'v': array([0, 0], dtype=float32)}
         """
-        return _packing.unpacked(self.state, _packing.SGD, "SGD")
+        return _packing.unpacked(self.state, self._rule.slots, self._op)
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        """Begin the state of one tensor as ``mlx.optimizers.SGD`` does: ``state["v"]``, zeros.
+        """Begin the state of one tensor as the class of ``mlx.optimizers`` does.
 
         Args:
             parameter (array): The parameter.
-            state (dict): Of this tensor alone.
+            state (dict): Of this tensor alone, for instance ``state["v"]``.
         """
-        mlx.optimizers.SGD.init_single(self, parameter, state)  # type: ignore[arg-type]
+        super().init_single(parameter, state)  # type: ignore[no-untyped-call]
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
-        """The step of one tensor in plain MLX operations: what ``mlx.optimizers.SGD`` has under
-        this name, with its roundings.
+        """The step of one tensor in plain MLX operations: what the class of
+        ``mlx.optimizers`` has under this name, with its roundings.
 
         For an optimizer that wraps this one and steps tensor by tensor, and for subclasses:
         one that overrides this or :meth:`init_single` takes all its steps so, without the
@@ -611,86 +503,78 @@ class SGD(Optimizer):
         Args:
             gradient (array): The gradient.
             parameter (array): The parameter.
-            state (dict): Of this tensor alone; ``state["v"]`` is replaced.
+            state (dict): Of this tensor alone; what it has is replaced.
 
         Returns:
             array: The updated parameter.
 
         Raises:
-            ValueError: An option is set that ``mlx.optimizers.SGD`` does not have, or momentum
-                or weight decay is scheduled.
+            ValueError: An option is set that the class of ``mlx.optimizers`` does not have, or
+                a number other than the learning rate is scheduled.
 
         Example:
+            >>> from mlx_fused_optim import SGD
             >>> optimizer, state = SGD(learning_rate=0.5, momentum=0.5), {}
             >>> optimizer.init_single(mx.array(1.0), state)
             >>> optimizer.apply_single(mx.array(1.0), mx.array(1.0), state), state
             (array(0.5, dtype=float32), {'v': array(1, dtype=float32)})
         """
         self._check_single()
-        step = mlx.optimizers.SGD.apply_single
-        return step(self, gradient, parameter, state)  # type: ignore[arg-type]
+        return super().apply_single(gradient, parameter, state)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         """The call that makes it, without what has its default."""
-        numbers = {**self._constants, **self._schedulers}
-        shown = {"learning_rate": numbers.pop("learning_rate", self.learning_rate)}
-        numbers |= {"dampening": self.dampening, "nesterov": self.nesterov}
-        shown |= {name: value for name, value in numbers.items() if callable(value) or value != 0}
-        shown |= self._beyond_mlx()
+        shown = {"learning_rate": self._schedulers.get("learning_rate", self.learning_rate)}
+        for name, default in self._defaults.items():
+            value = self._schedulers.get(name, getattr(self, name))
+            if callable(value) or value != (list(default) if name == "betas" else default):
+                shown[name] = value
+        for name, value in self._beyond_mlx().items():
+            shown[name] = value
         arguments = [f"{name}={_shown(value)}" for name, value in shown.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
     def _beyond_mlx(self) -> dict[str, Any]:
-        """The options that mlx.optimizers.SGD does not have, where not the default."""
-        fields = zip(Options._fields, self._options, Options(), strict=True)
+        """The options that the class of mlx.optimizers does not have, where not the default."""
+        fields = zip(Options._fields, self._options, self._usual, strict=True)
         return {name: getattr(self, name) for name, value, usual in fields if value != usual}
 
     def _check_single(self, grad_scale: Any = None) -> None:
         """Nothing is asked for that MLX's step of one tensor does not do."""
         beyond = list(self._beyond_mlx()) if grad_scale is None else ["grad_scale"]
-        scheduled = [name for name in ("momentum", "weight_decay") if name in self._schedulers]
-        beyond += [f"a scheduled {name}" for name in scheduled]
+        own = {name: self._schedulers.get(name, value) for name, value in self._constants.items()}
+        own |= {name: getattr(self, name) for name in self._rule.choices}
+        beyond += [f"a scheduled {name}" for name, value in own.items() if callable(value)]
+        beyond += [
+            name
+            for name, value in own.items()
+            if name not in self._of_mlx and not callable(value) and value
+        ]
         if beyond:
             raise ValueError(
-                f"[SGD] a step tensor by tensor is that of mlx.optimizers.SGD: got "
-                f"{', '.join(beyond)}; allowed learning_rate, momentum, weight_decay, dampening "
-                "and nesterov, of which the first may be scheduled."
+                f"[{self._op}] a step tensor by tensor is that of mlx.optimizers: got "
+                f"{', '.join(beyond)}; allowed learning_rate, {', '.join(sorted(self._of_mlx))}, "
+                "of which the first may be scheduled."
             )
 
-    def _hyperparameters(self) -> Hyperparameters:
-        options: dict[str, Any] = {**self._constants, **self._schedulers}
-        given = (options["momentum"], options["weight_decay"], self.dampening, self.nesterov)
+    def _hyper(self) -> Hyper:
+        numbers = {**self._constants, **self._schedulers}
+        names = ("weight_decay", *self._rule.scalars)
+        given = (*map(numbers.__getitem__, names), *map(vars(self).__getitem__, self._rule.choices))
         # Attributes are plain: checked at the next step, and then again where one has changed.
         if self._checked is None or not all(map(operator.is_, given, self._checked[0])):
-            hyper = checked_hyperparameters("SGD", *given)
+            flags = {name: vars(self)[name] for name in self._rule.choices}
+            hyper = self._parsed(self._op, {name: numbers[name] for name in names}, flags)
             if not all(map(never_changes, given)):
                 return hyper
             self._checked = given, hyper
         return self._checked[1]
 
-    def _hyperparameter(self, name: str) -> Any:
-        schedule = self._schedulers.get(name)
-        if schedule is None:
-            return self._constants[name]
-        # A state from elsewhere may lack it.
-        return self.state[name] if name in self.state else schedule(self.step)
-
-    def _set_hyperparameter(self, name: str, value: Hyperparameter) -> None:
-        if callable(value):
-            value = as_ours(value)
-            first = checked_scalar("SGD", name, value(self.step))
-            self._schedulers[name] = value
-            self.state[name] = first
-        else:
-            if self._schedulers.pop(name, None) is not None:
-                self.state.pop(name, None)
-            self._constants[name] = value
-
     def _check_traced(
         self,
         tree: _ext.Tree,
         learning_rate: LearningRate | None,
-        hyper: Hyperparameters,
+        hyper: Hyper,
         grad_scale: LearningRate | None,
     ) -> None:
         """Raise ValueError for a step inside mx.compile that needs the state and cannot have
@@ -702,7 +586,7 @@ class SGD(Optimizer):
             uses = uses_of_state(rate, hyper, self._options, grad_scale)
             if uses:
                 raise ValueError(
-                    "[SGD] a compiled step needs the optimizer's state: got a function that does "
+                    f"[{self._op}] a compiled step needs the optimizer's state: got a function that does "
                     f"not capture it, for steps with {', '.join(uses)}; allowed "
                     "mx.compile(function, inputs=state, outputs=state) with "
                     "state = [model.state, optimizer.state]."
@@ -719,24 +603,18 @@ class SGD(Optimizer):
         for path, module in parameters.named_modules():
             if isinstance(module, FullyShardedModule):
                 raise ValueError(
-                    "[SGD] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
+                    f"[{self._op}] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
                     f"this process alone: got shards in '{path}', of mlx.nn.fully_shard; allowed "
                     "mlx.nn.clip_grad_norm_sharded before the step, without these options."
                 )
         self._whole |= {key}
 
-    def _check_loaded_state(self, parameters: Any) -> None:
-        if self._initialized:
-            _packing.check_scalars(self.state, "SGD")
-        else:
-            _packing.check_state(self.state, parameters, "SGD")
-
     def _check_loaded_state(self, parameters: Any) -> bool:
         """Whether somebody has assigned or edited it since the last step."""
-        _packing.check_scalars(self.state, "SGD")
-        if self._initialized and not _packing.is_edited(self.state, self._known, _packing.SGD):
+        _packing.check_scalars(self.state, self._op)
+        if self._initialized and not _packing.is_edited(self.state, self._known, self._rule.slots):
             return False
-        _packing.check_state(self.state, parameters, _packing.SGD, "SGD")
+        _packing.check_state(self.state, parameters, self._rule.slots, self._op)
         return True
 
     def _take(self, state: dict[str, Any]) -> None:

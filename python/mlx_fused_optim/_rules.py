@@ -1,0 +1,112 @@
+"""What each rule has: the extension's table, and what Python adds to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import _ext
+from ._checks import checked_number
+from .schedules._checks import LARGEST_FLOAT32
+
+
+class Slot(NamedTuple):
+    """Something that is kept of each element of a parameter."""
+
+    name: str
+    key: str  # at a tensor's path, where mlx.optimizers has it
+    dtype: mx.Dtype | None = None  # by default the parameter's
+    has_own_dtype: bool = False  # the option state_dtype
+    of_halves: bool = False  # only half types lose what it could keep
+    begins_at_weights: bool = False  # instead of zeros
+    lasts: bool = False  # through steps that do not keep it; the others would no longer be true
+
+
+class Range(NamedTuple):
+    """Which numbers an option may be."""
+
+    least: float = 0.0
+    most: float = LARGEST_FLOAT32
+    is_open: tuple[bool, bool] = (False, False)
+
+    def checked(self, op: str, name: str, value: Any) -> float:
+        number = checked_number(op, name, value, "a float, a schedule or a callable")
+        above = number > self.least if self.is_open[0] else number >= self.least
+        below = number < self.most if self.is_open[1] else number <= self.most
+        if not (above and below and math.isfinite(number)):
+            words = ("above " if self.is_open[0] else "") + f"{self.least:g} to "
+            words += ("below " if self.is_open[1] else "") + f"{self.most:g}"
+            raise ValueError(
+                f"[{op}] {name} is out of range: got {number}, allowed {words}, finite."
+            )
+        return number
+
+
+# What the frame may keep of an element, behind the rule's own.
+FRAME_SLOTS = (
+    Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
+    Slot("compensation", "compensation", of_halves=True),
+    Slot("ema", "ema", mx.float32, begins_at_weights=True),
+)
+# A rule's own slots have these places before them, whether it needs all or not.
+RULE_PLACES = 3
+
+ANY = Range(-LARGEST_FLOAT32)
+FROM_ZERO = Range()
+ABOVE_ZERO = Range(is_open=(True, False))
+UNIT = Range(0.0, 1.0)
+BELOW_ONE = Range(0.0, 1.0, (False, True))
+
+
+class Rule:
+    """One rule of csrc/math/rules."""
+
+    def __init__(
+        self,
+        name: str,
+        ranges: tuple[Range, ...],
+        state_dtype: mx.Dtype | None = mx.float32,
+        keys: dict[str, str] | None = None,
+    ):
+        self.number = next(i for i, row in enumerate(_ext.RULES) if row["name"] == name)
+        row = _ext.RULES[self.number]
+        self.name = name
+        self.scalars: tuple[str, ...] = tuple(row["scalars"])
+        self.ranges = dict(zip(self.scalars, ranges, strict=True), weight_decay=ANY)
+        self.flags: dict[str, int] = row["flags"]
+        # Those that are options; the others follow from a number.
+        self.choices = tuple(name for name in self.flags if name not in self.scalars)
+        # Of half parameters: below float32 a second moment does not decay.
+        self.state_dtype = state_dtype
+        own = [
+            Slot(slot, (keys or {}).get(slot, slot), has_own_dtype=True, lasts=True)
+            for slot in row["slots"]
+        ]
+        self.own_slots = tuple(slot.name for slot in own)
+        self.slots = {slot.name: slot for slot in (*own, *FRAME_SLOTS)}
+        # Of each slot, among those of the kernel.
+        self.places = (*range(len(own)), *range(RULE_PLACES, RULE_PLACES + len(FRAME_SLOTS)))
+
+    def kept(self, flags: int) -> tuple[str, ...]:
+        """The slots of its own that a step with these flags keeps."""
+        return self.own_slots[: _ext.rule_slots(self.number, flags)]
+
+    def __reduce__(self) -> str:
+        return self.name.upper()
+
+
+SGD = Rule("sgd", (FROM_ZERO, UNIT), None, {"momentum": "v"})
+ADAM = Rule("adam", (BELOW_ONE, BELOW_ONE, FROM_ZERO))
+ADAMAX = Rule("adamax", (BELOW_ONE, BELOW_ONE, FROM_ZERO))
+LION = Rule("lion", (BELOW_ONE, BELOW_ONE))
+RMSPROP = Rule("rmsprop", (FROM_ZERO, ABOVE_ZERO))
+ADAGRAD = Rule("adagrad", (ABOVE_ZERO,))
+ADADELTA = Rule("adadelta", (FROM_ZERO, ABOVE_ZERO))
+
+# Of a state of which nobody says whose it is.
+ALL_SLOTS: dict[str, Slot] = {}
+for _rule in (SGD, ADAM, ADADELTA):
+    ALL_SLOTS |= {name: slot for name, slot in _rule.slots.items() if slot.has_own_dtype}
+ALL_SLOTS |= {slot.name: slot for slot in FRAME_SLOTS}

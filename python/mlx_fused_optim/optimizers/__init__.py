@@ -1,0 +1,26 @@
+"""Optimizers that read like ``mlx.optimizers``: ours, and beside them the others as they are."""
+
+from mlx.optimizers import Adafactor, MultiOptimizer, Muon, Optimizer, clip_grad_norm
+
+from .adam import Adam, Adamax, AdamW
+from .adaptive import AdaDelta, Adagrad, RMSprop
+from .base import FusedOptimizer
+from .lion import Lion
+from .sgd import SGD
+
+__all__ = [
+    "SGD",
+    "AdaDelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "FusedOptimizer",
+    "Lion",
+    "MultiOptimizer",
+    "Muon",
+    "Optimizer",
+    "RMSprop",
+    "clip_grad_norm",
+]

@@ -1,0 +1,230 @@
+"""Adam and its kin: moving averages of the gradient and of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.optimizers
+
+from .. import _rules
+from .._checks import Hyperparameter, LearningRate
+from .._groups import named_betas
+from .._options import Options, StepOptions
+from .base import FusedOptimizer, Number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Adam(FusedOptimizer, mlx.optimizers.Adam):
+    r"""Adam, the whole parameter tree in one kernel.
+
+    Takes the place of ``mlx.optimizers.Adam``: the same arguments, the same methods and,
+    in float32 with a constant learning rate and no bias correction, the same bits as its eager step.
+
+    .. math::
+
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        w &\leftarrow w - \eta_t \frac{m}{\sqrt{v} + \epsilon}
+
+    {frame}
+
+    Args:
+        learning_rate (float, array, Schedule or callable): The learning rate
+            :math:`\eta_t`.
+        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
+            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
+        eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
+        bias_correction (bool): Divide :math:`m` by :math:`1 - \beta_1^t` and :math:`v` by
+            :math:`1 - \beta_2^t`, :math:`t` counting from 1. The two numbers are exact to an
+            ulp of float32 at every step. Default: ``False``.
+        amsgrad (bool): Divide by the largest :math:`v` so far. Default: ``False``.
+        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
+            Coupled (L2)
+            unless ``decoupled``. Default: ``0.0``.
+        {options}
+
+    Raises:
+        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
+            groups or state do not fit. Nothing has been changed then.
+
+    References:
+        ``mlx.optimizers.Adam``. Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980. AMSGrad:
+        Reddi, Kale and Kumar, 2018, https://arxiv.org/abs/1904.09237.
+
+    Example:
+        >>> optimizer = Adam(learning_rate=0.5)
+        >>> parameters = {"w": mx.array([1.0, 2.0])}
+        >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
+        >>> parameters["w"], optimizer.step
+        (@, array(1, dtype=uint64))
+    """
+
+    _op = "Adam"
+    _rule = _rules.ADAM
+    _of_mlx = frozenset({"beta1", "beta2", "eps", "bias_correction"})
+    beta1 = Number()
+    beta2 = Number()
+    eps = Number()
+    bias_correction = False
+    amsgrad = False
+
+    @property
+    def betas(self) -> list[Any]:
+        """The factors of the moving averages, as ``mlx.optimizers`` has them."""
+        return [self.beta1, self.beta2]
+
+    @betas.setter
+    def betas(self, betas: Sequence[Hyperparameter]) -> None:
+        for name, beta in named_betas(self._op, betas).items():
+            setattr(self, name, beta)
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: Sequence[Hyperparameter] = (0.9, 0.999),
+        eps: Hyperparameter = 1e-8,
+        bias_correction: bool = False,
+        *,
+        amsgrad: bool = False,
+        weight_decay: Hyperparameter = 0.0,
+        **options: Unpack[StepOptions],
+    ):
+        self._begin(
+            learning_rate,
+            options,
+            betas=betas,
+            eps=eps,
+            bias_correction=bias_correction,
+            amsgrad=amsgrad,
+            weight_decay=weight_decay,
+        )
+
+
+class AdamW(Adam, mlx.optimizers.AdamW):
+    r"""Adam with decoupled weight decay, the whole parameter tree in one kernel.
+
+    Takes the place of ``mlx.optimizers.AdamW``: the same arguments, the same methods and,
+    in float32 with a constant learning rate and no bias correction, the same bits as its eager step.
+
+    .. math::
+
+        w &\leftarrow (1 - \eta_t \lambda) w \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        w &\leftarrow w - \eta_t \frac{m}{\sqrt{v} + \epsilon}
+
+    {frame}
+
+    Args:
+        learning_rate (float, array, Schedule or callable): The learning rate
+            :math:`\eta_t`.
+        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
+            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
+        eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
+        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
+            Default: ``0.01``.
+        bias_correction (bool): Divide :math:`m` by :math:`1 - \beta_1^t` and :math:`v` by
+            :math:`1 - \beta_2^t`, :math:`t` counting from 1. The two numbers are exact to an
+            ulp of float32 at every step. Default: ``False``.
+        amsgrad (bool): Divide by the largest :math:`v` so far. Default: ``False``.
+        {options}
+
+    Raises:
+        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
+            groups or state do not fit. Nothing has been changed then.
+
+    References:
+        ``mlx.optimizers.AdamW``. Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101.
+
+    Example:
+        >>> optimizer = AdamW(learning_rate=0.5)
+        >>> parameters = {"w": mx.array([1.0, 2.0])}
+        >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
+        >>> parameters["w"], optimizer.step
+        (@, array(1, dtype=uint64))
+    """
+
+    _op = "AdamW"
+    _rule = _rules.ADAM
+    _of_mlx = frozenset({"beta1", "beta2", "eps", "weight_decay", "bias_correction"})
+    _usual = Options(decoupled=True)
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: Sequence[Hyperparameter] = (0.9, 0.999),
+        eps: Hyperparameter = 1e-8,
+        weight_decay: Hyperparameter = 0.01,
+        bias_correction: bool = False,
+        *,
+        amsgrad: bool = False,
+        **options: Unpack[StepOptions],
+    ):
+        self._begin(
+            learning_rate,
+            options,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            amsgrad=amsgrad,
+        )
+
+
+class Adamax(Adam, mlx.optimizers.Adamax):
+    r"""Adam by the infinity norm, the whole parameter tree in one kernel.
+
+    Takes the place of ``mlx.optimizers.Adamax``: the same arguments, the same methods and,
+    in float32 with a constant learning rate, the same bits as its eager step.
+
+    .. math::
+
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \max(\beta_2 v, |g|) \\
+        w &\leftarrow w - \eta_t \frac{m}{v + \epsilon}
+
+    {frame}
+
+    Args:
+        learning_rate (float, array, Schedule or callable): The learning rate
+            :math:`\eta_t`.
+        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
+            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
+        eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
+        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
+            Coupled (L2)
+            unless ``decoupled``. Default: ``0.0``.
+        {options}
+
+    Raises:
+        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
+            groups or state do not fit. Nothing has been changed then.
+
+    References:
+        ``mlx.optimizers.Adamax``. Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980, section 7.1.
+
+    Example:
+        >>> optimizer = Adamax(learning_rate=0.5)
+        >>> parameters = {"w": mx.array([1.0, 2.0])}
+        >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
+        >>> parameters["w"], optimizer.step
+        (@, array(1, dtype=uint64))
+    """
+
+    _op = "Adamax"
+    _rule = _rules.ADAMAX
+    _of_mlx = frozenset({"beta1", "beta2", "eps"})
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: Sequence[Hyperparameter] = (0.9, 0.999),
+        eps: Hyperparameter = 1e-8,
+        *,
+        weight_decay: Hyperparameter = 0.0,
+        **options: Unpack[StepOptions],
+    ):
+        self._begin(learning_rate, options, betas=betas, eps=eps, weight_decay=weight_decay)
