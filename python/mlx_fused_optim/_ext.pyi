@@ -131,6 +131,7 @@ class PreparedStep:
         self,
         layout: object,
         key: str,
+        entries: int,
         *,
         learning_rate: mx.array | Schedule | float,
         momentum: float,

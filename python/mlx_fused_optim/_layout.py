@@ -67,7 +67,7 @@ def encoded(layout: Layout) -> mx.array:
     import json
 
     rows = [[path, shape, dtype_name(dtype)] for path, shape, dtype in layout.tensors]
-    return mx.array(list(json.dumps(rows).encode()), mx.uint8)
+    return mx.array(memoryview(json.dumps(rows).encode()))  # uint8
 
 
 def layout_of_table(key: str, table: Any, op: str) -> Layout:

@@ -50,17 +50,21 @@ class Slot(NamedTuple):
         return layout.halves if self.of_halves else range(len(layout.arenas))
 
 
-# What a rule may keep, in the order of its kernel (SgdSlot in csrc/sgd.h).
-Rule = dict[str, Slot]
-SGD: Rule = {
-    slot.name: slot
-    for slot in (
-        Slot("momentum", "v", has_own_dtype=True, lasts=True),
-        Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
-        Slot("compensation", "compensation", of_halves=True),
-        Slot("ema", "ema", mx.float32, begins_at_weights=True),
-    )
-}
+class Rule(dict[str, Slot]):
+    """What an optimizer may keep, by name, in the order of its kernel."""
+
+    def __init__(self, *slots: Slot):
+        super().__init__((slot.name, slot) for slot in slots)
+        self.names = {slot.key: slot.name for slot in slots}
+
+
+# As SgdSlot in csrc/sgd.h.
+SGD = Rule(
+    Slot("momentum", "v", has_own_dtype=True, lasts=True),
+    Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
+    Slot("compensation", "compensation", of_halves=True),
+    Slot("ema", "ema", mx.float32, begins_at_weights=True),
+)
 
 
 class Wanted(NamedTuple):
@@ -336,9 +340,8 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 
 def _is_loose(key: str, value: Any, rule: Rule) -> bool:
     """Modules are containers; of a tree that is one array, the slots are arrays at the top."""
-    if key == "arenas":
-        return False
-    return isinstance(value, (dict, list, tuple)) or any(key == s.key for s in rule.values())
+    is_place = isinstance(value, (dict, list, tuple)) and key != "arenas"
+    return is_place or key in rule.names
 
 
 def scalars(state: State, rule: Rule) -> State:
@@ -354,7 +357,6 @@ def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kep
     loose = {k: v for k, v in state.items() if _is_loose(k, v, rule)}
     if not loose:
         return {}
-    names = {slot.key: slot.name for slot in rule.values()}
     arrays = {path: leaf for path, leaf in leaves(parameters) if isinstance(leaf, mx.array)}
     own_paths = _own_paths({where[:-1] for where, _ in leaves(loose)}, arrays)
     tensors: dict[Path, Kept] = {}
@@ -362,11 +364,11 @@ def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kep
         path, key = own_paths[where[:-1]], where[-1]
         if path in arrays and not mx.issubdtype(arrays[path].dtype, mx.inexact):
             continue
-        name = names.get(key) if isinstance(key, str) else None
+        name = rule.names.get(key) if isinstance(key, str) else None
         if name is None or not isinstance(leaf, mx.array):
             raise ValueError(
                 f"[{op}] the state has a leaf that is not {op}'s: got {described(leaf)} at "
-                f"'{name_of(where)}', allowed only arrays {', '.join(map(repr, names))}."
+                f"'{name_of(where)}', allowed only arrays {', '.join(map(repr, rule.names))}."
             )
         if leaf.dtype not in _DTYPES:
             raise ValueError(

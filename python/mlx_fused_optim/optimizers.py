@@ -424,7 +424,7 @@ class SGD(Optimizer):
             packs=True,
         )
         self._take({**state, **used, **others})
-        step = prepared_step(tree, learning_rate, hyper, self._options)
+        step = prepared_step(tree, state, learning_rate, hyper, self._options)
         self._prepared = _Prepared(key, step)
         return updated
 
