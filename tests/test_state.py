@@ -609,9 +609,14 @@ def test_a_prepared_step_keeps_no_rate_alive():
 def test_a_prepared_step_is_not_taken_on_a_state_just_assigned():
     """It would not see that the rest of the state is of another model."""
     optimizer = optim.SGD(0.25, momentum=0.5)
-    parameters = stepped(optimizer, 2)
-    state = {**optimizer.state, "arenas": dict(optimizer.state["arenas"])}
-    state["arenas"].update(arenas_of({"c": mx.ones(4)}))
-    optimizer.state = state
+    parameters = {**tree(0), "c": mx.ones(3)}
+    optimizer.apply_gradients({"c": mx.ones(3)}, parameters)
+    for i in range(2):
+        parameters.update(optimizer.apply_gradients(tree(1 + i), parameters))
+    frozen, own = optimizer.state["arenas"]
+    optimizer.state = {
+        **optimizer.state,
+        "arenas": {own: optimizer.state["arenas"][own], **arenas_of({"c": mx.ones(4)})},
+    }
     with pytest.raises(ValueError, match=r"another model: got momentum of shape \(4,\) for 'c'"):
-        optimizer.apply_gradients(tree(5), {**parameters, "c": mx.ones(3)})
+        optimizer.apply_gradients(tree(5), parameters)
