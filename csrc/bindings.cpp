@@ -412,8 +412,7 @@ NB_MODULE(_ext, m) {
                 ema_decay,
                 seed,
                 momentum_dtype);
-            new (self) PreparedStep(
-                std::move(layout), std::move(key), entries, std::move(options));
+            new (self) PreparedStep(std::move(layout), std::move(key), entries, std::move(options));
           },
           "layout"_a,
           "key"_a,

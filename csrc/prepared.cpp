@@ -76,11 +76,7 @@ nb::dict copy_of(nb::handle dict) {
 
 } // namespace
 
-PreparedStep::PreparedStep(
-    nb::object layout,
-    std::string key,
-    size_t entries,
-    SgdOptions options)
+PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, SgdOptions options)
     : held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),

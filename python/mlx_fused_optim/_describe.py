@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from . import _packing
-from ._paths import leaves, name_of
+from ._paths import name_of
 
 
 def describe(state: dict[str, Any]) -> str:
@@ -26,6 +26,7 @@ def describe(state: dict[str, Any]) -> str:
         ValueError: It is not a state of this optimizer.
 
     Example:
+        >>> from mlx_fused_optim import SGD
         >>> optimizer = SGD(learning_rate=0.5, momentum=0.9, ema_decay=0.5)
         >>> optimizer.init({"layers": [{"w": mx.zeros((2, 3), mx.bfloat16)}, {"b": mx.zeros(3)}]})
         >>> print(describe(optimizer.state))

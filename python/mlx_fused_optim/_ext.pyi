@@ -89,7 +89,6 @@ def arena_view(
     *,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> mx.array: ...
-
 def arena_views(arena: mx.array, layout: Layout, number: int) -> list[mx.array]: ...
 def pack_slot(
     tensors: Sequence[mx.array | None], layout: Layout, number: int, dtype: mx.Dtype | None

@@ -12,6 +12,7 @@ from ._options import DTYPES, dtype_name
 from ._paths import Path, name_of
 from ._recent import Recent
 
+
 class Layout:
     """Where each tensor lives, in the shapes that Python needs."""
 
@@ -67,7 +68,8 @@ def encoded(layout: Layout) -> mx.array:
     import json
 
     rows = [[path, shape, dtype_name(dtype)] for path, shape, dtype in layout.tensors]
-    return mx.array(memoryview(json.dumps(rows).encode()))  # uint8
+    data: Any = memoryview(json.dumps(rows).encode())
+    return mx.array(data)  # uint8
 
 
 def layout_of_table(key: str, table: Any, op: str) -> Layout:

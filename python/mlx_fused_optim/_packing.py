@@ -142,22 +142,23 @@ def packed(
     this step or with what is loose stay as they are. ``parameters`` may have more tensors.
     """
     if len(layout.shapes) != len(layout.tensors):
-        paths = [path for path, _, _ in layout.tensors]
-        twice = next(path for path in paths if paths.count(path) > 1)
+        rows = [path for path, _, _ in layout.tensors]
+        twice = next(path for path in rows if rows.count(path) > 1)
         raise ValueError(
             f"[{op}] two tensors have the same path: got '{name_of(twice)}' twice, allowed once."
         )
     rule = wanted.rule
     loose = _loose(state, parameters, rule, op)
-    layouts = {key: _layout(key, e, rule, op) for key, e in state.get("arenas", {}).items()}
-    touched = [
-        key
-        for key, other in layouts.items()
-        if not (other.shapes.keys().isdisjoint(layout.shapes) and loose.keys().isdisjoint(other.shapes))
-    ]
-    if touched == [layout.key] and not loose and arenas_of(state, layout, wanted, op) is not None:
+    paths = layout.shapes.keys() | loose.keys()
+    touched = {
+        key: own
+        for key, own in _layouts(state, rule, op).items()
+        if not paths.isdisjoint(own.shapes)
+    }
+    is_alone = touched.keys() == {layout.key} and not loose
+    if is_alone and arenas_of(state, layout, wanted, op) is not None:
         return state
-    found, dtypes = _found(state, {key: layouts[key] for key in touched}, loose, rule)
+    found, dtypes = _found(state, touched, loose, rule)
 
     mine = [found.pop(path, {}) for path in layout.shapes]
     for kept, (path, shape) in zip(mine, layout.shapes.items(), strict=True):
@@ -296,8 +297,11 @@ def check_scalars(state: State, op: str) -> None:
     """Raise ValueError unless step and learning rate are what a step needs."""
     check_is_state(state, op)
     step = state.get("step")
-    is_array = isinstance(step, mx.array) and mx.issubdtype(step.dtype, mx.integer)
-    if not (is_array and step.ndim == 0) and not (type(step) is int and 0 <= step < 2**64):
+    if isinstance(step, mx.array):
+        is_step = step.ndim == 0 and mx.issubdtype(step.dtype, mx.integer)
+    else:
+        is_step = type(step) is int and 0 <= step < 2**64
+    if not is_step:
         raise ValueError(
             f"[{op}] state['step'] is missing or of the wrong type: got {described(step)}, "
             "allowed an integer scalar of 0 or more."
@@ -535,13 +539,14 @@ def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: 
 
 def _as_tree(tensors: dict[Path, Kept], rule: Rule, op: str) -> State:
     """By path, as mlx.optimizers nests it."""
-    tree = built(
-        (((*path, rule[name].key), value) for path, kept in tensors.items()
-         for name, value in kept.items()),
-        op,
+    items = (
+        ((*path, rule[name].key), value)
+        for path, kept in tensors.items()
+        for name, value in kept.items()
     )
+    tree: State | list[Any] = built(items, op)
     if isinstance(tree, list):  # of a tree that is a list: a dict has the same names
-        tree = {str(place): node for place, node in enumerate(tree) if node}
+        return {str(place): node for place, node in enumerate(tree) if node}
     return tree
 
 

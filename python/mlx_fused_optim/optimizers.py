@@ -98,9 +98,9 @@ class SGD(Optimizer):
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of ``mlx.optimizers.SGD`` can be assigned to it or put into it with ``update``, and
-    :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has. As for the learning rate, ``state["momentum"]`` and
-    ``state["weight_decay"]`` are there when they are scheduled, with the value that the last
-    step used.
+    :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has.
+    As for the learning rate, ``state["momentum"]`` and ``state["weight_decay"]`` are there
+    when they are scheduled, with the value that the last step used.
 
     Args:
         learning_rate (float, array, Schedule or callable): The learning rate
@@ -338,7 +338,9 @@ class SGD(Optimizer):
         """
         tree = _ext.Tree(parameters, parameters, "SGD")
         self._check_loaded_state(parameters)
-        self._take(begun("SGD", tree, parameters, self.state, self._hyperparameters(), self._options))
+        self._take(
+            begun("SGD", tree, parameters, self.state, self._hyperparameters(), self._options)
+        )
 
     @property
     def grad_norm(self) -> mx.array | None:
@@ -486,8 +488,7 @@ class SGD(Optimizer):
             >>> optimizer.unpacked_state().keys()
             dict_keys(['step', 'learning_rate', 'a'])
         """
-        state = _packing.of_parameters(self.state, parameters, _packing.SGD, "SGD")
-        self._replace_state(state)
+        self._replace_state(_packing.of_parameters(self.state, parameters, _packing.SGD, "SGD"))
 
     def unpacked_state(self) -> dict[str, Any]:
         """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array, and
