@@ -124,6 +124,9 @@ def test_what_is_put_in_for_a_frozen_tensor_waits_for_it():
 
 
 EDITS = {
+    "two shapes of one that is frozen": lambda state: state.update(
+        c={"v": mx.ones(4), "ema": mx.ones(5)}
+    ),
     "another model": lambda state: state.update(x={"v": mx.ones(4)}) or state.pop("arenas"),
     "another model's arenas": lambda state: state.update(arenas=arenas_of({"x": mx.ones(4)})),
     "another shape": lambda state: state.update(a={"v": mx.ones(4)}),
@@ -463,6 +466,8 @@ def test_a_model_with_quantized_layers():
     assert_same(model.parameters(), other.parameters())
     moved = optim.SGD(0.1, momentum=0.5)
     moved.state.update(theirs.state)  # which has momentum of integers, too
+    moved.init(other.trainable_parameters())
+    assert moved.unpacked_state()["layers"][0].keys() == {"bias", "scales", "biases"}
     _, gradients = nn.value_and_grad(model, loss)(model, x)
     ours.update(model, gradients)
     moved.update(other, gradients)

@@ -166,7 +166,7 @@ def packed(
     lasting = {name for kept in mine for name in kept if rule[name].lasts}
     slots = [slot for name, slot in rule.items() if name in lasting or name in wanted.slots]
     entries = {key: e for key, e in state.get("arenas", {}).items() if key not in touched}
-    entries.update(_left(found, dtypes, rule))
+    entries.update(_left(found, dtypes, rule, op))
     entry = _entry(layout, slots, wanted, mine, tree.parameters)
     if entry:
         entries[layout.key] = entry
@@ -238,9 +238,8 @@ def of_parameters(state: State, parameters: Any, rule: Rule, op: str) -> State:
     split = {key: own for key, own in layouts.items() if not own.shapes.keys() <= paths}
     found, dtypes = _found(state, split, loose, rule)
     entries = {key: entry for key, entry in state.get("arenas", {}).items() if key not in split}
-    entries.update(
-        _left({path: kept for path, kept in found.items() if path in paths}, dtypes, rule)
-    )
+    found = {path: kept for path, kept in found.items() if path in paths}
+    entries.update(_left(found, dtypes, rule, op))
     return _with_entries(scalars(state, rule), entries)
 
 
@@ -357,7 +356,7 @@ def _with_entries(state: State, entries: State) -> State:
 
 
 def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kept]:
-    """By path, what lies where mlx.optimizers keeps it; of integers nothing counts."""
+    """By path, what lies where mlx.optimizers keeps it."""
     loose = {k: v for k, v in state.items() if _is_loose(k, v, rule)}
     if not loose:
         return {}
@@ -366,8 +365,8 @@ def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kep
     tensors: dict[Path, Kept] = {}
     for where, leaf in leaves(loose):
         path, key = own_paths[where[:-1]], where[-1]
-        if path in arrays and not mx.issubdtype(arrays[path].dtype, mx.inexact):
-            continue
+        if _is_integer(leaf) and (path not in arrays or _is_integer(arrays[path])):
+            continue  # MLX has momentum of data, too
         name = rule.names.get(key) if isinstance(key, str) else None
         if name is None or not isinstance(leaf, mx.array):
             raise ValueError(
@@ -381,6 +380,10 @@ def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kep
             )
         tensors.setdefault(path, {})[name] = leaf
     return tensors
+
+
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and not mx.issubdtype(leaf.dtype, mx.inexact)
 
 
 def _own_paths(paths: set[Path], known: Iterable[Path]) -> dict[Path, Path]:
@@ -474,7 +477,7 @@ def everything(state: State, rule: Rule, op: str) -> dict[Path, Kept]:
     return _found(state, _layouts(state, rule, op), _loose(state, None, rule, op), rule)[0]
 
 
-def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Rule) -> State:
+def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Rule, op: str) -> State:
     """Entries of tensors that are not in the step: one for each set of slots."""
     sets: dict[tuple[str, ...], dict[Path, Kept]] = {}
     for path, kept in found.items():
@@ -484,8 +487,9 @@ def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Rule) -> 
     for names, tensors in sets.items():
         rows = []
         for path, kept in tensors.items():
-            value = next(iter(kept.values()))
-            rows.append((path, value.shape, dtypes.get(path) or _dtype_of(kept, rule)))
+            shape = next(iter(kept.values())).shape
+            _check_shapes(kept, path, shape, op)
+            rows.append((path, shape, dtypes.get(path) or _dtype_of(kept, rule)))
         layout = layout_of_rows(rows)
         slots = [slot for name, slot in rule.items() if name in names]
         entry = _entry(layout, slots, Wanted(rule, ()), list(tensors.values()), [])
