@@ -401,6 +401,7 @@ NB_MODULE(_ext, m) {
           [](PreparedStep* self,
              nb::object layout,
              std::string key,
+             size_t entries,
              const Number& learning_rate,
              double momentum,
              double weight_decay,
@@ -424,10 +425,11 @@ NB_MODULE(_ext, m) {
                 ema_decay,
                 seed,
                 momentum_dtype);
-            new (self) PreparedStep(std::move(layout), std::move(key), std::move(options));
+            new (self) PreparedStep(std::move(layout), std::move(key), entries, std::move(options));
           },
           "layout"_a,
           "key"_a,
+          "entries"_a,
           nb::kw_only(),
           "learning_rate"_a,
           "momentum"_a,

@@ -275,6 +275,13 @@ def test_bad_arguments_raise(make, arguments):
         make(*positional, **keywords)
 
 
+def test_large_limits_are_said_in_words():
+    with pytest.raises(ValueError, match=r"got 0, allowed 1 to 2\*\*60\.$"):
+        cosine_decay(0.1, 0)
+    with pytest.raises(ValueError, match=r"got -1, allowed 0 to 2\*\*64 - 1\.$"):
+        cosine_decay(0.1, 10)(-1)
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, 2**64, "one", None, mx.array(1.0), mx.array(True)])
 def test_bad_steps_raise(step):
     with pytest.raises(

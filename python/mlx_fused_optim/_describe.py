@@ -26,6 +26,7 @@ def describe(state: dict[str, Any]) -> str:
         ValueError: It is not a state of this optimizer.
 
     Example:
+        >>> from mlx_fused_optim import SGD
         >>> optimizer = SGD(learning_rate=0.5, momentum=0.9, ema_decay=0.5)
         >>> optimizer.init({"layers": [{"w": mx.zeros((2, 3), mx.bfloat16)}, {"b": mx.zeros(3)}]})
         >>> print(describe(optimizer.state))

@@ -22,12 +22,13 @@ from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Below it the reciprocal is beyond float32.
 SMALLEST_SCALE = 2.0**-126
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)
+    return _NAMES[dtype]
 
 
 class _Fields(NamedTuple):

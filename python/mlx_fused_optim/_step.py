@@ -94,10 +94,14 @@ def never_changes(value: Any) -> bool:
 
 
 def prepared_step(
-    tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyperparameters, options: Options
+    tree: _ext.Tree,
+    state: _packing.State,
+    learning_rate: LearningRate,
+    hyper: Hyperparameters,
+    options: Options,
 ) -> _ext.PreparedStep | None:
-    """These steps again without a look at each option; None where every step needs one, for
-    a number that Python makes, for groups and for what is measured."""
+    """The steps after this ``state`` without a look at each option; None where every step needs
+    one, for a number that Python makes, for groups and for what is measured."""
     rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     if (
         not isinstance(rate, (mx.array, _ext.Schedule))
@@ -112,6 +116,7 @@ def prepared_step(
     return _ext.PreparedStep(
         layout.made,
         layout.key,
+        len(state.get("arenas", ())),
         learning_rate=rate,
         momentum=hyper.momentum,
         weight_decay=hyper.weight_decay,

@@ -215,7 +215,7 @@ def fused_sgd_step(
     updated, state, _ = take_step(
         op, tree, parameters, state, learning_rate, hyper, options, None, stream, packs=False
     )
-    _prepare(key, prepared_step(tree, learning_rate, hyper, options))
+    _prepare(key, prepared_step(tree, state, learning_rate, hyper, options))
     return updated, state
 
 

@@ -148,9 +148,9 @@ class SGD(Optimizer):
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of ``mlx.optimizers.SGD`` can be assigned to it or put into it with ``update``, and
-    :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has. As for the learning rate, ``state["momentum"]`` and
-    ``state["weight_decay"]`` are there when they are scheduled, with the value that the last
-    step used.
+    :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has.
+    As for the learning rate, ``state["momentum"]`` and ``state["weight_decay"]`` are there
+    when they are scheduled, with the value that the last step used.
 
     Args:
         learning_rate (float, array, Schedule or callable): The learning rate
@@ -511,7 +511,7 @@ class SGD(Optimizer):
             packs=True,
         )
         self._take({**state, **used, **others})
-        step = prepared_step(tree, learning_rate, hyper, self._options)
+        step = prepared_step(tree, state, learning_rate, hyper, self._options)
         self._prepared = _Prepared(key, step)
         return updated
 
@@ -573,8 +573,7 @@ class SGD(Optimizer):
             >>> optimizer.unpacked_state().keys()
             dict_keys(['step', 'learning_rate', 'a'])
         """
-        state = _packing.of_parameters(self.state, parameters, _packing.SGD, "SGD")
-        self._replace_state(state)
+        self._replace_state(_packing.of_parameters(self.state, parameters, _packing.SGD, "SGD"))
 
     def unpacked_state(self) -> dict[str, Any]:
         """The state as ``mlx.optimizers.SGD`` has it: ``state[...path...]["v"]`` an array, and
