@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import _ext
-from ._checks import LEAST, checked_factor, checked_positive, checked_scalar
+from ._checks import checked_factor, checked_positive, checked_scalar, least_of
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -148,14 +148,13 @@ def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
     if key == "learning_rate_factor":
-        return checked_factor(op, name, value, "a float", at_least=LEAST)
+        return checked_factor(op, name, value, "a float", least_of(key))
     if callable(value):
         return value
     if isinstance(value, mx.array):
         return checked_scalar(op, name, value)
-    least = 0.0 if key == "momentum" else LEAST
     allowed = "a float, a scalar array, a schedule or a callable"
-    return checked_factor(op, name, value, allowed, least)
+    return checked_factor(op, name, value, allowed, least_of(key))
 
 
 def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:

@@ -262,9 +262,10 @@ class SGD(Optimizer):
         super().__setattr__(name, value)
         if is_stale:
             warnings.warn(
-                f"[SGD] {name} was set after a step was compiled: got {value!r}, which functions "
-                "that mx.compile has traced do not know; define and compile them again, or make it "
-                "a function of the step (see the class about compiled steps).",
+                f"[SGD] {name} was set after a step was compiled: functions that mx.compile has "
+                f"traced go on without it; got {value!r}, allowed before the trace, or as a "
+                "function of the step where one is allowed. Define and compile the function anew "
+                "(see SGD about compiled steps).",
                 stacklevel=2,
             )
 
@@ -275,8 +276,9 @@ class SGD(Optimizer):
             return callable(value)
         if name not in _NOT_IN_THE_STATE:
             return False
-        old = getattr(self, name)
-        return not (never_changes(old) and never_changes(value) and old == value)
+        old, plain = getattr(self, name), (float, int, str)
+        is_same = isinstance(old, plain) and isinstance(value, plain) and old == value
+        return old is not value and not is_same
 
     @property
     def state(self) -> dict[str, Any]:
@@ -540,8 +542,8 @@ class SGD(Optimizer):
             if isinstance(module, FullyShardedModule):
                 raise ValueError(
                     "[SGD] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
-                    f"this process alone: got shards in '{path}', of mlx.nn.fully_shard; allowed "
-                    "mlx.nn.clip_grad_norm_sharded before the step, without these options."
+                    f"this process alone: got shards, of mlx.nn.fully_shard, in '{path}'; allowed "
+                    "mlx.nn.utils.clip_grad_norm_sharded before a step without these options."
                 )
         self._whole |= {key}
 
