@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 from mlx.nn.layers.distributed import FullyShardedModule
 from mlx.optimizers import Optimizer
 
