@@ -83,14 +83,24 @@ class SGD(Optimizer):
     ``state["weight_decay"]`` are there when they are scheduled, with the value that the last
     step used.
 
+    **Compiled steps.** A function that ``mx.compile`` traces keeps every option as it was
+    at the trace: numbers, truth values, groups and arrays that an option is given. It sees
+    what is in the captured ``state``, such as ``learning_rate``, which may be set between
+    two steps. Setting another option after a trace warns: define and compile the function
+    anew then (MLX knows a function that it has compiled once), or let the option be a
+    function of the step that returns an array among the captured inputs. ``state`` has to be
+    among the captured inputs and outputs of a step, unless the rate is a constant and
+    nothing is kept: then, as with ``mlx.optimizers``, the model's is enough.
+
     Args:
         learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
-            callable gets the step and returns a scalar.
+            :math:`\eta_t`; below 0 it climbs. An array has one element. A
+            :class:`Schedule` is evaluated in the kernel; any other callable gets the step
+            and returns a scalar.
         momentum (float, Schedule or callable): The momentum :math:`\mu`, 0 or more;
             scheduled like the learning rate, it may pass through 0. Default: ``0.0``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda` (L2
-            penalty), 0 or more; scheduled likewise. Default: ``0.0``.
+            penalty); scheduled likewise. Default: ``0.0``.
         dampening (float): The dampening :math:`\tau` of the momentum, 0 to 1.
             Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
@@ -109,11 +119,12 @@ class SGD(Optimizer):
             :math:`2^{64} - 1`. Default: ``0``.
         clip_norm (float): The largest global norm :math:`C`, over the gradients of one call:
             in a ``MultiOptimizer``, each optimizer has the norm of its own. ``inf`` measures
-            the norm and clips nothing. Default: ``None``.
+            the norm and clips nothing. Not for parts of tensors, as ``mlx.nn.fully_shard``
+            makes them: every process would clip by its own. Default: ``None``.
         clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
         grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
-            were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
-            that changes goes to :meth:`update`. Default: ``1.0``.
+            were multiplied with: :math:`s`. An array that changes goes to :meth:`update`.
+            Default: ``1.0``.
         skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
             where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
             count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
@@ -127,17 +138,19 @@ class SGD(Optimizer):
             ``overrides`` is a dict of ``learning_rate`` (in place of the optimizer's),
             ``learning_rate_factor`` (times the optimizer's), ``momentum``,
             ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
-            ``None``). A constant 0, or ``None``, leaves the term out. An array is a constant
-            inside ``mx.compile``, unlike a schedule. Predicates are called once for a set of
-            tensors; each must take a tensor of the first tree of parameters. Default: ``()``.
-        trust_coefficient (float): LARS's :math:`\kappa`. Default: ``None``, no ratio.
+            ``None``). A constant 0, or ``None``, leaves the term out. Predicates are called
+            once for a set of tensors; each must take a tensor of the first tree of parameters.
+            Default: ``()``.
+        trust_coefficient (float): LARS's :math:`\kappa`; needs a weight decay of 0 or more.
+            Default: ``None``, no ratio.
         ema_decay (float): Keep a moving average of the parameters in float32,
             :math:`a \leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
             see :meth:`ema_parameters`. 4 bytes a parameter. Default: ``None``.
 
     Raises:
         ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+            groups or state do not fit, a compiled step lacks a state that it needs, or tensors
+            in parts are to be measured. Nothing has been changed then.
 
     References:
         ``mlx.optimizers.SGD``, ``mlx.optimizers.clip_grad_norm``. LARS: You, Gitman and
@@ -308,7 +321,8 @@ class SGD(Optimizer):
 
     @property
     def momentum(self) -> Any:
-        """The momentum: the number that was given, or the value a schedule had last."""
+        """The momentum: the number that was given, or the value a schedule had last. Setting
+        it after ``mx.compile``: see :class:`SGD` on compiled steps."""
         return self._hyperparameter("momentum")
 
     @momentum.setter
@@ -317,7 +331,8 @@ class SGD(Optimizer):
 
     @property
     def weight_decay(self) -> Any:
-        """The weight decay: the number that was given, or the value a schedule had last."""
+        """The weight decay: the number that was given, or the value a schedule had last.
+        Setting it after ``mx.compile``: see :class:`SGD` on compiled steps."""
         return self._hyperparameter("weight_decay")
 
     @weight_decay.setter
@@ -538,7 +553,7 @@ class SGD(Optimizer):
         key = layout_of(tree).key  # wrapped, a module has other paths
         if key in self._whole:
             return
-        for path, module in parameters.named_modules():
+        for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
             if isinstance(module, FullyShardedModule):
                 raise ValueError(
                     "[SGD] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
