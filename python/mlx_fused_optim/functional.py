@@ -160,8 +160,8 @@ def fused_sgd_step(
         momentum_dtype, ..., ema_decay: The options of :class:`SGD`, with its meaning and
             defaults, and those that :func:`fused_sgd_init` was given. ``grad_scale`` may
             change from step to step. Inside ``mx.compile`` they are as they were at the
-            trace: see :class:`SGD` on compiled steps. Keep one list of ``groups``: its predicates are called
-            again for new ones.
+            trace: see :class:`SGD` on compiled steps. Keep one list of ``groups``: its
+            predicates are called again for new ones.
         stream (Stream or Device, optional): Where to run. Default: MLX's default.
 
     Returns:

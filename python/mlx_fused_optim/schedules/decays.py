@@ -167,7 +167,7 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
     return Schedule(op, arguments, device)
 
 
-def linear_schedule(init: float, end: float, steps: int) -> Schedule:
+def linear_schedule(init: float, end: float, steps: float) -> Schedule:
     r"""A line from ``init`` to ``end``, then ``end``.
 
     .. math:: \eta_t = \eta_0 (1 - x) + \eta_N x, \quad x = \min(t / N, 1)
@@ -175,7 +175,7 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
     Args:
         init (float): The value :math:`\eta_0` at step 0.
         end (float): The value :math:`\eta_N` from step :math:`N` on, reached exactly.
-        steps (int): The number of steps :math:`N`; at least 1. MLX operations evaluate a
+        steps (float): The number of steps :math:`N`; at least 1. MLX operations evaluate a
             schedule whose length is not whole, before the step.
 
     Returns:
@@ -207,7 +207,7 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
 
 
 def cosine_decay(
-    init: float, decay_steps: int, end: float = 0.0, *, exponent: float = 1.0
+    init: float, decay_steps: float, end: float = 0.0, *, exponent: float = 1.0
 ) -> Schedule:
     r"""Half a cosine wave from ``init`` to ``end``, then ``end``.
 
@@ -218,7 +218,7 @@ def cosine_decay(
 
     Args:
         init (float): The value :math:`\eta_0` at step 0.
-        decay_steps (int): The number of steps :math:`N`; at least 1. MLX operations
+        decay_steps (float): The number of steps :math:`N`; at least 1. MLX operations
             evaluate a schedule whose length is not whole, before the step.
         end (float): The value :math:`\eta_N` from step :math:`N` on, reached exactly. It
             may be above ``init``. Default: ``0.0``.
@@ -243,18 +243,18 @@ def cosine_decay(
     """
     op = "cosine_decay"
     init = as_float(op, "init", init)
-    decay_steps = as_fractional_length(op, "decay_steps", decay_steps)
+    length = as_fractional_length(op, "decay_steps", decay_steps)
     end = as_float(op, "end", end)
     exponent = as_positive(op, "exponent", exponent)
     arguments: dict[str, Any] = {
         "init": init,
-        "decay_steps": decay_steps,
+        "decay_steps": length,
         "end": end,
         "exponent": exponent,
     }
-    if isinstance(decay_steps, float):
-        return Schedule(op, arguments, None, [(0, _Fraction(init, end, decay_steps, exponent))])
-    device = _ext.blend(init, end, decay_steps, cosine=True, power=exponent)
+    if isinstance(length, float):
+        return Schedule(op, arguments, None, [(0, _Fraction(init, end, length, exponent))])
+    device = _ext.blend(init, end, length, cosine=True, power=exponent)
     return Schedule(op, arguments, device)
 
 
