@@ -392,7 +392,8 @@ NB_MODULE(_ext, m) {
       "skipped"_a.none(),
       "stream"_a = nb::none(),
       "One step of every tensor: (parameters, slots, step, used scalars or None where all are\n"
-      "constant, measured or None, steps skipped or None). Each of learning_rate, momentum, weight_decay and grad_scale is\n"
+      "constant, measured or None, steps skipped or None). Each of learning_rate, momentum, "
+      "weight_decay and grad_scale is\n"
       "a float, a Schedule or a scalar array.");
 
   nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")

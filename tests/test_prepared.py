@@ -219,7 +219,7 @@ WRONG = {
         m=[mx.zeros(64)]
     ),
     "no rate": lambda state: state.pop("learning_rate"),
-    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5])),
+    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5, 0.5])),
     "a rate that is a number of bits": lambda state: state.update(learning_rate=mx.array(True)),
     "arenas that are a list": lambda state: state.update(arenas=[]),
     "an entry that is a list": lambda state: state["arenas"].update(
@@ -294,7 +294,7 @@ def test_a_wrong_argument_is_refused_after_a_right_one():
 
     step()
     for change in (
-        dict(learning_rate=-1.0),
+        dict(learning_rate=-1e39),
         dict(momentum=-1.0),
         dict(learning_rate=mx.ones(2)),
         dict(clip_value=0.0),

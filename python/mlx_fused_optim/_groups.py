@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from ._checks import LEAST, checked_factor, checked_positive, checked_scalar
+from ._checks import checked_factor, checked_positive, checked_scalar, least_of
 from ._paths import leaves, name_of
 from ._recent import Recent
 from .schedules import Schedule
@@ -150,14 +150,13 @@ def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
     if key == "learning_rate_factor":
-        return checked_factor(op, name, value, "a float", at_least=LEAST)
+        return checked_factor(op, name, value, "a float", least_of(key))
     if callable(value):
         return as_ours(value)
     if isinstance(value, mx.array):
         return checked_scalar(op, name, value)
-    least = 0.0 if key == "momentum" else LEAST
     allowed = "a float, a scalar array, a schedule or a callable"
-    return checked_factor(op, name, value, allowed, least)
+    return checked_factor(op, name, value, allowed, least_of(key))
 
 
 def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext, _groups, _packing
-from ._checks import LEAST, Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar, least_of
 from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
@@ -46,7 +46,7 @@ def checked_hyperparameters(
         as_ours(momentum) if callable(momentum) else checked_factor(op, "momentum", momentum),
         as_ours(weight_decay)
         if callable(weight_decay)
-        else checked_factor(op, "weight_decay", weight_decay, at_least=LEAST),
+        else checked_factor(op, "weight_decay", weight_decay, at_least=least_of("weight_decay")),
         checked_factor(op, "dampening", dampening, "a float", at_most=1.0),
         bool(nesterov),
     )
@@ -183,6 +183,12 @@ def take_step(
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
     state = _packing.with_step(state)
+    decay = hyper.weight_decay
+    if options.trust_coefficient is not None and isinstance(decay, float) and decay < 0:
+        raise ValueError(
+            f"[{op}] a trust ratio divides by a sum with the weight decay: got "
+            f"weight_decay={decay} and a trust_coefficient, allowed a weight_decay from 0 on."
+        )
     scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
     scalars: dict[str, Any] = {
         "learning_rate": learning_rate,

@@ -147,20 +147,22 @@ def fused_sgd_step(
             these dtypes.
         state (dict): From :func:`fused_sgd_init` with the same parameters, or from the
             last step.
-        learning_rate (float, array, Schedule or callable): :math:`\eta_t`. A
+        learning_rate (float, array, Schedule or callable): :math:`\eta_t`; an array has
+            one element. A
             :class:`Schedule` is evaluated in the kernel at ``state["step"]``; any other
             callable is called with ``state["step"]`` and returns a scalar.
         momentum (float, Schedule or callable): :math:`\mu`, 0 or more; scheduled like the
             learning rate. Default: ``0.0``.
-        weight_decay (float, Schedule or callable): :math:`\lambda`, 0 or more; scheduled
-            likewise. Default: ``0.0``.
+        weight_decay (float, Schedule or callable): :math:`\lambda`; scheduled likewise.
+            Default: ``0.0``.
         dampening (float): :math:`\tau`, 0 to 1. Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
             Default: ``False``.
         momentum_dtype, ..., ema_decay: The options of :class:`SGD`, with its meaning and
             defaults, and those that :func:`fused_sgd_init` was given. ``grad_scale`` may
-            change from step to step. Keep one list of ``groups``: its predicates are called
-            again for new ones.
+            change from step to step. Inside ``mx.compile`` they are as they were at the
+            trace: see :class:`SGD` on compiled steps. Keep one list of ``groups``: its
+            predicates are called again for new ones.
         stream (Stream or Device, optional): Where to run. Default: MLX's default.
 
     Returns:

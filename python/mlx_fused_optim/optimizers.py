@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 from mlx.nn.layers.distributed import FullyShardedModule
 from mlx.optimizers import (
     AdaDelta,
@@ -152,14 +152,24 @@ class SGD(Optimizer):
     As for the learning rate, ``state["momentum"]`` and ``state["weight_decay"]`` are there
     when they are scheduled, with the value that the last step used.
 
+    **Compiled steps.** A function that ``mx.compile`` traces keeps every option as it was
+    at the trace: numbers, truth values, groups and arrays that an option is given. It sees
+    what is in the captured ``state``, such as ``learning_rate``, which may be set between
+    two steps. Setting another option after a trace warns: define and compile the function
+    anew then (MLX knows a function that it has compiled once), or let the option be a
+    function of the step that returns an array among the captured inputs. ``state`` has to be
+    among the captured inputs and outputs of a step, unless the rate is a constant and
+    nothing is kept: then, as with ``mlx.optimizers``, the model's is enough.
+
     Args:
         learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
-            callable gets the step and returns a scalar.
+            :math:`\eta_t`; below 0 it climbs. An array has one element. A
+            :class:`Schedule` is evaluated in the kernel; any other callable gets the step
+            and returns a scalar.
         momentum (float, Schedule or callable): The momentum :math:`\mu`, 0 or more;
             scheduled like the learning rate, it may pass through 0. Default: ``0.0``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda` (L2
-            penalty), 0 or more; scheduled likewise. Default: ``0.0``.
+            penalty); scheduled likewise. Default: ``0.0``.
         dampening (float): The dampening :math:`\tau` of the momentum, 0 to 1.
             Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
@@ -178,11 +188,12 @@ class SGD(Optimizer):
             :math:`2^{64} - 1`. Default: ``0``.
         clip_norm (float): The largest global norm :math:`C`, over the gradients of one call:
             in a ``MultiOptimizer``, each optimizer has the norm of its own. ``inf`` measures
-            the norm and clips nothing. Default: ``None``.
+            the norm and clips nothing. Not for parts of tensors, as ``mlx.nn.fully_shard``
+            makes them: every process would clip by its own. Default: ``None``.
         clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
         grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
-            were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
-            that changes goes to :meth:`update`. Default: ``1.0``.
+            were multiplied with: :math:`s`. An array that changes goes to :meth:`update`.
+            Default: ``1.0``.
         skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
             where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
             count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
@@ -196,17 +207,19 @@ class SGD(Optimizer):
             ``overrides`` is a dict of ``learning_rate`` (in place of the optimizer's),
             ``learning_rate_factor`` (times the optimizer's), ``momentum``,
             ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
-            ``None``). A constant 0, or ``None``, leaves the term out. An array is a constant
-            inside ``mx.compile``, unlike a schedule. Predicates are called once for a set of
-            tensors; each must take a tensor of the first tree of parameters. Default: ``()``.
-        trust_coefficient (float): LARS's :math:`\kappa`. Default: ``None``, no ratio.
+            ``None``). A constant 0, or ``None``, leaves the term out. Predicates are called
+            once for a set of tensors; each must take a tensor of the first tree of parameters.
+            Default: ``()``.
+        trust_coefficient (float): LARS's :math:`\kappa`; needs a weight decay of 0 or more.
+            Default: ``None``, no ratio.
         ema_decay (float): Keep a moving average of the parameters in float32,
             :math:`a \leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
             see :meth:`ema_parameters`. 4 bytes a parameter. Default: ``None``.
 
     Raises:
         ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+            groups or state do not fit, a compiled step lacks a state that it needs, or tensors
+            in parts are to be measured. Nothing has been changed then.
 
     References:
         ``mlx.optimizers.SGD``, ``mlx.optimizers.clip_grad_norm``. LARS: You, Gitman and
@@ -334,9 +347,10 @@ class SGD(Optimizer):
         super().__setattr__(name, value)
         if is_stale:
             warnings.warn(
-                f"[SGD] {name} was set after a step was compiled: got {value!r}, which functions "
-                "that mx.compile has traced do not know; define and compile them again, or make it "
-                "a function of the step (see the class about compiled steps).",
+                f"[SGD] {name} was set after a step was compiled: functions that mx.compile has "
+                f"traced go on without it; got {value!r}, allowed before the trace, or as a "
+                "function of the step where one is allowed. Define and compile the function anew "
+                "(see SGD about compiled steps).",
                 stacklevel=2,
             )
 
@@ -347,8 +361,9 @@ class SGD(Optimizer):
             return callable(value)
         if name not in _NOT_IN_THE_STATE:
             return False
-        old = getattr(self, name)
-        return not (never_changes(old) and never_changes(value) and old == value)
+        old, plain = getattr(self, name), (float, int, str)
+        is_same = isinstance(old, plain) and isinstance(value, plain) and old == value
+        return old is not value and not is_same
 
     @property
     def state(self) -> dict[str, Any]:
@@ -384,7 +399,8 @@ class SGD(Optimizer):
 
     @property
     def momentum(self) -> Any:
-        """The momentum: the number that was given, or the value a schedule had last."""
+        """The momentum: the number that was given, or the value a schedule had last. Setting
+        it after ``mx.compile``: see :class:`SGD` on compiled steps."""
         return self._hyperparameter("momentum")
 
     @momentum.setter
@@ -393,7 +409,8 @@ class SGD(Optimizer):
 
     @property
     def weight_decay(self) -> Any:
-        """The weight decay: the number that was given, or the value a schedule had last."""
+        """The weight decay: the number that was given, or the value a schedule had last.
+        Setting it after ``mx.compile``: see :class:`SGD` on compiled steps."""
         return self._hyperparameter("weight_decay")
 
     @weight_decay.setter
@@ -715,20 +732,14 @@ class SGD(Optimizer):
         key = layout_of(tree).key  # wrapped, a module has other paths
         if key in self._whole:
             return
-        for path, module in parameters.named_modules():
+        for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
             if isinstance(module, FullyShardedModule):
                 raise ValueError(
                     "[SGD] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
-                    f"this process alone: got shards in '{path}', of mlx.nn.fully_shard; allowed "
-                    "mlx.nn.clip_grad_norm_sharded before the step, without these options."
+                    f"this process alone: got shards, of mlx.nn.fully_shard, in '{path}'; allowed "
+                    "mlx.nn.utils.clip_grad_norm_sharded before a step without these options."
                 )
         self._whole |= {key}
-
-    def _check_loaded_state(self, parameters: Any) -> None:
-        if self._initialized:
-            _packing.check_scalars(self.state, "SGD")
-        else:
-            _packing.check_state(self.state, parameters, "SGD")
 
     def _check_loaded_state(self, parameters: Any) -> bool:
         """Whether somebody has assigned or edited it since the last step."""
