@@ -182,7 +182,7 @@ MATH_FN void sgd_counters(
 /// negative, infinite, NaN, or subnormal, which a GPU may take for 0. So the gradients
 /// of such a scale are NaN too, and not finite.
 MATH_FN float sgd_unscale(float scale) {
-  const bool inverts = scale >= 1.17549435e-38f && is_finite_peak(float_to_bits(scale));
+  const bool inverts = scale >= power_of_two(-126) && is_finite_peak(float_to_bits(scale));
   return inverts ? divide_float(1.0f, scale) : bits_to_float(0x7fc00000u);
 }
 
