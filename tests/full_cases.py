@@ -331,6 +331,8 @@ def _cases() -> list[FullCase]:
     )  # fmt: skip
     infinite = Full(clip_norm=1.3, trust_coefficient=0.003, weight_decay=0.01)
     cases.append(FullCase("infinite", infinite, ("float32",), "float32", scale=5e37))
+    beyond = Full(trust_coefficient=1e30, skip_nonfinite=True)  # a ratio that is
+    cases.append(FullCase("ratio_beyond", beyond, ("float32",), "float32", scale=1e-20))
     small = Full(clip_norm=5e-5)  # of a norm that an epsilon of 1e-6 changes
     cases.append(FullCase("small_norm", small, ("float32",), "float32", scale=1e-6))
     underflow = Full(clip_norm=1.3, trust_coefficient=0.003)

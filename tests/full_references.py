@@ -357,7 +357,8 @@ def full_step_float32(
                 below = of_gradient * factor
                 if has("weight_decay") and coupled and not wrong.trust_ratio_without_decay:
                     below = below + own.weight_decay * of_parameter
-                g = g * ((own.trust_coefficient * of_parameter) / below)
+                ratio = (own.trust_coefficient * of_parameter) / below
+                g = g * ratio if np.isfinite(ratio) else g
 
         new: Element = {}
         random = None
@@ -529,7 +530,9 @@ def full_step_float64(
         if decays and not decoupled:
             below = below + own.weight_decay * np.float64(of_parameter)
         if of_gradient * factor.value > 0 and of_parameter > 0:
-            g = g * (own.trust_coefficient * np.float64(of_parameter) / below)
+            ratio = own.trust_coefficient * np.float64(of_parameter) / below
+            if ratio.value <= np.finfo(np.float32).max:
+                g = g * ratio
 
     new: dict[str, Bounded] = {}
     update = g

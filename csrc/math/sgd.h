@@ -269,9 +269,11 @@ MATH_FN SgdHyper sgd_tensor_hyper(
     const float parameter = norms[1];
     const float decay =
         (flags & kWeightDecay) && !(flags & kDecoupled) ? hyper.weight_decay * parameter : 0.0f;
-    // What has vanished, or was clipped from infinity, has no direction to scale.
-    if (gradient > 0.0f && parameter > 0.0f) {
-      hyper.trust_ratio = divide_float(trust_coefficient * parameter, gradient + decay);
+    // What has vanished, or was clipped from infinity, has no direction to scale; nor has
+    // what is so small that the ratio is beyond float32.
+    const float ratio = divide_float(trust_coefficient * parameter, gradient + decay);
+    if (gradient > 0.0f && parameter > 0.0f && is_finite_peak(peak_of(0, ratio))) {
+      hyper.trust_ratio = ratio;
     }
   }
   return hyper;
