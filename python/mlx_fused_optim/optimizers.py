@@ -143,8 +143,10 @@ class SGD(Optimizer):
     ``clip_norm`` :math:`C`, where :math:`\lVert g \rVert` is the norm of all unscaled and by
     value clipped gradients together. After it, ``trust_coefficient`` :math:`\kappa` multiplies
     the gradient of each tensor by :math:`\kappa \lVert w \rVert / (\lVert g \rVert + \lambda
-    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0. With ``decoupled``,
-    :math:`\lambda w` joins the update behind the momentum instead of the gradient.
+    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0 or the ratio beyond
+    float32. With ``decoupled``, :math:`\lambda w` joins the update behind the momentum
+    instead of the gradient. A norm is infinite only where it is beyond float32, whatever its
+    squares are; its relative error is below :math:`7.5 \cdot 10^{-7}`.
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of ``mlx.optimizers.SGD`` can be assigned to it or put into it with ``update``, and
@@ -193,9 +195,12 @@ class SGD(Optimizer):
         clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
         grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
             were multiplied with: :math:`s`. An array that changes goes to :meth:`update`.
+            Gradients of a scale that cannot be inverted (an array of less than
+            :math:`2^{-126}`, infinite or NaN) are NaN.
             Default: ``1.0``.
         skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
-            where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
+            where a gradient, as given or unscaled, or the norm to be clipped, is infinite or
+            NaN, also one that is then clipped by value; ``step`` does not
             count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
             those of the step that was skipped. Default: ``False``.
         decoupled (bool): Weight decay apart from the gradient and its momentum:

@@ -51,6 +51,7 @@ LIBRARY = "csrc/metal/library.cpp"
 SOURCES = "csrc/metal/sources.cpp"
 MEASURING = "csrc/metal/measure.cpp"
 STEP = "csrc/math/sgd.h"
+NORM = "csrc/math/norm.h"
 DONATION = "csrc/donation.cpp"
 
 
@@ -102,10 +103,21 @@ MUTANTS = [
     Mutant("lanes_in_another_order", MEASURE, "(sums[0] + sums[2]) + (sums[1] + sums[3])", "(sums[0] + sums[1]) + (sums[2] + sums[3])"),
     Mutant("last_lanes_in_another_order", MEASURE, "(sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3])", "(sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3])"),
     Mutant("parameters_clipped", MEASURE, "array.is_gradient ? control.flags : 0", "control.flags"),
-    Mutant("peak_of_some_threads", MEASURE, "i = 1; i < kChunkThreads", "i = 2; i < kChunkThreads"),
+    Mutant("peak_of_some_threads", MEASURE, "peaks[first_lane + i]", "peaks[first_lane + i / 2]"),
+    Mutant("peaks_without_a_barrier", MEASURE, "  threadgroup_barrier(mem_flags::mem_threadgroup);\n\n  uint32_t peak", "  uint32_t peak"),
+    Mutant("peak_before_unscaling", MEASURE, "peak_of(peak, unscaled)", "peak_of(peak, x[i])"),
+    Mutant("chunk_never_read_again", MEASURE, "if (factor != 1.0f) {", "if (false) {"),
+    Mutant("scale_of_the_unclipped", MEASURE, "sgd_clipped_peak(peak, hyper, flags)", "peak"),
+    Mutant("scale_of_no_small_chunk", NORM, "exponent >= kLeastExponent && ", ""),
+    Mutant("scale_of_no_large_chunk", NORM, " && exponent <= kMostExponent", ""),
+    Mutant("scaled_down_once", NORM, "x.sum.hi * factor * factor", "x.sum.hi * factor"),
+    Mutant("fold_at_the_first_scale", NORM, "sum.scale > more.scale ? sum.scale : more.scale", "sum.scale"),
+    Mutant("norm_without_its_scale", NORM, "power_of_two(int(x.scale) - int(kNoScale) + 1)", "2.0f"),
+    Mutant("scale_that_cannot_be_inverted", STEP, "inverts ? divide_float(1.0f, scale) : bits_to_float(0x7fc00000u)", "divide_float(1.0f, scale)"),
+    Mutant("ratio_beyond_float32", STEP, " && is_finite_peak(peak_of(0, ratio))", ""),
     Mutant("fold_one_value_a_lane", MEASURE, "i < count; i += kFoldLanes", "i < width; i += kFoldLanes"),
     Mutant("fold_of_narrow_lanes", MEASURE, "width < kFoldLanes &&", "width < kFoldLanes / 2 &&"),
-    Mutant("fold_in_one_part", MEASURE, "{fold(a.sum, b.sum), max(a.peak, b.peak)}", "{{a.sum.hi + b.sum.hi, 0.0f}, max(a.peak, b.peak)}"),
+    Mutant("fold_in_one_part", NORM, "(a.lo + b.lo) + high.lo", "0.0f"),
     Mutant("skipped_not_counted", MEASURE, "(applies ? 0 : 1)", "0"),
     Mutant("norms_not_in_pairs", MEASURE, "i % 2 * gradient_count + i / 2", "i"),
     # ---- The kernels: language and names
