@@ -57,7 +57,7 @@ def flushes(backend: int) -> bool:
     if not BACKENDS[backend].name.startswith("metal"):
         return False
     case = next(c for c in CASES if c.kind == "every_number" and c.gradient == "bfloat16")
-    (moves, _), gradients = case.values()
+    _, gradients = case.values()
     gradient = widened(gradients[0][0], "bfloat16")
     subnormal = (np.abs(gradient) < 2.0**-126) & (gradient != 0)
     after = results(backend)[case.name]["p0.0"].view(np.float32)[subnormal]
@@ -246,7 +246,8 @@ def test_infinity_nan_and_overflow():
 
 
 def test_negative_zero_and_subnormals_stay():
-    """As in mlx.optimizers: nothing is flushed (but by Apple's GPUs), and 0 * x is not added where not asked."""
+    """As in mlx.optimizers: nothing is flushed (but by Apple's GPUs, see bits.py), and 0 * x
+    is not added where not asked."""
     parameter = np.array([-0.0, 0.0, 1e-40, -1e-45, 1.2e-38], np.float32)
     gradient = np.array([0.0, -0.0, 1e-45, 0.0, 1e-40], np.float32)
     if not keeps_subnormals():
