@@ -71,20 +71,20 @@ inline ThreadSum sum_of_thread(
   }
   uint32_t peak = 0;
   for (uint64_t row = begin; row < end; row += kLanes) {
-    for (uint32_t quad = 0; quad < kChunkQuads; ++quad) {
+    UNROLLED for (uint32_t quad = 0; quad < kChunkQuads; ++quad) {
       const uint64_t first = row + (quad * kChunkThreads + lane % kChunkThreads) * kQuad;
-      if (first >= end) {
-        break;
-      }
-      const uint32_t count = end - first < kQuad ? uint32_t(end - first) : uint32_t(kQuad);
+      const uint64_t left = first < end ? end - first : 0;
+      const uint32_t count = left < kQuad ? uint32_t(left) : uint32_t(kQuad);
       const bool wide = array.wide && count == kQuad;
       const float4 x = load_quad_of(array.format, elements, first, 1, count, wide);
       float4 squares = float4(0.0f);
-      for (uint32_t i = 0; i < count; ++i) {
-        const float unscaled = sgd_unscaled(x[i], hyper, flags);
-        const float g = sgd_clipped(unscaled, hyper, flags) * factor;
-        squares[i] = g * g;
-        peak = peak_of(peak, unscaled);
+      UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
+        if (i < count) {
+          const float unscaled = sgd_unscaled(x[i], hyper, flags);
+          const float g = sgd_clipped(unscaled, hyper, flags) * factor;
+          squares[i] = g * g;
+          peak = peak_of(peak, unscaled);
+        }
       }
       sums[quad] = sums[quad] + squares;
     }
@@ -98,7 +98,7 @@ inline ThreadSum sum_of_thread(
     constant SgdControl& control [[buffer(kControlBuffer)]],
     constant MeasureTable& table [[buffer(kTableBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
-    constant float* given [[buffer(kGivenBuffer)]],
+    device const float* given [[buffer(kGivenBuffer)]],
     device Squares* chunk_sums [[buffer(kChunkSumsBuffer)]],
     // clang-format off
     SOURCES(SOURCE_ARGUMENT)

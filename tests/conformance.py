@@ -361,6 +361,8 @@ def _gpu_backends() -> list[Backend]:
     for order, threads in (("forward", "1024"), ("reverse", "96"), ("shuffled", "32")):
         settings = {"METAL_ON_CPU_ORDER": order, "METAL_ON_CPU_MAX_THREADS": threads}
         rows.append(Subprocess(f"metal-{order}-{threads}", {**plain, **settings}))
+    # The arithmetic of Apple's GPUs, see test_conformance.py.
+    rows.append(Subprocess("metal-flush", {**plain, "METAL_ON_CPU_FLUSH": "1"}))
     find = ["clang++-19", "-print-file-name=libclang_rt.asan-x86_64.so"]
     library = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
     # Python frees little at exit; locals must stay on the stack that the harness knows.

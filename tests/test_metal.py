@@ -28,6 +28,7 @@ SOURCES = 24  # buffers for parameters and gradients in a dispatch
 FULL_SOURCES = 16  # likewise, of a full step
 CHUNK = 2048  # elements that are summed together
 THREADS = 256
+TILE = 16  # columns, unless set
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +275,7 @@ def test_options_are_specialised_and_named():
         training = Training([(5,)], momentum=momentum, nesterov=bool(nesterov), weight_decay=decay)
         log = dispatches(training.step)
         bits = f"{int(momentum > 0)}{nesterov}{int(decay > 0)}"
-        assert log[0]["pipeline"] == f"sgd_step_float32_float32_{bits}"
+        assert log[0]["pipeline"] == f"sgd_step_float32_float32_{bits}_{TILE}"
         pipelines.add(log[0]["pipeline"])
         assert ("velocities" in str(log[0]["traffic"])) == (momentum > 0)
     assert len(pipelines) == 5
@@ -447,7 +448,8 @@ def test_variants_are_compiled_for_options_and_dtypes_and_for_nothing_else():
             pipelines += [d["pipeline"] for d in dispatches(training.step) if d["pipeline"]]
     flags = sum(_ext.FLAGS[name] for name in ("momentum", "weight_decay", "groups"))
     # Its flags, and the formats of parameter, gradient and velocity.
-    assert set(pipelines) == {f"sgd_full_{flags}_{p}_{g}_{p}" for p in range(3) for g in range(3)}
+    formats = [(p, g) for p in range(3) for g in range(3)]
+    assert set(pipelines) == {f"sgd_full_{flags}_{p}_{g}_{p}_{TILE}" for p, g in formats}
 
 
 @pytest.mark.parametrize(("held", "at"), [(False, 0), (True, 5), (False, 14)])
