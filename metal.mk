@@ -2,11 +2,11 @@
 .PHONY: metal-check metal-check-if-possible metal-mutants mac-wheel
 
 metal-check: $(VENV)/installed
-	PYTHON=$(RUN)/python tools/metal_check.sh
+	PYTHON=$(RUN)/python tools/metal_check.sh $(SPLIT)
 
 metal-check-if-possible:
 	@if command -v clang++-19 > /dev/null; then $(MAKE) metal-check; else \
-	  echo "Metal is not checked: clang++-19 is not installed (tools/apt-packages)"; fi
+	  echo "METAL IS NOT CHECKED: CLANG++-19 IS NOT INSTALLED"; fi # pytest's summary says it again
 
 # Plants bugs, one after another, and asks that each is caught: some 20 minutes.
 metal-mutants: $(VENV)/installed
