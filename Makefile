@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of its own, .venv, which is made on first
 # use. A changed source rebuilds what depends on it.
-#   make demo | test | bench | lint | wheel | clean
+#   make demo | test | bench | lint | mutants | wheel | clean
 # Options: PYTHON=python3.12, EXTRA=cuda13 (Linux: which MLX backend), ARGS="-k name",
 # WORKERS=0 (tests in one process; by default one for each core, but at most eight).
 
@@ -19,7 +19,7 @@ SOURCES := CMakeLists.txt LICENSE README.md $(shell find $(NATIVE) python -type 
 FORMATTED := $(shell find $(NATIVE) tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: demo test bench lint format wheel clean
+.PHONY: demo test mutants bench lint format wheel clean
 
 demo: $(VENV)/installed
 	$(RUN)/python bench/demo.py $(ARGS)
@@ -30,6 +30,10 @@ bench: $(VENV)/installed
 # The tests, and the examples in the docstrings of the installed package.
 test: $(VENV)/installed metal-check-if-possible
 	$(RUN)/python -m pytest $(SPLIT) tests/ --doctest-modules --pyargs mlx_fused_optim $(ARGS)
+
+# Plants bugs, one after another, and asks that each is caught. ARGS: see the program.
+mutants: $(VENV)/installed
+	$(RUN)/python tests/mutation $(ARGS)
 
 lint: $(VENV)/tools
 	$(RUN)/ruff check .

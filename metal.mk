@@ -1,5 +1,5 @@
 # The Metal backend, on Linux: see docs/metal.md. Included by the Makefile.
-.PHONY: metal-check metal-check-if-possible metal-mutants mac-wheel
+.PHONY: metal-check metal-check-if-possible mac-wheel
 
 metal-check: $(VENV)/installed
 	PYTHON=$(RUN)/python tools/metal_check.sh $(SPLIT)
@@ -7,10 +7,6 @@ metal-check: $(VENV)/installed
 metal-check-if-possible:
 	@if command -v clang++-19 > /dev/null; then $(MAKE) metal-check; else \
 	  echo "METAL IS NOT CHECKED: CLANG++-19 IS NOT INSTALLED"; fi # pytest's summary says it again
-
-# Plants bugs, one after another, and asks that each is caught: some 20 minutes.
-metal-mutants: $(VENV)/installed
-	$(RUN)/python tests/metal_on_cpu/mutants.py $(ARGS)
 
 mac-wheel: $(VENV)/tools
 	PYTHON=$(RUN)/python tools/mac_wheel.sh

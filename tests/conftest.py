@@ -27,7 +27,9 @@ def pytest_terminal_summary(terminalreporter):
     """What `make test` left out, where it is read: right before pytest's last line."""
     if sys.platform == "linux" and not shutil.which("clang++-19"):
         terminalreporter.section("METAL IS NOT CHECKED", red=True)
-        terminalreporter.line("CLANG++-19 IS NOT INSTALLED (TOOLS/APT-PACKAGES LISTS WHAT IS NEEDED).")
+        terminalreporter.line(
+            "CLANG++-19 IS NOT INSTALLED (TOOLS/APT-PACKAGES LISTS WHAT IS NEEDED)."
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

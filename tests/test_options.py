@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from ids import spelled
 from bits import of_mlx, same
+from ids import spelled
 from mlx_fused_optim import cosine_decay
 from test_bad_input import Untouched, assert_refused
 

@@ -26,3 +26,20 @@ def test_cases_have_the_same_names_in_every_process(request):
     assert len(set(mine)) == len(mine)
     chosen = set(mine)  # -k leaves some out here
     assert [name for name in said if name in chosen] == mine
+
+
+def test_every_planted_bug_applies_exactly_once(monkeypatch):
+    """`make mutants` plants them; here the code may have moved away from under them."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests/mutation"))
+    import host_bugs
+    import metal_bugs
+
+    mutants = [*host_bugs.MUTANTS, *metal_bugs.MUTANTS]
+    wrong = [m.name for m in mutants if (ROOT / m.file).read_text().count(m.old) != 1]
+    assert not wrong
+    assert all(m.old != m.new for m in mutants)
+    assert len({m.name for m in host_bugs.MUTANTS}) == len(host_bugs.MUTANTS)
+    assert len({m.name for m in metal_bugs.MUTANTS}) == len(metal_bugs.MUTANTS)
+    files = {name for m in host_bugs.MUTANTS for name in m.tests.split()}
+    assert [name for name in files if not (ROOT / f"tests/test_{name}.py").exists()] == []
+    assert all(m.tests for m in host_bugs.MUTANTS)
