@@ -23,8 +23,10 @@ if number := os.environ.get("MLX_FUSED_OPTIM_TEST_GPU"):
     mx.set_cache_limit(0)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
     """What `make test` left out, where it is read: right before pytest's last line."""
+    yield
     if sys.platform == "linux" and not shutil.which("clang++-19"):
         terminalreporter.section("METAL IS NOT CHECKED", red=True)
         terminalreporter.line(
