@@ -34,6 +34,15 @@ TREE = WORK / "tree"
 LISTS = {"host": host_bugs.MUTANTS, "metal": metal_bugs.MUTANTS}
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-qx", "--no-header", "-p", "no:cacheprovider"]
+OPTIONS = {
+    # Quick to compile; the CPU's kernels have an optimisation of their own.
+    "host": [
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DNDEBUG",
+        "-DMLX_FUSED_OPTIM_CUDA=OFF",
+        f"-DCMAKE_PROJECT_INCLUDE={TREE}/tests/mutation/quick.cmake",
+    ],
+    "metal": ["-DMETAL_ON_CPU=ON"],
+}
 # What catches most bugs of the Metal backend, the quickest first.
 METAL_TESTS = [
     ["tests/test_metal.py"],
@@ -73,11 +82,9 @@ def build(kind: str, native: bool) -> tuple[str, str]:
     folder = WORK / kind
     package = folder / "package"
     if native:
-        # Quick to compile; the CPU's kernels have an optimisation of their own.
-        options = ["-DMETAL_ON_CPU=ON"] if kind == "metal" else ["-DMLX_FUSED_OPTIM_CUDA=OFF"]
-        options += [f"-DPython_EXECUTABLE={PYTHON}", "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DNDEBUG"]
         cmake = [PYTHON, "-m", "cmake"]
-        said = run(*cmake, "-S", ".", "-B", folder, "-G", "Ninja", *options, package=package)
+        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={PYTHON}", *OPTIONS[kind]]
+        said = run(*cmake, "-S", ".", "-B", folder, *options, package=package)
         if said:
             return "source", first_line(r"^(.*ASCII.*)$", said)
         if kind == "metal":
