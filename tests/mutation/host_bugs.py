@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant("scale_of_one_array", STEP_PY, "if not isinstance(scale, float) or scale != 1:", "if isinstance(scale, float) and scale != 1:", "full_step scaler"),
     # ---- Python: steps that are taken again
     Mutant("measured_step_prepared", STEP_PY, "        or options.is_measured\n", "", "prepared full_step"),
-    Mutant("groups_prepared", STEP_PY, "        or options.groups.members\n", "", "prepared groups"),
+    Mutant("groups_prepared", STEP_PY, "        or options.groups.members\n", "", "prepared groups", same="a prepared step without its groups is refused, and Python's way is taken"),
     Mutant("lists_never_change", STEP_PY, "or (type(value) is tuple and not value)", "or type(value) in (tuple, list)", "prepared"),
     Mutant("default_stream", FUNCTIONS, "prepared.step(tree, state, learning_rate, stream)", "prepared.step(tree, state, learning_rate, None)", "prepared modes"),
     Mutant("prepared_for_ever", FUNCTIONS, "if len(_prepared) >= 16:", "if False:", "prepared"),
