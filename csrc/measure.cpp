@@ -69,7 +69,7 @@ std::vector<mx::array> measure_composed(
   const uint32_t flags = plan.control.flags;
   auto unscale = mx::array(1.0f);
   if (flags & kGradScale) {
-    const auto scale = composed_scalar(plan.control, kGradScaleFactor, *in.step, in.given, s);
+    const auto scale = composed_scalar(plan.control, kGradScaleFactor, in.step, in.given, s);
     unscale = mx::divide(unscale, scale, s);
   }
 

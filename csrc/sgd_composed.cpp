@@ -68,7 +68,7 @@ class ComposedStep {
 };
 
 mx::array ComposedStep::scalar(SgdScalar i) const {
-  return composed_scalar(control_, i, *in_.step, in_.given, s_);
+  return composed_scalar(control_, i, in_.step, in_.given, s_);
 }
 
 Numbers ComposedStep::numbers() const {
@@ -277,7 +277,10 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
     }
     return count;
   }();
-  std::vector<int> step_out;
+  std::vector<int> step_in, step_out;
+  if (plan.reads_step()) {
+    step_in.push_back(int(plan.parameter_inputs() + plan.tensor_count()) + slots);
+  }
   if (plan.writes_step) {
     step_out.push_back((plan.tensor_count() > 0) + slots);
   }
@@ -285,7 +288,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
       [&plan, s](const std::vector<mx::array>& inputs) {
         return sgd_step_composed(plan, inputs, s);
       },
-      {int(plan.parameter_inputs() + plan.tensor_count()) + slots},
+      step_in,
       step_out};
 }
 
@@ -294,15 +297,13 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
 mx::array composed_scalar(
     const SgdControl& control,
     SgdScalar i,
-    const mx::array& step,
+    const mx::array* step,
     const mx::array* given,
     mx::Stream s) {
   if (!(control.given >> i & 1)) {
     auto& schedule = control.schedules[i];
-    if (schedule.count == 1 && schedule.segments[0].kind == kConstant) {
-      return number(schedule_value(schedule, 0));
-    }
-    return evaluate_schedule(schedule, step, s);
+    return is_constant(schedule) ? number(schedule_value(schedule, 0))
+                                 : evaluate_schedule(schedule, *step, s);
   }
   // A scalar alone, or one of several.
   return given->ndim() == 0 ? *given : mx::take(*given, int(i), 0, s);

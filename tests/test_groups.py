@@ -235,7 +235,7 @@ def test_many_groups_of_functions_are_forgotten():
         groups = [(lambda path, array: True, {"learning_rate": float(number)})]
         new, _ = optim.fused_sgd_step(w, w, state, learning_rate=0.0, groups=groups)
         assert new["a"].item() == 1.0 - number
-    assert len(_groups._known) <= _groups._MOST_KNOWN
+    assert len(_groups._known) <= _groups._known.most
 
 
 def test_layouts_that_change():

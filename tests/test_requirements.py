@@ -151,6 +151,6 @@ def test_import_brings_nothing_else():
     own = {name for name in brought if name.partition(".")[0] == "mlx_fused_optim"}
     others = {name for name in brought - own if name.partition(".")[0] != "nanobind_backend"}
     assert "mlx_fused_optim.optimizers" in own
-    assert others <= {"__future__"}
+    assert others <= {"__future__", "weakref", "_weakrefset"}  # small ones
     rarely = {"check", "reference", "schedules.drawing", "schedules.__main__"}
     assert own.isdisjoint(f"mlx_fused_optim.{name}" for name in rarely)

@@ -136,7 +136,11 @@ void bind_optional(CommandEncoder& encoder, const mx::array* a, int slot) {
 
 void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdInputs& in) {
   encoder.set_bytes(control, kControlBuffer);
-  encoder.set_input_array(*in.step, kStepBuffer);
+  if (in.step) {
+    encoder.set_input_array(*in.step, kStepBuffer);
+  } else {
+    encoder.set_bytes(uint64_t(0), kStepBuffer); // no number depends on it
+  }
   bind_optional(encoder, in.given, kGivenBuffer);
 }
 

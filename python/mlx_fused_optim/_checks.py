@@ -16,6 +16,7 @@ LearningRate = float | mx.array | Scheduled
 Hyperparameter = float | Scheduled
 
 SMALLEST_FLOAT32 = 2.0**-149
+LEAST = -LARGEST_FLOAT32
 
 
 def as_float(value: Any) -> float | None:
@@ -44,13 +45,15 @@ def checked_factor(
     name: str,
     value: Any,
     allowed: str = "a float, a schedule or a callable",
+    at_least: float = 0.0,
     at_most: float = LARGEST_FLOAT32,
 ) -> float:
-    """A float from 0 on."""
+    """A float from 0 on, or from a smaller number."""
     number = checked_number(op, name, value, allowed)
-    if not 0 <= number <= at_most:
+    if not at_least <= number <= at_most:
         raise ValueError(
-            f"[{op}] {name} is out of range: got {number}, allowed 0 to {at_most:g}, finite."
+            f"[{op}] {name} is out of range: got {number}, allowed {at_least:g} to {at_most:g}, "
+            "finite."
         )
     return number
 
@@ -87,20 +90,20 @@ def checked_scalar(op: str, name: str, value: Any) -> mx.array:
                 f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
             )
-        if not 0 <= number <= LARGEST_FLOAT32:
+        if not abs(number) <= LARGEST_FLOAT32:
             raise ValueError(
-                f"[{op}] {name} is out of range: got {number}, allowed 0 to "
+                f"[{op}] {name} is out of range: got {number}, allowed {-LARGEST_FLOAT32:g} to "
                 f"{LARGEST_FLOAT32:g}, finite."
             )
         return mx.array(number)
-    if value.ndim != 0:
+    if value.size != 1:
         raise ValueError(
             f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "
-            "allowed shape ()."
+            "allowed one element."
         )
     if not mx.issubdtype(value.dtype, mx.floating) and not mx.issubdtype(value.dtype, mx.integer):
         raise ValueError(
             f"[{op}] {name} must be a real number: got {value.dtype}, "
             "allowed a floating or integer dtype."
         )
-    return value
+    return value if value.ndim == 0 else value.reshape(())

@@ -12,6 +12,7 @@ from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList, known_groups
 from ._options import Options, checked_options
 from ._step import begun, checked_hyperparameters, never_changes, prepared_step, take_step
+from .schedules._of_mlx import as_ours
 
 
 def fused_sgd_init(
@@ -91,7 +92,7 @@ def fused_sgd_init(
         state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
     else:
         _packing.check_scalars(state, op)
-    return dict(begun(op, tree, state, hyper, options))
+    return dict(begun(op, tree, parameters, state, hyper, options))
 
 
 def fused_sgd_step(
@@ -180,9 +181,10 @@ def fused_sgd_step(
     """
     op = "fused_sgd_step"
     tree = _ext.Tree(gradients, parameters, op, exact=True)
-    if not callable(learning_rate):
-        learning_rate = checked_scalar(op, "learning_rate", learning_rate)
-    schedule = learning_rate if callable(learning_rate) else None
+    if callable(learning_rate):
+        schedule = learning_rate = as_ours(learning_rate)
+    else:
+        schedule, learning_rate = None, checked_scalar(op, "learning_rate", learning_rate)
     numbers = (momentum, weight_decay, dampening, nesterov)
     given = (
         momentum_dtype,
@@ -237,7 +239,7 @@ def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     """
     op = "fused_sgd_ema"
     _packing.check_scalars(state, op)
-    return _packing.averages(state, dtype, op)
+    return _packing.averages(state, dtype, _packing.SGD, op)
 
 
 class _Prepared(NamedTuple):

@@ -30,13 +30,13 @@ CPU_MEASURE = "csrc/cpu/measure.cpp"
 
 MUTANTS = [
     # ---- Python: the state
-    Mutant("momentum_forgotten", PACKING, '("table", "momentum") if name in old', '("table",) if name in old', "optimizer full_step"),
-    Mutant("packed_without_gaps", PACKING, "at = offset + value.size", "at = value.size", "optimizer full_step"),
-    Mutant("average_of_no_master", PACKING, 'return kept.get("master", parameter) if has_master else parameter', "return parameter", "full_step"),
-    Mutant("frozen_views", PACKING, "value * mx.array(1, value.dtype)", "value", "optimizer"),
-    Mutant("shapes_of_one_rank", PACKING, "if value.shape != shape:", "if value.ndim != len(shape):", "bad_input optimizer"),
-    Mutant("another_table", LAYOUT_PY, 'if f"layout_{made.fingerprint}" != key:', "if False:", "bad_input optimizer"),
-    Mutant("arenas_of_all_types", LAYOUT_PY, "self._halves if slot in _OF_HALF_TYPES else self._all", "self._all", "full_step"),
+    Mutant("momentum_forgotten", PACKING, "if slot.lasts and name in old}", "if name not in old}", "optimizer full_step"),
+    Mutant("kept_by_another_path", PACKING, "candidates[0] if is_clear else path", "path", "optimizer bad_input full_step"),
+    Mutant("average_of_no_master", PACKING, 'kept[t].get("master") if "master" in wanted.slots else None', "None", "full_step"),
+    Mutant("edits_overlooked", PACKING, "or not entries.keys() <= set(known)", "or False", "optimizer bad_input full_step"),
+    Mutant("shapes_of_one_rank", PACKING, "if own != shape:", "if len(own) != len(shape):", "bad_input optimizer"),
+    Mutant("another_table", LAYOUT_PY, "if layout.key != key:", "if False:", "bad_input optimizer"),
+    Mutant("arenas_of_all_types", PACKING, "return layout.halves if self.of_halves else range(len(layout.arenas))", "return range(len(layout.arenas))", "full_step"),
     # ---- Python: options and groups
     Mutant("infinite_norm_clips", OPTIONS, "self.clip_norm not in (None, math.inf)", "self.clip_norm is not None", "norm full_step options"),
     Mutant("average_never_moves", OPTIONS, "if not 0 <= number < 1:", "if not 0 <= number <= 1:", "options"),
@@ -80,9 +80,9 @@ MUTANTS = [
     Mutant("shapes_of_one_size", TREE, "g.shape() != p.shape()", "g.size() != p.size()", "bad_input"),
     Mutant("named_tuples", TREE, 'nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items)', "type(items)", "optimizer modes"),
     Mutant("prepared_for_other_tensors", PREPARED, "if (!tree.fits(layout_) || !step", "if (!step", "prepared"),
-    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 2;", "true;", "prepared"),
+    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == (entry ? 3 : 2);", "true;", "prepared"),
     Mutant("rate_of_any_type", PREPARED, "if (!given || !is_real(given->dtype())) {", "if (!given) {", "prepared bad_input"),
-    Mutant("counter_of_the_first_step", PREPARED, "  next[names().step] = nb::cast(taken.counters[0]);\n", "", "prepared"),
+    Mutant("counter_of_the_first_step", PREPARED, "  next[names().step] = nb::cast(*taken.next);\n", "", "prepared"),
     # ---- C++: measurement, schedules, the step
     Mutant("applied_when_finite", MEASURE, "flags & kSkipNonfinite ? finite : mx::array(true)", "finite", "norm transforms_full full_conformance"),
     Mutant("joined_without_a_shift", SCHEDULE, "      segment.start += begin;\n", "", "schedules"),

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from .. import _ext
 from ._checks import as_boundaries, as_choice, as_float, as_integer, as_length
-from ._schedule import Schedule, ScheduleLike, as_schedule, first_value_of, joined, value_of
+from ._of_mlx import as_schedule
+from ._schedule import Schedule, ScheduleLike, first_value_of, joined, value_of
 from .decays import linear_schedule
 
 
