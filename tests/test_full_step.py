@@ -17,6 +17,7 @@ from bits import DTYPES, EPSILON, TINIEST, dtype_name, narrowed, of_mlx, same, t
 from conformance import Options
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ids import spelled
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_fused_optim import reference
 from references import step_float64
@@ -545,7 +546,7 @@ def test_counters_before_the_first_step():
     "scale",
     [8.0, 8, mx.array(8.0), mx.array(8, mx.int32), mx.array(8.0, mx.float16),
      optim.constant(8.0), lambda step: 8.0, lambda step: mx.array(8.0)],
-    ids=repr,
+    ids=spelled,
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["option", "call"])
 def test_a_scale_of_any_kind(scale, how):

@@ -9,6 +9,7 @@ import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from bits import of_mlx, same
+from ids import spelled
 from mlx_fused_optim import cosine_decay
 from test_bad_input import Untouched, assert_refused
 
@@ -101,7 +102,7 @@ CASES = [(o, w, ValueError) for o, *w in OUT_OF_RANGE] + [
 ]
 
 
-@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=str)
+@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=spelled)
 def test_options_that_make_no_sense(options, words, error):
     assert_refused(lambda: optim.SGD(0.1, **options), "SGD", *words, error=error)
     w = {"a": mx.ones(3)}
@@ -117,7 +118,7 @@ def test_options_that_make_no_sense(options, words, error):
     assert state["step"].item() == 0
 
 
-@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=str)
+@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=spelled)
 def test_options_that_are_set_later(options, words, error):
     """Refused at once; the old ones stay."""
     check = Untouched(momentum=0.9)
@@ -152,7 +153,7 @@ def test_options_that_are_set_later(options, words, error):
         {"groups": [(any_tensor, {"trust_coefficient": None, "momentum": lambda step: 0.5})]},
         {"groups": [(any_tensor, {"learning_rate": mx.array(0.5), "weight_decay": 0})]},
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_options_that_do(options):
     optimizer = optim.SGD(0.1, **options)
@@ -172,7 +173,7 @@ def test_options_that_do(options):
         (lambda step: mx.ones(2), ("(2,)",), ValueError),
         (lambda step: "2", ("str",), TypeError),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_a_scale_of_one_call(scale, words, error):
     check = Untouched(momentum=0.9, skip_nonfinite=True)
@@ -273,7 +274,7 @@ def test_states_with_bad_slots(name):
         ("skipped", mx.array(1.0), ("float32",)),
         ("skipped", mx.zeros(1, mx.uint64), ("(1,)",)),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_states_with_bad_counters(name, value, words):
     options = {"clip_norm": 1.0, "skip_nonfinite": True}

@@ -284,6 +284,17 @@ def test_numbers_that_are_new_objects_leave_nothing_behind(calls):
     assert len(calls) == 100 and len(functional._prepared) <= 16
 
 
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="MLX has a GPU here")
+def test_the_stream_is_that_of_each_call():
+    """One that is not there tells that it was looked at."""
+    parameters = {"w": mx.ones(3)}
+    state = optim.fused_sgd_init(parameters)
+    for _ in range(2):
+        optim.fused_sgd_step(parameters, parameters, state, learning_rate=0.5)
+    with pytest.raises(ValueError, match="gpu"):
+        optim.fused_sgd_step(parameters, parameters, state, learning_rate=0.5, stream=mx.gpu)
+
+
 def test_a_wrong_argument_is_refused_after_a_right_one():
     parameters = {"w": mx.ones(3)}
     state = optim.fused_sgd_init(parameters, momentum=0.9)
