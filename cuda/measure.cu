@@ -1,5 +1,8 @@
 // The kernels that measure gradients: sums of squares in the order of csrc/math/norm.h.
+#pragma once
+
 #include "cuda/measure_launch.h"
+
 #include "quad.cuh"
 
 namespace mlx_fused_optim::cuda {
@@ -66,7 +69,8 @@ __device__ Chunk find_chunk(const Dense& array) {
   return {number, uint64_t(number) * kChunk, threadIdx.x % kWarp};
 }
 
-__device__ void measure(const Launch<Dense>& launch) {
+template <typename Known>
+__device__ void run(const Launch<Dense>& launch) {
   __shared__ SgdHyper shared;
   const MeasureCommon& common = launch.common;
   const Dense& array = find_tensor(launch);
@@ -77,8 +81,8 @@ __device__ void measure(const Launch<Dense>& launch) {
   if (chunk.first >= array.size) {
     return; // all of the warp
   }
-  const auto format = static_cast<uint32_t>(array.type);
-  const uint32_t flags = array.is_gradient ? common.control.flags : 0;
+  const uint32_t format = format_of<Known::kGradients>(array.type);
+  const uint32_t flags = array.is_gradient ? Known::kFlags : 0;
   Lanes lanes = {};
 #pragma unroll 1
   for (uint32_t row = 0; row < kRows; row += kRowsAtATime) {
@@ -113,7 +117,8 @@ __device__ void measure(const Launch<Dense>& launch) {
   finish_chunk(common, array.first_chunk + chunk.number, lanes);
 }
 
-__device__ void measure(const Launch<Sparse>& launch) {
+template <typename Known>
+__device__ void run(const Launch<Sparse>& launch) {
   __shared__ SgdHyper shared;
   const MeasureCommon& common = launch.common;
   const Sparse& array = find_tensor(launch);
@@ -124,7 +129,7 @@ __device__ void measure(const Launch<Sparse>& launch) {
   if (chunk.first >= array.size) {
     return;
   }
-  const uint32_t flags = array.is_gradient ? common.control.flags : 0;
+  const uint32_t flags = array.is_gradient ? Known::kFlags : 0;
   Lanes lanes = {};
 #pragma unroll 1
   for (uint32_t row = 0; row < kRows; ++row) {
@@ -139,7 +144,7 @@ __device__ void measure(const Launch<Sparse>& launch) {
         at += int64_t(i % array.shape[d]) * array.strides[d];
         i /= array.shape[d];
       }
-      with_type(array.type, [&](auto type) {
+      with_type<Known::kGradients>(array.type, [&](auto type) {
         const float x = to_float(static_cast<const decltype(type)*>(array.data)[at]);
         add_square(lanes, k, x, hyper, flags);
       });
@@ -171,22 +176,9 @@ __device__ ArraySum fold_lanes(ArraySum mine, uint32_t n) {
   return lanes[lane];
 }
 
-} // namespace
-
-// ---- Entry points ---------------------------------------------------------------
-
-extern "C" __global__ __launch_bounds__(kThreads) void measure_dense(
-    const __grid_constant__ Launch<Dense> launch) {
-  measure(launch);
-}
-
-extern "C" __global__ __launch_bounds__(kThreads) void measure_sparse(
-    const __grid_constant__ Launch<Sparse> launch) {
-  measure(launch);
-}
-
-extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_fold(
-    const __grid_constant__ FoldLaunch launch) {
+/// A block for each array.
+template <typename Known>
+__device__ void run(const FoldLaunch& launch) {
   const uint32_t begin = launch.first_chunk[blockIdx.x];
   const uint32_t n = launch.first_chunk[blockIdx.x + 1] - begin;
   ArraySum mine = {};
@@ -206,8 +198,9 @@ extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_fold(
   }
 }
 
-extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_finish(
-    const __grid_constant__ FinishLaunch launch) {
+/// One block.
+template <typename Known>
+__device__ void run(const FinishLaunch& launch) {
   ArraySum mine = {};
   for (uint32_t i = threadIdx.x; i < launch.gradient_count; i += kFoldLanes) {
     mine = join(mine, launch.sums[i]);
@@ -222,4 +215,5 @@ extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_finish(
   }
 }
 
+} // namespace
 } // namespace mlx_fused_optim::cuda
