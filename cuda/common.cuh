@@ -93,7 +93,7 @@ template <uint32_t types>
 __device__ inline uint32_t format_of(Type type) {
   constexpr bool is_one = (types & (types - 1)) == 0;
   return static_cast<uint32_t>(
-      !is_one                             ? type
+      !is_one                              ? type
           : types == bit_of(Type::float32) ? Type::float32
           : types == bit_of(Type::float16) ? Type::float16
                                            : Type::bfloat16);

@@ -30,9 +30,9 @@ struct FullKnown {
       : kMay & kGroups                                   ? kMay & ~kTensorFlags
                                                          : kMay;
   /// Quads that a thread loads before it uses one: two where one has few bytes.
-  static constexpr uint32_t kInFlight =
-      2 * sizeof(typename K::Parameter) + sizeof(V) + (kMay & kMaster ? 4 : 0) +
-              (kMay & kCompensated ? 2 : 0) + (kMay & kAverage ? 4 : 0) <=
+  static constexpr uint32_t kInFlight = 2 * sizeof(typename K::Parameter) + sizeof(V) +
+              (kMay & kMaster ? 4 : 0) + (kMay & kCompensated ? 2 : 0) +
+              (kMay & kAverage ? 4 : 0) <=
           8
       ? 2
       : 1;
@@ -348,7 +348,13 @@ __device__ void run(const Launch<FullStrided>& launch) {
     const uint64_t at = tensor.offset + i;
     Quads quads = {};
     load<false>(quads.parameter, tensor.parameter, Known::kFormat, place.parameter, 1, 1);
-    load<false>(quads.gradient, tensor.gradient, format_of<Known::kGradients>(tensor.gradient_type), place.gradient, 1, 1);
+    load<false>(
+        quads.gradient,
+        tensor.gradient,
+        format_of<Known::kGradients>(tensor.gradient_type),
+        place.gradient,
+        1,
+        1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const SlotArena& arena = common.slots[slot];

@@ -50,8 +50,7 @@ def test_kernels_of_the_full_step_and_of_the_measurement(tmp_path):
         "full_batches",
         "measure_batches",
         "packing",
-        arguments=["48"],
-        includes=["tests/cuda/include"],
+        arguments=["57"],
     )
     assert int(said[1]) > 100_000
 

@@ -50,8 +50,7 @@ bool slots_contiguous(const SgdInputs& in) {
 class FullLaunches : public Launches {
  public:
   FullLaunches(const SgdPlan& plan, const SgdInputs& in, int device)
-      : plan_(plan),
-        batches_(type_of(plan.arena->dtype), slots_contiguous(in)) {
+      : plan_(plan), batches_(type_of(plan.arena->dtype), slots_contiguous(in)) {
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());

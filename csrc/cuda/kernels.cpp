@@ -90,8 +90,7 @@ class Kernels {
   static CUresult load(const std::string& code, const Variant& variant, CUfunction& function) {
     CUmodule module = nullptr;
     const auto result = cuModuleLoadData(&module, code.c_str());
-    return result == CUDA_SUCCESS ? cuModuleGetFunction(&function, module, variant.name())
-                                  : result;
+    return result == CUDA_SUCCESS ? cuModuleGetFunction(&function, module, variant.name()) : result;
   }
 
   Compiler compiler_;

@@ -155,8 +155,7 @@ void measure(const Measurement& measurement) {
 
   launch_chunks(encoder, kernels, plan, in, batches, chunks);
   launch_folds(encoder, kernels.fold, plan, batches, chunks, sums, measurement.measured);
-  launch_finish(
-      encoder, kernels.finish, plan, in, sums, measurement.measured, measurement.skipped);
+  launch_finish(encoder, kernels.finish, plan, in, sums, measurement.measured, measurement.skipped);
 }
 
 } // namespace mlx_fused_optim::cuda

@@ -35,7 +35,7 @@ class PlainLaunches : public Launches {
       : plan_(plan),
         batches_(
             type_of(plan.arena->dtype),
-             !in.slots[kVelocity] || in.slots[kVelocity]->flags().row_contiguous) {
+            !in.slots[kVelocity] || in.slots[kVelocity]->flags().row_contiguous) {
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());

@@ -64,7 +64,7 @@ MATH_FN bool is_kind(MATH_CONSTANT Segment& s, uint32_t kind) {
   return ((SCHEDULE_KINDS) >> kind & 1u) && s.kind == kind;
 }
 MATH_FN bool has_flag(MATH_CONSTANT Segment& s, uint32_t flag) {
-  return ((SCHEDULE_FLAGS) & flag) && (s.flags & flag);
+  return ((SCHEDULE_FLAGS)&flag) && (s.flags & flag);
 }
 
 /// `part` * 2^exponent, and what it lacks to 1.
