@@ -1,17 +1,19 @@
-// NVRTC without a GPU: compiles what the backend would, and its files of compiled kernels.
-// `variants_test compile CAPABILITY...` prints, for each variant that it is told of on its
-// standard input (the members of Variant as numbers), one line: name, capability, registers,
-// bytes of stack, spilled bytes, fused multiply-adds in PTX, milliseconds. `variants_test broken`
-// prints the words about a kernel that does not compile.
+// NVRTC without a GPU. Compiles variants as the backend would:
+//   variants_test machine  reads from its standard input, a line each, a compute capability and
+//                          the members of a Variant, all as numbers. Prints, separated by |, the
+//                          capability, registers, bytes of stack and of spilled registers,
+//                          milliseconds, and the variant's description.
+//   variants_test ptx      likewise; prints the fused multiply-adds in the PTX, and description
+//   variants_test broken   prints the words about a kernel that does not compile
+#include <cctype>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <iostream>
 #include <sstream>
+#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cuda/compiler.h"
 #include "cuda/variants.h"
@@ -41,6 +43,17 @@ size_t count_of(const std::string& text, const std::string& word) {
   return count;
 }
 
+Variant read_variant(std::istream& numbers) {
+  uint32_t kind, parameter, velocity;
+  Variant v{};
+  numbers >> kind >> parameter >> velocity >> v.gradients >> v.flags >> v.schedules.kinds >>
+      v.schedules.flags;
+  v.kind = static_cast<Kind>(kind);
+  v.parameter = static_cast<Type>(parameter);
+  v.velocity = static_cast<Type>(velocity);
+  return v;
+}
+
 void compile(const Variant& variant, int capability) {
   Compiler compiler(capability);
   compiler.options.push_back("--ptxas-options=-v");
@@ -48,7 +61,7 @@ void compile(const Variant& variant, int capability) {
   const auto begin = std::chrono::steady_clock::now();
   const auto code = compiler.compile(variant.text(), &log);
   const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - begin;
-  if (!compiler.makes_machine_code || code.compare(0, 4, "\x7f" "ELF") != 0) {
+  if (!compiler.makes_machine_code || code.compare(0, 4, "\177ELF") != 0) {
     throw std::runtime_error("no machine code for " + std::to_string(capability));
   }
   std::printf(
@@ -59,29 +72,33 @@ void compile(const Variant& variant, int capability) {
       number_before(log, " bytes spill stores"),
       time.count(),
       variant.description().c_str());
-  std::fflush(stdout);
+}
+
+/// As for a GPU that comes after NVRTC.
+void compile_ptx(const Variant& variant) {
+  const Compiler compiler(999);
+  if (compiler.makes_machine_code) {
+    throw std::runtime_error("machine code for an unknown GPU");
+  }
+  const auto ptx = compiler.compile(variant.text());
+  std::printf("%zu|%s\n", count_of(ptx, "fma."), variant.description().c_str());
 }
 
 } // namespace
 
-int main(int count, char** arguments) {
+int main(int, char** arguments) {
+  const std::string what = arguments[1];
   try {
-    if (std::string(arguments[1]) == "broken") {
-      Compiler(90).compile(Variant{Kind::flat}.text() + "\nint x = no_such_thing;\n");
-      return 0;
+    if (what == "broken") {
+      Compiler(90).compile(Variant{Kind::flat}.text() + "int x = no_such_thing;\n");
     }
     for (std::string line; std::getline(std::cin, line);) {
       std::istringstream numbers(line);
-      uint32_t kind, parameter, velocity;
-      Variant v{};
-      numbers >> kind >> parameter >> velocity >> v.gradients >> v.flags >> v.schedules.kinds >>
-          v.schedules.flags;
-      v.kind = static_cast<Kind>(kind);
-      v.parameter = static_cast<Type>(parameter);
-      v.velocity = static_cast<Type>(velocity);
-      for (int i = 2; i < count; ++i) {
-        compile(v, std::atoi(arguments[i]));
-      }
+      int capability;
+      numbers >> capability;
+      const auto variant = read_variant(numbers);
+      what == "ptx" ? compile_ptx(variant) : compile(variant, capability);
+      std::fflush(stdout);
     }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
