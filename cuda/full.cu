@@ -29,13 +29,13 @@ struct FullKnown {
   static constexpr uint32_t kHas = kMay == kGenericFlags ? 0
       : kMay & kGroups                                   ? kMay & ~kTensorFlags
                                                          : kMay;
-  /// Quads that a thread loads before it uses one: two where one has few bytes.
-  static constexpr uint32_t kInFlight = 2 * sizeof(typename K::Parameter) + sizeof(V) +
-              (kMay & kMaster ? 4 : 0) + (kMay & kCompensated ? 2 : 0) +
-              (kMay & kAverage ? 4 : 0) <=
-          8
-      ? 2
-      : 1;
+  /// Quads that a thread loads before it uses one: two where one has few bytes, and registers
+  /// are left. Rounding at random to float16 takes many.
+  static constexpr bool kRoundsToHalf =
+      (kMay & kStochastic) && (kFormat == kFloat16 || kVelocityFormat == kFloat16);
+  static constexpr uint32_t kBytes = 2 * sizeof(typename K::Parameter) + sizeof(V) +
+      (kMay & kMaster ? 4 : 0) + (kMay & kCompensated ? 2 : 0) + (kMay & kAverage ? 4 : 0);
+  static constexpr uint32_t kInFlight = kBytes <= 8 && !kRoundsToHalf ? 2 : 1;
 };
 
 template <typename Known>
