@@ -102,10 +102,11 @@ def compiler(tmp_path_factory):
     )
     program = folder / "variants_test"
     sources = ["tests/cuda/variants_test.cpp", "csrc/cuda/compiler.cpp", "csrc/cuda/variants.cpp"]
-    includes = [ROOT / "csrc", ROOT / "csrc/cuda/include", folder / "cuda_source"]
+    includes = [
+        f"-I{i}" for i in (ROOT / "csrc", ROOT / "csrc/cuda/include", folder / "cuda_source")
+    ]
     subprocess.run(
-        [cxx, "-std=c++20", *(f"-I{i}" for i in includes), *(ROOT / s for s in sources)]
-        + ["-o", program, library],
+        [cxx, "-std=c++20", *includes, "-o", program, *(ROOT / s for s in sources), library],
         check=True,
     )
     # NVRTC looks for a part of its own when it compiles. What a test run may preload does not

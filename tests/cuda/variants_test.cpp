@@ -1,10 +1,13 @@
-// NVRTC without a GPU. Compiles variants as the backend would:
-//   variants_test machine  reads from its standard input, a line each, a compute capability and
-//                          the members of a Variant, all as numbers. Prints, separated by |, the
-//                          capability, registers, bytes of stack and of spilled registers,
-//                          milliseconds, and the variant's description.
-//   variants_test ptx      likewise; prints the fused multiply-adds in the PTX, and description
-//   variants_test broken   prints the words about a kernel that does not compile
+// NVRTC without a GPU: compiles variants as the backend would.
+//
+// `machine` reads from its standard input, a line each, a compute capability and the members of
+// a Variant, all as numbers. It prints, with | between them, the capability, registers, bytes of
+// stack, bytes of spilled registers, milliseconds, and the variant's description.
+//
+// `ptx` reads the same, and compiles for a GPU that NVRTC does not know. It prints the fused
+// multiply-adds, and the description.
+//
+// `broken` prints the words about a kernel that does not compile.
 #include <cctype>
 #include <chrono>
 #include <cstdio>
