@@ -1,5 +1,8 @@
 // The kernels that measure gradients: sums of squares in the order of csrc/math/norm.h.
+#pragma once
+
 #include "cuda/measure_launch.h"
+
 #include "quad.cuh"
 
 namespace mlx_fused_optim::cuda {
@@ -83,9 +86,9 @@ __device__ Chunk find_chunk(const Dense& array) {
 }
 
 /// The elements of a chunk, in a thread's lanes.
-template <bool again>
+template <typename Known, bool again>
 __device__ Lanes add_elements(const Dense& array, const Chunk& chunk, const Scaling& scaling) {
-  const auto format = static_cast<uint32_t>(array.type);
+  const uint32_t format = format_of<Known::kGradients>(array.type);
   constexpr uint32_t kAtATime = again ? kRowsAgain : kRowsAtATime;
   Lanes lanes = {};
 #pragma unroll 1
@@ -121,7 +124,7 @@ __device__ Lanes add_elements(const Dense& array, const Chunk& chunk, const Scal
   return lanes;
 }
 
-template <bool again>
+template <typename Known, bool again>
 __device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Scaling& scaling) {
   Lanes lanes = {};
 #pragma unroll 1
@@ -137,7 +140,7 @@ __device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Sca
         at += int64_t(i % array.shape[d]) * array.strides[d];
         i /= array.shape[d];
       }
-      with_type(array.type, [&](auto type) {
+      with_type<Known::kGradients>(array.type, [&](auto type) {
         const float x = to_float(static_cast<const decltype(type)*>(array.data)[at]);
         add_square<again>(lanes, k, x, scaling);
       });
@@ -146,7 +149,7 @@ __device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Sca
   return lanes;
 }
 
-template <typename Array>
+template <typename Known, typename Array>
 __device__ void measure(const Launch<Array>& launch) {
   __shared__ SgdHyper shared;
   const MeasureCommon& common = launch.common;
@@ -157,8 +160,8 @@ __device__ void measure(const Launch<Array>& launch) {
   if (chunk.first >= array.size) {
     return; // all of the warp
   }
-  Scaling scaling = {shared, array.is_gradient ? common.control.flags : 0, 1.0f};
-  Lanes lanes = add_elements<false>(array, chunk, scaling);
+  Scaling scaling = {shared, array.is_gradient ? Known::kFlags : 0, 1.0f};
+  Lanes lanes = add_elements<Known, false>(array, chunk, scaling);
 #pragma unroll
   for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
     lanes.peak = max(lanes.peak, __shfl_xor_sync(~0u, lanes.peak, half));
@@ -166,10 +169,20 @@ __device__ void measure(const Launch<Array>& launch) {
   scaling.factor = factor_of(sgd_clipped_peak(lanes.peak, scaling.hyper, scaling.flags));
   if (scaling.factor != 1.0f) { // for all of the warp, and rarely
     const uint32_t peak = lanes.peak;
-    lanes = add_elements<true>(array, chunk, scaling);
+    lanes = add_elements<Known, true>(array, chunk, scaling);
     lanes.peak = peak;
   }
   finish_chunk(common.chunks[array.first_chunk + chunk.number], lanes, scaling);
+}
+
+template <typename Known>
+__device__ void run(const Launch<Dense>& launch) {
+  measure<Known>(launch);
+}
+
+template <typename Known>
+__device__ void run(const Launch<Sparse>& launch) {
+  measure<Known>(launch);
 }
 
 // ---- Folding --------------------------------------------------------------------
@@ -191,22 +204,9 @@ __device__ Squares fold_lanes(Squares mine, uint32_t n) {
   return lanes[lane];
 }
 
-} // namespace
-
-// ---- Entry points ---------------------------------------------------------------
-
-extern "C" __global__ __launch_bounds__(kThreads) void measure_dense(
-    const __grid_constant__ Launch<Dense> launch) {
-  measure(launch);
-}
-
-extern "C" __global__ __launch_bounds__(kThreads) void measure_sparse(
-    const __grid_constant__ Launch<Sparse> launch) {
-  measure(launch);
-}
-
-extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_fold(
-    const __grid_constant__ FoldLaunch launch) {
+/// A block for each array.
+template <typename Known>
+__device__ void run(const FoldLaunch& launch) {
   const uint32_t begin = launch.first_chunk[blockIdx.x];
   const uint32_t n = launch.first_chunk[blockIdx.x + 1] - begin;
   Squares mine = {};
@@ -225,8 +225,9 @@ extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_fold(
   }
 }
 
-extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_finish(
-    const __grid_constant__ FinishLaunch launch) {
+/// One block.
+template <typename Known>
+__device__ void run(const FinishLaunch& launch) {
   Squares mine = {};
   for (uint32_t i = threadIdx.x; i < launch.gradient_count; i += kFoldLanes) {
     mine = fold(mine, launch.sums[i]);
@@ -241,4 +242,5 @@ extern "C" __global__ __launch_bounds__(kFoldLanes) void measure_finish(
   }
 }
 
+} // namespace
 } // namespace mlx_fused_optim::cuda

@@ -1,5 +1,5 @@
 // The one place where the three compilers of csrc/math differ: g++ or clang
-// (CPU), nvcc (CUDA) and Apple's Metal compiler. Everything here works on plain
+// (CPU), NVRTC (CUDA) and Apple's Metal compiler. Everything here works on plain
 // values in float32 and 32/64-bit integers, because Metal has no double.
 //
 // Addition, multiplication, division, square root and fma round correctly in all three.
@@ -21,8 +21,8 @@ using namespace metal;
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)
 #include <cstdint>
-#define MATH_FN __host__ __device__ inline
-#define MATH_MEMBER static __host__ __device__ inline
+#define MATH_FN __device__ inline
+#define MATH_MEMBER static __device__ inline
 #define MATH_CONSTANT const
 #else
 #include <cstdint>
