@@ -382,7 +382,12 @@ NB_MODULE(_ext, m) {
       "constant, measured or None, steps skipped or None).");
 
   nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")
-      .def(nb::init<nb::object, std::string, SgdOptions>(), "layout"_a, "key"_a, "options"_a)
+      .def(
+          nb::init<nb::object, std::string, size_t, SgdOptions>(),
+          "layout"_a,
+          "key"_a,
+          "entries"_a,
+          "options"_a)
       .def(
           "__call__",
           &PreparedStep::take,

@@ -75,10 +75,11 @@ nb::dict copy_of(nb::handle dict) {
 
 } // namespace
 
-PreparedStep::PreparedStep(nb::object layout, std::string key, SgdOptions options)
+PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, SgdOptions options)
     : held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),
+      entries_(entries),
       options_(std::move(options)) {
   auto& rate = options_.scalars[fused_math::kLearningRate];
   if (std::holds_alternative<mx::array>(rate)) {
@@ -106,7 +107,8 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
   const auto entry = entries ? dict_at(entries, key_) : nb::handle();
   // What else is in the state, somebody has put there for a step to take in; and without an
   // entry nothing that an earlier step kept is to be forgotten.
-  const bool is_own = nb::len(state) == (entry ? 3 : 2);
+  const bool is_own =
+      entry ? nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;
   if (!tree.fits(layout_) || !step || !last_rate || !is_own) {
     return {};
   }

@@ -196,5 +196,11 @@ mx::array composed_scalar(
     const mx::array* step,
     const mx::array* given,
     mx::Stream stream);
+/// fused_math::sgd_unscale of the step's scale.
+mx::array composed_unscale(
+    const SgdControl& control,
+    const mx::array* step,
+    const mx::array* given,
+    mx::Stream stream);
 
 } // namespace mlx_fused_optim

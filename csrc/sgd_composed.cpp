@@ -85,7 +85,10 @@ Numbers ComposedStep::numbers() const {
     n.low[i] = number(constant ? control_.constants[at].lo : 0.0f);
   }
   if (plan_.flags() & kGradScale) {
-    n.unscale = divide(one, scalar(kGradScaleFactor));
+    n.unscale = composed_unscale(control_, in_.step, in_.given, s);
+    if (plan_.flags() & kSkipNonfinite) {
+      n.unscale = mx::where(applies(), n.unscale, one, s);
+    }
   }
   if (plan_.flags() & kClipNorm) {
     const auto least = add(norm(kMeasuredNorm), number(1e-6f));
@@ -123,7 +126,8 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
     // What is not chosen must not divide by zero either: its derivative would be NaN.
     const auto ratio =
         mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s), s);
-    n.trust_ratio = mx::where(both, ratio, number(1), s);
+    const auto counts = mx::logical_and(both, mx::isfinite(ratio, s), s);
+    n.trust_ratio = mx::where(counts, ratio, number(1), s);
   }
   if (is_bias_corrected(control_.rule, flags)) {
     const auto t = add(*in_.step, mx::array(uint64_t(1), mx::uint64));
@@ -338,6 +342,18 @@ mx::array composed_scalar(
     return evaluate_schedule(control.schedules[place], *step, s);
   }
   return number(control.constants[i].hi);
+}
+
+mx::array composed_unscale(
+    const SgdControl& control,
+    const mx::array* step,
+    const mx::array* given,
+    mx::Stream s) {
+  const auto scale = composed_scalar(control, kGradScaleFactor, step, given, s);
+  const auto inverts =
+      mx::logical_and(mx::greater_equal(scale, number(0x1p-126f), s), mx::isfinite(scale, s), s);
+  const auto reciprocal = mx::divide(number(1), mx::where(inverts, scale, number(1), s), s);
+  return mx::where(inverts, reciprocal, number(NAN), s);
 }
 
 mx::array composed_tensor(

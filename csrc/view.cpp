@@ -112,8 +112,7 @@ mx::array pack_slot(
     return mx::zeros(shape, dtype.value_or(layout.dtype), s);
   }
   const bool is_too_long = shape.size() > 1; // for one axis; then the tensor is alone
-  return mx::reshape(
-      is_too_long ? kept[0] : pack_arena(kept, offsets, layout.size, s), shape, s);
+  return mx::reshape(is_too_long ? kept[0] : pack_arena(kept, offsets, layout.size, s), shape, s);
 }
 
 void ArenaViews::eval(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

@@ -16,6 +16,7 @@ import pytest
 from bits import of_mlx, same
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_fused_optim import reference
+from waiting import comes_true, let_go
 
 OPTIONS = {
     "plain": {},
@@ -776,7 +777,7 @@ def test_learning_rate_can_become_a_schedule():
         parameters = optimizer.apply_gradients(parameters, parameters)
         rates.append(optimizer.learning_rate.item())
     assert rates == [0.5, 0.25]
-    for rate in (-0.5, float("nan"), 1e39, 10**400):
+    for rate in (-1e39, float("nan"), 1e39, 10**400):
         with pytest.raises(ValueError, match=r"\[SGD\] learning_rate is out of range"):
             optimizer.learning_rate = rate
 
@@ -791,9 +792,9 @@ def test_frozen_momentum_leaves_its_arena():
         **optimizer.apply_gradients({"large": parameters["large"]}, parameters),
     }
     mx.eval(parameters, optimizer.state)
+    let_go()
     before = mx.get_active_memory()
     entry = next(e for e in optimizer.state["arenas"].values() if e["momentum"][0].size < 1000)
     entry["momentum"] = [1 * entry["momentum"][0]]
     mx.eval(optimizer.state)
-    mx.synchronize()
-    assert abs(mx.get_active_memory() - before) < 1024
+    assert comes_true(lambda: abs(mx.get_active_memory() - before) < 1024)

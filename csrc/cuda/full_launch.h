@@ -34,6 +34,9 @@ struct SlotArena {
   int64_t column_stride;
 };
 
+/// In a kernel's place for SgdFlags: it knows none of them, but takes those of its tensors.
+constexpr uint32_t kGenericFlags = ~0u;
+
 /// What all tensors of a full step share.
 struct FullCommon {
   fused_math::SgdControl control;
@@ -67,7 +70,6 @@ enum Wide : uint32_t {
 /// kTileColumns columns, whose last row may be short.
 struct Tiled : FullTensor {
   uint32_t wide; // Wide
-  uint32_t alike; // the gradient has the parameter's dtype, as nearly always
   uint32_t columns;
   int64_t row_stride;
   int64_t column_stride;

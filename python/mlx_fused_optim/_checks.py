@@ -16,7 +16,12 @@ LearningRate = float | mx.array | Scheduled
 Hyperparameter = float | Scheduled
 
 SMALLEST_FLOAT32 = 2.0**-149
-LEAST = -LARGEST_FLOAT32
+
+
+def least_of(name: str) -> float:
+    """The least value of a number of the step. A learning rate below 0 climbs, a weight decay
+    below 0 grows, as in mlx.optimizers."""
+    return 0.0 if name.startswith(("momentum", "grad_scale")) else -LARGEST_FLOAT32
 
 
 def as_float(value: Any) -> float | None:
@@ -84,18 +89,12 @@ def checked_flag(op: str, name: str, value: Any) -> bool:
 def checked_scalar(op: str, name: str, value: Any) -> mx.array:
     """A hyperparameter that is not a schedule, as a scalar array."""
     if not isinstance(value, mx.array):
-        number = as_float(value)
-        if number is None:
+        if as_float(value) is None:
             raise TypeError(
                 f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
             )
-        if not abs(number) <= LARGEST_FLOAT32:
-            raise ValueError(
-                f"[{op}] {name} is out of range: got {number}, allowed {-LARGEST_FLOAT32:g} to "
-                f"{LARGEST_FLOAT32:g}, finite."
-            )
-        return mx.array(number)
+        return mx.array(checked_factor(op, name, value, at_least=least_of(name)))
     if value.size != 1:
         raise ValueError(
             f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "

@@ -142,6 +142,7 @@ class PreparedStep:
         self,
         layout: object,
         key: str,
+        entries: int,
         *,
         learning_rate: mx.array | Schedule | float,
         momentum: float,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from ._checks import LEAST, checked_factor, checked_positive, checked_scalar
+from ._checks import checked_factor, checked_positive, checked_scalar, least_of
 from ._paths import leaves, name_of
 from ._recent import Recent
 from ._rules import ANY, RULE_PLACES, SGD, Rule
@@ -165,7 +165,7 @@ def _checked_override(op: str, rule: Rule, number: int, key: str, value: Any) ->
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
     if key == "learning_rate_factor":
-        return checked_factor(op, name, value, "a float", at_least=LEAST)
+        return checked_factor(op, name, value, "a float", least_of(key))
     if callable(value):
         return as_ours(value)
     if isinstance(value, mx.array):

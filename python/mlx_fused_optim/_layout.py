@@ -68,7 +68,8 @@ def encoded(layout: Layout) -> mx.array:
     import json
 
     rows = [[path, shape, dtype_name(dtype)] for path, shape, dtype in layout.tensors]
-    return mx.array(list(json.dumps(rows).encode()), mx.uint8)
+    data: Any = memoryview(json.dumps(rows).encode())
+    return mx.array(data)  # uint8
 
 
 def layout_of_table(key: str, table: Any, op: str) -> Layout:

@@ -23,12 +23,13 @@ from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Below it the reciprocal is beyond float32.
 SMALLEST_SCALE = 2.0**-126
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)
+    return _NAMES[dtype]
 
 
 class StepOptions(TypedDict, total=False):
@@ -66,14 +67,25 @@ FRAME = r"""Arithmetic is float32 and is rounded once, to the parameter's dtype 
     ``clip_norm`` :math:`C`, where :math:`\lVert g \rVert` is the norm of all unscaled and by
     value clipped gradients together. After it, ``trust_coefficient`` :math:`\kappa` multiplies
     the gradient of each tensor by :math:`\kappa \lVert w \rVert / (\lVert g \rVert + \lambda
-    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0.
+    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0
+    or the ratio beyond float32. A norm is infinite only where it is beyond float32, whatever
+    its squares are; its relative error is below :math:`7.5 \cdot 10^{-7}`.
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of the class in ``mlx.optimizers`` can be assigned to it or put into it with ``update``,
     and :meth:`unpacked_state` gives that layout back; :func:`describe` says what a state has.
     Every number may be a :class:`Schedule`, which the kernel evaluates, or any other callable,
     which gets the step and returns a scalar; ``state["weight_decay"]`` and the like are there
-    when they are scheduled, with the value that the last step used."""
+    when they are scheduled, with the value that the last step used.
+
+    **Compiled steps.** A function that ``mx.compile`` traces keeps every option as it was
+    at the trace: numbers, truth values, groups and arrays that an option is given. It sees
+    what is in the captured ``state``, such as ``learning_rate``, which may be set between
+    two steps. Setting another option after a trace warns: define and compile the function
+    anew then (MLX knows a function that it has compiled once), or let the option be a
+    function of the step that returns an array among the captured inputs. ``state`` has to be
+    among the captured inputs and outputs of a step, unless no number depends on the step and
+    nothing is kept: then, as with ``mlx.optimizers``, the model's is enough."""
 WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule keeps.
             Default: {state_dtype}.
         master_weights (bool): Keep a float32 copy of every parameter of a half type and
@@ -89,14 +101,17 @@ WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule k
             :math:`2^{{64}} - 1`. Default: ``0``.
         clip_norm (float): The largest global norm :math:`C`, over the gradients of one call:
             in a ``MultiOptimizer``, each optimizer has the norm of its own. ``inf`` measures
-            the norm and clips nothing. Default: ``None``.
+            the norm and clips nothing. Not for parts of tensors, as ``mlx.nn.fully_shard``
+            makes them: every process would clip by its own. Default: ``None``.
         clip_value (float): The largest magnitude :math:`b` of an element. Default: ``None``.
         grad_scale (float, array, Schedule or callable): What the loss, and so the gradients,
-            were multiplied with: :math:`s`. An array is a constant inside ``mx.compile``; one
-            that changes goes to ``update``. Default: ``1.0``.
+            were multiplied with: :math:`s`. An array that changes goes to ``update``.
+            Gradients of a scale that cannot be inverted (an array of less than
+            :math:`2^{{-126}}`, infinite or NaN) are NaN. Default: ``1.0``.
         skip_nonfinite (bool): Leave the parameters and all that is kept of them as they are
-            where a gradient, or the norm to be clipped, is infinite or NaN; ``step`` does not
-            count then, ``skipped`` does. ``grad_norm`` and scheduled values in the state are
+            where a gradient, as given or unscaled, or the norm to be clipped, is infinite or
+            NaN, also one that is then clipped by value; ``step`` does not count then,
+            ``skipped`` does. ``grad_norm`` and scheduled values in the state are
             those of the step that was skipped. Default: ``False``.
         decoupled (bool): Weight decay apart from the gradient and from what is kept of it:
             :math:`w \\leftarrow (1 - \\eta_t \\lambda) w` before the update.
@@ -108,10 +123,10 @@ WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule k
             ``learning_rate_factor`` (times the optimizer's), {scalars}
             ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
             ``None``). A constant 0 of momentum or weight decay, or ``None``, leaves the term
-            out. An array is a constant inside ``mx.compile``, unlike a schedule. Predicates
-            are called once for a set of tensors; each must take a tensor of the first tree of
+            out. Predicates are called once for a set of tensors; each must take a tensor of the first tree of
             parameters. Default: ``()``.
-        trust_coefficient (float): LARS's :math:`\\kappa`. Default: ``None``, no ratio.
+        trust_coefficient (float): LARS's :math:`\\kappa`; needs a weight decay of 0
+            or more. Default: ``None``, no ratio.
         ema_decay (float): Keep a moving average of the parameters in float32,
             :math:`a \\leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
             see :meth:`ema_parameters`. 4 bytes a parameter. Default: ``None``."""

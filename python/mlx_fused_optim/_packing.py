@@ -28,15 +28,11 @@ from . import _ext
 from ._layout import Layout, described, encoded, layout_of_rows, layout_of_table
 from ._options import DTYPES
 from ._paths import Path, built, leaves, name_of
-from ._rules import Slot
+from ._rules import Slot, Slots
 
 State = dict[str, Any]
 # What a state keeps of one tensor, by the name of the slot.
 Kept = dict[str, mx.array]
-
-
-# What a rule may keep, by name, in the order of its kernel.
-Slots = dict[str, Slot]
 
 
 def arena_numbers(slot: Slot, layout: Layout) -> Iterable[int]:
@@ -119,24 +115,23 @@ def packed(
     this step or with what is loose stay as they are. ``parameters`` may have more tensors.
     """
     if len(layout.shapes) != len(layout.tensors):
-        paths = [path for path, _, _ in layout.tensors]
-        twice = next(path for path in paths if paths.count(path) > 1)
+        rows = [path for path, _, _ in layout.tensors]
+        twice = next(path for path in rows if rows.count(path) > 1)
         raise ValueError(
             f"[{op}] two tensors have the same path: got '{name_of(twice)}' twice, allowed once."
         )
     rule = wanted.rule
     loose = _loose(state, parameters, rule, op)
-    layouts = {key: _layout(key, e, rule, op) for key, e in state.get("arenas", {}).items()}
-    touched = [
-        key
-        for key, other in layouts.items()
-        if not (
-            other.shapes.keys().isdisjoint(layout.shapes) and loose.keys().isdisjoint(other.shapes)
-        )
-    ]
-    if touched == [layout.key] and not loose and arenas_of(state, layout, wanted, op) is not None:
+    paths = layout.shapes.keys() | loose.keys()
+    touched = {
+        key: own
+        for key, own in _layouts(state, rule, op).items()
+        if not paths.isdisjoint(own.shapes)
+    }
+    is_alone = touched.keys() == {layout.key} and not loose
+    if is_alone and arenas_of(state, layout, wanted, op) is not None:
         return state
-    found, dtypes = _found(state, {key: layouts[key] for key in touched}, loose, rule)
+    found, dtypes = _found(state, touched, loose, rule)
 
     mine = [found.pop(path, {}) for path in layout.shapes]
     for kept, (path, shape) in zip(mine, layout.shapes.items(), strict=True):
@@ -144,7 +139,7 @@ def packed(
     lasting = {name for kept in mine for name in kept if rule[name].lasts}
     slots = [slot for name, slot in rule.items() if name in lasting or name in wanted.slots]
     entries = {key: e for key, e in state.get("arenas", {}).items() if key not in touched}
-    entries.update(_left(found, dtypes, rule))
+    entries.update(_left(found, dtypes, rule, op))
     entry = _entry(layout, slots, wanted, mine, tree.parameters)
     if entry:
         entries[layout.key] = entry
@@ -216,9 +211,8 @@ def of_parameters(state: State, parameters: Any, rule: Slots, op: str) -> State:
     split = {key: own for key, own in layouts.items() if not own.shapes.keys() <= paths}
     found, dtypes = _found(state, split, loose, rule)
     entries = {key: entry for key, entry in state.get("arenas", {}).items() if key not in split}
-    entries.update(
-        _left({path: kept for path, kept in found.items() if path in paths}, dtypes, rule)
-    )
+    found = {path: kept for path, kept in found.items() if path in paths}
+    entries.update(_left(found, dtypes, rule, op))
     return _with_entries(scalars(state, rule), entries)
 
 
@@ -275,8 +269,11 @@ def check_scalars(state: State, op: str) -> None:
     """Raise ValueError unless step and learning rate are what a step needs."""
     check_is_state(state, op)
     step = state.get("step")
-    is_array = isinstance(step, mx.array) and mx.issubdtype(step.dtype, mx.integer)
-    if not (is_array and step.ndim == 0) and not (type(step) is int and 0 <= step < 2**64):
+    if isinstance(step, mx.array):
+        is_step = step.ndim == 0 and mx.issubdtype(step.dtype, mx.integer)
+    else:
+        is_step = type(step) is int and 0 <= step < 2**64
+    if not is_step:
         raise ValueError(
             f"[{op}] state['step'] is missing or of the wrong type: got {described(step)}, "
             "allowed an integer scalar of 0 or more."
@@ -319,9 +316,8 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 
 def _is_loose(key: str, value: Any, rule: Slots) -> bool:
     """Modules are containers; of a tree that is one array, the slots are arrays at the top."""
-    if key == "arenas":
-        return False
-    return isinstance(value, (dict, list, tuple)) or any(key == s.key for s in rule.values())
+    is_place = isinstance(value, (dict, list, tuple)) and key != "arenas"
+    return is_place or key in rule.names
 
 
 def scalars(state: State, rule: Slots) -> State:
@@ -333,23 +329,22 @@ def _with_entries(state: State, entries: State) -> State:
 
 
 def _loose(state: State, parameters: Any, rule: Slots, op: str) -> dict[Path, Kept]:
-    """By path, what lies where mlx.optimizers keeps it; of integers nothing counts."""
+    """By path, what lies where mlx.optimizers keeps it."""
     loose = {k: v for k, v in state.items() if _is_loose(k, v, rule)}
     if not loose:
         return {}
-    names = {slot.key: slot.name for slot in rule.values()}
     arrays = {path: leaf for path, leaf in leaves(parameters) if isinstance(leaf, mx.array)}
     own_paths = _own_paths({where[:-1] for where, _ in leaves(loose)}, arrays)
     tensors: dict[Path, Kept] = {}
     for where, leaf in leaves(loose):
         path, key = own_paths[where[:-1]], where[-1]
-        if path in arrays and not mx.issubdtype(arrays[path].dtype, mx.inexact):
-            continue
-        name = names.get(key) if isinstance(key, str) else None
+        if _is_integer(leaf) and (path not in arrays or _is_integer(arrays[path])):
+            continue  # MLX has momentum of data, too
+        name = rule.names.get(key) if isinstance(key, str) else None
         if name is None or not isinstance(leaf, mx.array):
             raise ValueError(
                 f"[{op}] the state has a leaf that is not {op}'s: got {described(leaf)} at "
-                f"'{name_of(where)}', allowed only arrays {', '.join(map(repr, names))}."
+                f"'{name_of(where)}', allowed only arrays {', '.join(map(repr, rule.names))}."
             )
         if leaf.dtype not in _DTYPES:
             raise ValueError(
@@ -358,6 +353,10 @@ def _loose(state: State, parameters: Any, rule: Slots, op: str) -> dict[Path, Ke
             )
         tensors.setdefault(path, {})[name] = leaf
     return tensors
+
+
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and not mx.issubdtype(leaf.dtype, mx.inexact)
 
 
 def _own_paths(paths: set[Path], known: Iterable[Path]) -> dict[Path, Path]:
@@ -451,7 +450,7 @@ def everything(state: State, rule: Slots, op: str) -> dict[Path, Kept]:
     return _found(state, _layouts(state, rule, op), _loose(state, None, rule, op), rule)[0]
 
 
-def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots) -> State:
+def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots, op: str) -> State:
     """Entries of tensors that are not in the step: one for each set of slots."""
     sets: dict[tuple[str, ...], dict[Path, Kept]] = {}
     for path, kept in found.items():
@@ -461,8 +460,9 @@ def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots) ->
     for names, tensors in sets.items():
         rows = []
         for path, kept in tensors.items():
-            value = next(iter(kept.values()))
-            rows.append((path, value.shape, dtypes.get(path) or _dtype_of(kept, rule)))
+            shape = next(iter(kept.values())).shape
+            _check_shapes(kept, path, shape, op)
+            rows.append((path, shape, dtypes.get(path) or _dtype_of(kept, rule)))
         layout = layout_of_rows(rows)
         slots = [slot for name, slot in rule.items() if name in names]
         entry = _entry(layout, slots, Wanted(rule, ()), list(tensors.values()), [])
@@ -516,16 +516,14 @@ def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: 
 
 def _as_tree(tensors: dict[Path, Kept], rule: Slots, op: str) -> State:
     """By path, as mlx.optimizers nests it."""
-    tree = built(
-        (
-            ((*path, rule[name].key), value)
-            for path, kept in tensors.items()
-            for name, value in kept.items()
-        ),
-        op,
+    items = (
+        ((*path, rule[name].key), value)
+        for path, kept in tensors.items()
+        for name, value in kept.items()
     )
+    tree: State | list[Any] = built(items, op)
     if isinstance(tree, list):  # of a tree that is a list: a dict has the same names
-        tree = {str(place): node for place, node in enumerate(tree) if node}
+        return {str(place): node for place, node in enumerate(tree) if node}
     return tree
 
 

@@ -44,6 +44,14 @@ class Range(NamedTuple):
         return number
 
 
+class Slots(dict[str, Slot]):
+    """What an optimizer may keep, by name, in the order of its kernel."""
+
+    def __init__(self, *slots: Slot):
+        super().__init__((slot.name, slot) for slot in slots)
+        self.names = {slot.key: slot.name for slot in slots}
+
+
 # What the frame may keep of an element, behind the rule's own.
 FRAME_SLOTS = (
     Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
@@ -85,7 +93,7 @@ class Rule:
             for slot in row["slots"]
         ]
         self.own_slots = tuple(slot.name for slot in own)
-        self.slots = {slot.name: slot for slot in (*own, *FRAME_SLOTS)}
+        self.slots = Slots(*own, *FRAME_SLOTS)
         # Of each slot, among those of the kernel.
         self.places = (*range(len(own)), *range(RULE_PLACES, RULE_PLACES + len(FRAME_SLOTS)))
 
@@ -106,7 +114,9 @@ ADAGRAD = Rule("adagrad", (ABOVE_ZERO,))
 ADADELTA = Rule("adadelta", (FROM_ZERO, ABOVE_ZERO))
 
 # Of a state of which nobody says whose it is.
-ALL_SLOTS: dict[str, Slot] = {}
-for _rule in (SGD, ADAM, ADADELTA):
-    ALL_SLOTS |= {name: slot for name, slot in _rule.slots.items() if slot.has_own_dtype}
-ALL_SLOTS |= {slot.name: slot for slot in FRAME_SLOTS}
+ALL_SLOTS = Slots(
+    *(SGD.slots[name] for name in SGD.own_slots),
+    *(ADAM.slots[name] for name in ADAM.own_slots),
+    *(ADADELTA.slots[name] for name in ("u",)),
+    *FRAME_SLOTS,
+)

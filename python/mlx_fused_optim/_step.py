@@ -82,10 +82,14 @@ def never_changes(value: Any) -> bool:
 
 
 def prepared_step(
-    tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyper, options: Options
+    tree: _ext.Tree,
+    state: _packing.State,
+    learning_rate: LearningRate,
+    hyper: Hyper,
+    options: Options,
 ) -> _ext.PreparedStep | None:
-    """These steps again without a look at each option; None where every step needs one, for
-    a number that Python makes, for groups and for what is measured."""
+    """The steps after this ``state`` without a look at each option; None where every step needs
+    one, for a number that Python makes, for groups and for what is measured."""
     rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     if (
         not isinstance(rate, (mx.array, _ext.Schedule))
@@ -98,7 +102,10 @@ def prepared_step(
     layout = layout_of(tree)
     scalars = [rate, hyper.scalars[0], options.grad_scale, *hyper.scalars[1:]]
     return _ext.PreparedStep(
-        layout.made, layout.key, options_of(hyper, options, scalars, options.grad_scale)
+        layout.made,
+        layout.key,
+        len(state.get("arenas", ())),
+        options_of(hyper, options, scalars, options.grad_scale),
     )
 
 
@@ -171,6 +178,12 @@ def take_step(
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
     state = _packing.with_step(state)
+    decay = hyper.scalars[0]
+    if options.trust_coefficient is not None and isinstance(decay, float) and decay < 0:
+        raise ValueError(
+            f"[{op}] a trust ratio divides by a sum with the weight decay: got "
+            f"weight_decay={decay} and a trust_coefficient, allowed a weight_decay from 0 on."
+        )
     scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
     named = hyper.named
     scalars: dict[str, Any] = {

@@ -130,7 +130,7 @@ def _step_of(cls: type[FusedOptimizer], name: str) -> Step:
         updated, state, _ = take_step(
             op, tree, parameters, state, learning_rate, hyper, options, None, stream, packs=False
         )
-        _prepare(key_name, key, prepared_step(tree, learning_rate, hyper, options))
+        _prepare(key_name, key, prepared_step(tree, state, learning_rate, hyper, options))
         return updated, state
 
     step.__doc__ = f"""One step of :class:`{cls.__name__}` for all parameters, in one kernel.

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 from mlx.nn.layers.distributed import FullyShardedModule
 from mlx.optimizers import Optimizer
 
@@ -241,9 +241,10 @@ class FusedOptimizer(Optimizer):
         super().__setattr__(name, value)
         if is_stale:
             warnings.warn(
-                f"[{self._op}] {name} was set after a step was compiled: got {value!r}, which functions "
-                "that mx.compile has traced do not know; define and compile them again, or make it "
-                "a function of the step (see the class about compiled steps).",
+                f"[{self._op}] {name} was set after a step was compiled: functions that mx.compile "
+                f"has traced go on without it; got {value!r}, allowed before the trace, or as a "
+                "function of the step where one is allowed. Define and compile the function anew "
+                f"(see {self._op} about compiled steps).",
                 stacklevel=2,
             )
 
@@ -254,8 +255,9 @@ class FusedOptimizer(Optimizer):
             return callable(value)
         if name not in {*self._constants, *self._rule.choices, *Options._fields}:
             return False
-        old = getattr(self, name)
-        return not (never_changes(old) and never_changes(value) and old == value)
+        old, plain = getattr(self, name), (float, int, str)
+        is_same = isinstance(old, plain) and isinstance(value, plain) and old == value
+        return old is not value and not is_same
 
     @property
     def state(self) -> dict[str, Any]:
@@ -398,7 +400,7 @@ class FusedOptimizer(Optimizer):
             packs=True,
         )
         self._take({**state, **used, **others})
-        step = prepared_step(tree, learning_rate, hyper, self._options)
+        step = prepared_step(tree, state, learning_rate, hyper, self._options)
         self._prepared = _Prepared(key, step)
         return updated
 
@@ -600,12 +602,12 @@ class FusedOptimizer(Optimizer):
         key = layout_of(tree).key  # wrapped, a module has other paths
         if key in self._whole:
             return
-        for path, module in parameters.named_modules():
+        for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
             if isinstance(module, FullyShardedModule):
                 raise ValueError(
-                    f"[{self._op}] clip_norm, skip_nonfinite and trust_coefficient see the gradients of "
-                    f"this process alone: got shards in '{path}', of mlx.nn.fully_shard; allowed "
-                    "mlx.nn.clip_grad_norm_sharded before the step, without these options."
+                    f"[{self._op}] clip_norm, skip_nonfinite and trust_coefficient see the gradients "
+                    f"of this process alone: got shards, of mlx.nn.fully_shard, in '{path}'; allowed "
+                    "mlx.nn.utils.clip_grad_norm_sharded before a step without these options."
                 )
         self._whole |= {key}
 

@@ -144,7 +144,7 @@ class Schedule:
         count = 0
         for _, member in self._members:
             if not isinstance(member, Schedule):
-                return "a member is a Python function"
+                return getattr(member, "why_not_in_kernel", "a member is a Python function")
             if member._device is None:
                 return member._why_not_in_kernel()
             count += member._device.segments
