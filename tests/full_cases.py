@@ -17,9 +17,11 @@ import mlx.core as mx
 import numpy as np
 from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
 from full_references import arenas_of
-from full_step import SLOTS, Full, Group, State, full_step
+from full_step import FRAME_SLOTS, Full, Group, State, full_step
+from rules import RULES, SIGNED
 
 STEPS = 3
+LEARNING_RATE = 0.1
 Bits = dict[str, np.ndarray]
 """Of each step: ``p<step>.<tensor>``, ``<slot><step>.<arena>``, ``used<step>``, ``step<step>``
 and, where gradients are measured, ``measured<step>`` and ``skipped<step>``."""
@@ -38,30 +40,44 @@ MANY = tuple((1 + i % 3,) for i in range(1027))
 
 GROUPS = (
     Group(trust_coefficient=0.003),
-    Group((0.5, 0.01), (0.9, 0.05), (2.0, 0.001), 0.002),
-    Group((0.0, 0.03), without=("momentum", "nesterov")),
-    Group(without=("weight_decay", "trust_ratio")),
+    Group((0.5, 0.01), (2.0, 0.001), 0.002, ((0.9, 0.05), (0.0, 0.3), (0.5, 0.0001))),
+    Group((0.0, 0.03), without=("momentum", "nesterov", "amsgrad")),
+    Group(without=("weight_decay", "trust_ratio", "bias_correction")),
 )
 
 # Exact in no format, so that a number narrowed on its way shows.
-ALONE: dict[str, Full] = {
-    "maximize": Full(maximize=True),
-    "grad_scale": Full(grad_scale=3.0),
-    "clip_value": Full(clip_value=0.7),
-    "clip_norm": Full(clip_norm=1.3),
-    "measure_norm": Full(measure_norm=True),
-    "skip_nonfinite": Full(skip_nonfinite=True),
-    "trust_ratio": Full(trust_coefficient=0.003),
-    "trust_ratio_decay": Full(trust_coefficient=0.003, weight_decay=0.01),
-    "groups": Full(momentum=0.9, nesterov=True, weight_decay=0.01, groups=GROUPS),
-    "decoupled": Full(momentum=0.9, weight_decay=0.01, decoupled=True),
-    "master_weights": Full(momentum=0.9, weight_decay=0.01, master_weights=True),
-    "compensated": Full(compensated=True),
-    "stochastic": Full(momentum=0.9, stochastic=True, seed=2**63 + 12345),
-    "ema": Full(ema_decay=0.97),
-    "momentum_float32": Full(momentum=0.9, momentum_dtype="float32"),
-    "momentum_float16": Full(momentum=0.9, momentum_dtype="float16"),
-    "momentum_bfloat16": Full(momentum=0.9, momentum_dtype="bfloat16"),
+PLAIN: dict[str, Full] = {
+    "sgd": Full(momentum=0.9, nesterov=True),
+    **{rule: Full(rule) for rule in RULES if rule != "sgd"},
+}
+# Of one rule only.
+OWN: dict[str, Full] = {
+    "plain": Full(),
+    "momentum": Full(momentum=0.9, dampening=0.3),
+    "bias_correction": Full("adam", bias_correction=True),
+    "amsgrad": Full("adam", amsgrad=True),
+    "corrected_amsgrad": Full("adam", bias_correction=True, amsgrad=True),
+}
+# With any rule.
+ALONE: dict[str, dict[str, Any]] = {
+    "maximize": {"maximize": True},
+    "grad_scale": {"grad_scale": 3.0},
+    "clip_value": {"clip_value": 0.7},
+    "clip_norm": {"clip_norm": 1.3},
+    "measure_norm": {"measure_norm": True},
+    "skip_nonfinite": {"skip_nonfinite": True},
+    "trust_ratio": {"trust_coefficient": 0.003},
+    "trust_ratio_decay": {"trust_coefficient": 0.003, "weight_decay": 0.01},
+    "groups": {"weight_decay": 0.01, "groups": GROUPS},
+    "decay": {"weight_decay": 0.01},
+    "decoupled": {"weight_decay": 0.01, "decoupled": True},
+    "master_weights": {"weight_decay": 0.01, "master_weights": True},
+    "compensated": {"compensated": True},
+    "stochastic": {"stochastic": True, "seed": 2**63 + 12345},
+    "ema": {"ema_decay": 0.97},
+    "state_float32": {"state_dtype": "float32"},
+    "state_float16": {"state_dtype": "float16"},
+    "state_bfloat16": {"state_dtype": "bfloat16"},
 }
 
 
@@ -119,13 +135,15 @@ class FullCase:
 
         slots = {}
         for number, arena in enumerate(arenas_of(self.shapes, self.dtypes)):
-            for slot in SLOTS:
+            for slot in filter(None, self.options.places):
                 dtype = self.options.slot_dtype(slot, arena.dtype)
                 if dtype is None:
                     continue
                 flat = np.zeros(arena.size, np.float32)
                 for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
                     values = draw((math.prod(self.shapes[tensor]),))
+                    if slot not in (*SIGNED, *FRAME_SLOTS):
+                        values = values * values  # of squares
                     if slot == "compensation":
                         values = values * np.float32(2**-10)
                     if slot == "master":
@@ -140,8 +158,8 @@ class FullCase:
     def scalars(self) -> dict[str, Any]:
         """The learning rate and what else does not come from the options."""
         if self.numbers == "constant":
-            return {"learning_rate": 0.1}
-        values = self.expected_scalars(0)
+            return {"learning_rate": LEARNING_RATE}
+        values = {k: v for k, v in self.expected_scalars(0).items() if k in self.varying}
         if self.numbers == "arrays":
             return {name: mx.array(value) for name, value in values.items()}
         import mlx_fused_optim as optim
@@ -150,14 +168,18 @@ class FullCase:
 
     def expected_scalars(self, step: int) -> dict[str, float]:
         """What a step is to use, in float64; ``step`` counts from 0 of the schedules."""
-        values: dict[str, float] = {"learning_rate": 0.1}
-        for name in ("momentum", "weight_decay", "grad_scale"):
-            number = getattr(self.options, name)
-            if number is not None:
-                values[name] = number
-        if self.numbers == "schedules":
-            return {name: value * 0.7**step for name, value in values.items()}
-        return values
+        values = {**self.options.scalars, "learning_rate": LEARNING_RATE}
+        factor = 0.7**step if self.numbers == "schedules" else 1.0
+        return {name: values[name] * (factor if name in self.varying else 1.0) for name in values}
+
+    @property
+    def varying(self) -> frozenset[str]:
+        """The scalars that are not constant: all that the step has."""
+        if self.numbers == "constant":
+            return frozenset()
+        values = {**self.options.scalars, "learning_rate": LEARNING_RATE}
+        absent = {"grad_scale"} if self.options.grad_scale is None else set()
+        return frozenset(k for k, value in values.items() if value and k not in absent)
 
     def run(self, device: mx.Device) -> Bits:
         """Perform the steps: every number after every step.
@@ -177,9 +199,9 @@ class FullCase:
                     [
                         to_mlx(slots[f"{slot}.{number}"], dtype)
                         for number, arena in enumerate(arenas_of(self.shapes, self.dtypes))
-                        if (dtype := self.options.slot_dtype(slot, arena.dtype))
+                        if slot and (dtype := self.options.slot_dtype(slot, arena.dtype))
                     ]
-                    for slot in SLOTS
+                    for slot in self.options.places
                 ],
                 mx.array(self.first_step, mx.uint64),
                 mx.array(7, mx.uint64),
@@ -210,7 +232,7 @@ class FullCase:
             return
         for i, parameter in enumerate(parameters):
             result[f"p{step}.{i}"] = one_nan(of_mlx(parameter), dtype_name(parameter.dtype))
-        for slot, arrays in zip(SLOTS, state.slots, strict=True):
+        for slot, arrays in zip(self.options.places, state.slots, strict=True):
             for number, array in enumerate(arrays):
                 bits = one_nan(of_mlx(array), dtype_name(array.dtype))
                 result[f"{slot}{step}.{number}"] = bits
@@ -223,12 +245,14 @@ CHOICES: dict[str, Sequence[Any]] = {
     "gradient": tuple(DTYPES),
     "layout": ("contiguous", "transposed", "broadcast", "reversed", "odd_offset", "every_other"),
     "numbers": ("constant", "arrays", "schedules"),
-    "momentum": (
+    "rule": tuple(RULES),
+    # Each rule takes of these what it has.
+    "flags": (
         {},
-        {"momentum": 0.9, "dampening": 0.3},
-        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.3, "bias_correction": True},
+        {"momentum": 0.9, "nesterov": True, "bias_correction": True, "amsgrad": True},
     ),
-    "momentum_dtype": (None, *DTYPES),
+    "state_dtype": (None, *DTYPES),
     "weight_decay": ({}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "decoupled": True}),
     "maximize": (False, True),
     "grad_scale": (None, 3.0),
@@ -299,19 +323,25 @@ def _combination(number: int, row: Mapping[str, int]) -> FullCase:
 def _cases() -> list[FullCase]:
     cases = []
     for dtype in DTYPES:
-        for title, options in ALONE.items():
-            bad = 1 if options.skip_nonfinite else None
-            cases.append(FullCase(title, options, (dtype,), dtype, bad=bad))
+        for title, options in {**PLAIN, **OWN}.items():
+            cases.append(FullCase(title, options, (dtype,), dtype))
+    # Of the first rule in every dtype, of the others in one, another one for each option.
+    for (i, rule), (j, title) in itertools.product(enumerate(RULES), enumerate(ALONE)):
+        options = replace(PLAIN[rule], **ALONE[title])
+        bad = 1 if options.skip_nonfinite else None
+        for dtype in DTYPES if i == 0 else (tuple(DTYPES)[(i + j) % 3],):
+            cases.append(FullCase(f"{rule}_{title}", options, (dtype,), dtype, bad=bad))
     cases += [_combination(i, row) for i, row in enumerate(covering_array(CHOICES))]
 
     everything = Full(
         momentum=0.9, nesterov=True, weight_decay=0.01, maximize=True, grad_scale=3.0,
         clip_value=0.7, clip_norm=1.3, skip_nonfinite=True, trust_coefficient=0.003,
         groups=GROUPS, master_weights=True, stochastic=True, seed=5, ema_decay=0.97,
-        momentum_dtype="bfloat16",
+        state_dtype="bfloat16",
     )  # fmt: skip
-    randomly = replace(everything, master_weights=False, momentum_dtype=None)
-    for title, options in (("everything", everything), ("randomly", randomly)):
+    randomly = replace(everything, master_weights=False, state_dtype=None)
+    adam = replace(randomly, rule="adam", bias_correction=True, amsgrad=True)
+    for title, options in (("everything", everything), ("randomly", randomly), ("adam", adam)):
         large = FullCase(f"{title}_large", options, ("bfloat16",), "bfloat16", shapes=LARGE)
         cases.append(large)
         cases.append(replace(large, title=f"{title}_late", shapes=SHAPES, first_step=2**40 + 1))

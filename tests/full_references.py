@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import rules
 from bits import EPSILON, TINIEST, narrowed, widened
-from full_step import Full
+from full_step import FRAME_SLOTS, Full
+from rules import RULES, RuleMistake
 
 # ---- Where a tensor is ---------------------------------------------------------------
 
@@ -53,6 +55,13 @@ def arenas_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[
 # ---- Rounding ------------------------------------------------------------------------
 
 
+def mix32(x: np.ndarray) -> np.ndarray:
+    """In 64 bits: a product of two 32-bit numbers fits."""
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
 def random_words(seed: int, step: int, fingerprint: int, positions: np.ndarray) -> np.ndarray:
     """32 random bits for each position: SplitMix64's finaliser makes a key of seed, step and
     arena; MurmurHash3's, twice, spreads the position over it."""
@@ -62,14 +71,8 @@ def random_words(seed: int, step: int, fingerprint: int, positions: np.ndarray) 
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    def mix32(x: np.ndarray) -> np.ndarray:
-        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
-        return x ^ x >> 16
-
     key = mix64((seed + 0x9E3779B97F4A7C15) % 2**64)
     key = mix64(mix64(key ^ step) ^ fingerprint)
-    # In 64 bits: a product of two 32-bit numbers fits.
     position = positions.astype(np.uint64)
     low, high = np.uint64(key % 2**32), np.uint64(key >> 32)
     return mix32(mix32((position + low) % 2**32) ^ high).astype(np.uint32)
@@ -229,8 +232,8 @@ def _clipped_by_value(g: np.ndarray, options: Full) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """Mistakes that a test must catch: each is a step that does something else."""
+class Mistake(RuleMistake):
+    """And of the frame."""
 
     gradient_not_negated: bool = False
     gradient_not_unscaled: bool = False
@@ -251,46 +254,103 @@ class Mistake:
     compensation_forgotten: bool = False
     compensation_of_the_exact: bool = False
     rounded_to_nearest: bool = False
-    same_bits_for_velocity: bool = False
+    same_bits_for_slots: bool = False
     position_in_the_tensor: bool = False
     one_key_for_every_step: bool = False
     one_key_for_every_arena: bool = False
     average_of_the_old: bool = False
     average_of_the_exact: bool = False
-    velocity_in_the_parameters_dtype: bool = False
+    slots_in_the_parameters_dtype: bool = False
+    decay_after_the_change: bool = False
+    groups_own_scalars_ignored: bool = False
 
 
 RIGHT = Mistake()
 
 
-class Numbers(NamedTuple):
-    """Of one tensor: the scalars, and what it has."""
+class Used(NamedTuple):
+    """The scalars of a step by their names, and those of them that are not constant."""
 
-    rate: Any
-    momentum: Any
+    values: dict[str, np.float32]
+    varying: frozenset[str] = frozenset()
+
+    @property
+    def grad_scale(self) -> np.float32:
+        return self.values["grad_scale"]
+
+
+class Numbers(NamedTuple):
+    """Of one tensor: what it has, the scalars, and those of the rule."""
+
     weight_decay: Any
     flags: set[str]
     trust_coefficient: Any
+    rule: rules.Numbers
 
 
 def numbers_of(
-    options: Full, tensor: int, used: Sequence[Any], wrong: Mistake = RIGHT, cast=np.float32
+    options: Full,
+    tensor: int,
+    used: Used,
+    t: int,
+    wrong: Mistake = RIGHT,
+    cast: Any = np.float32,
+    nudged: tuple[int, int] = (0, 0),
 ) -> Numbers:
-    rate, momentum, weight_decay = (cast(x) for x in used[:3])
-    flags, trust = set(options.flags), cast(np.float32(options.trust_coefficient or 0))
+    """``t`` counts the steps from 1; the numbers of a bias correction are ``nudged`` by ulps
+    of float32 from the nearest ones to those of float64."""
+
+    def kept(x: float) -> Any:
+        return cast(np.float32(x))
+
+    rate, weight_decay = (kept(used.values[k]) for k in ("learning_rate", "weight_decay"))
+    flags, trust = set(options.flags), kept(options.trust_coefficient or 0)
+    group = None
     if options.groups is not None and not wrong.groups_ignored:
         group = options.groups[tensor % len(options.groups)]
 
-        def own(value, pair):
-            times, plus = (cast(np.float32(x)) for x in pair)
+        def own(value: Any, pair: tuple[float, float]) -> Any:
+            times, plus = map(kept, pair)
             return times * value + plus
 
-        rate, momentum = own(rate, group.rate), own(momentum, group.momentum)
-        weight_decay = own(weight_decay, group.weight_decay)
-        trust = cast(np.float32(group.trust_coefficient))
+        rate, weight_decay = own(rate, group.rate), own(weight_decay, group.weight_decay)
+        trust = kept(group.trust_coefficient)
         if not wrong.flags_of_groups_ignored:
             flags -= set(group.without)
-    return Numbers(rate, momentum, weight_decay, flags, trust)
+
+    scalars, rest, precise = {}, {}, []
+    for number, name in enumerate(RULES[options.rule].scalars):
+        value = used.values[name]
+        constant = None if name in used.varying else options.scalars[name]
+        scalars[name] = kept(value)
+        rest[name] = kept(1) - kept(value) if constant is None else kept(1 - constant)
+        if wrong.rest_of_the_rounded:
+            rest[name] = np.float32(1) - np.float32(value)
+        # What is known of a constant beyond float32 goes into a power of it.
+        more = 0.0 if constant is None else float(np.float32(constant - float(value)))
+        if group is not None and not wrong.groups_own_scalars_ignored:
+            times, plus = group.own(number)
+            scalars[name] = own(scalars[name], (times, plus))
+            rest[name] = own(rest[name], (times, 1 - times - plus))
+            more = float(np.float32(times) * np.float32(more)) + plus - float(np.float32(plus))
+            value = np.float32(times) * np.float32(value) + np.float32(plus)
+        precise.append(float(value) + more)
+
+    rates = [kept(1)] * 2
+    if "bias_correction" in flags:
+        last = t - 1 if wrong.corrected_by_the_step_before else t
+        single = np.float32(rate.value if isinstance(rate, Bounded) else rate)
+        exact = rules.corrections(float(single), precise, last)
+        rates = []
+        for value, ulps in zip(exact, nudged, strict=True):
+            nearest = np.float32(value)
+            away = np.float32(nearest + ulps * np.spacing(nearest))
+            rates.append(
+                Bounded(value, np.spacing(nearest)) if cast is not np.float32 else away
+            )
+    return Numbers(
+        weight_decay, flags, trust, rules.Numbers(rate, scalars, rest, *rates, flags, wrong)
+    )
 
 
 class Place(NamedTuple):
@@ -312,15 +372,16 @@ def full_step_float32(
     old: Element,
     gradient: np.ndarray,
     place: Place,
-    used: Sequence[np.float32],
+    used: Used,
     measured: np.ndarray | None,
     wrong: Mistake = RIGHT,
+    nudged: tuple[int, int] = (0, 0),
 ) -> Element:
     """One tensor: bits in, bits out; the gradient is in float32 numbers. ``used`` are the
-    scalars of the step, ``measured`` what was measured before it."""
+    scalars of the step, ``measured`` what was measured before it; ``nudged`` of numbers_of."""
     if options.skip_nonfinite and not measured[1] and not wrong.skipped_step_taken:
         return dict(old)
-    own = numbers_of(options, place.tensor, used, wrong)
+    own = numbers_of(options, place.tensor, used, place.step + 1, wrong, nudged=nudged)
     has = own.flags.__contains__
     with np.errstate(all="ignore"):
         numbers = {
@@ -337,8 +398,8 @@ def full_step_float32(
         if wrong.clipped_before_unscaling:
             g = _clipped_by_value(g, options)
         if not wrong.gradient_not_unscaled:
-            scaled = g / np.float32(used[3]) if wrong.scaled_by_division else None
-            g = _unscaled(g, options, used[3]) if scaled is None else scaled
+            scaled = g / used.grad_scale if wrong.scaled_by_division else None
+            g = _unscaled(g, options, used.grad_scale) if scaled is None else scaled
         if not wrong.not_clipped_by_value and not wrong.clipped_before_unscaling:
             g = _clipped_by_value(g, options)
         factor = np.float32(1)
@@ -374,26 +435,27 @@ def full_step_float32(
                 return round_to_nearest(x, name)
             return round_at_random(x, name, bits)
 
-        update = g
-        if "velocity" in old:
-            velocity = numbers["velocity"]
-            if has("momentum"):
-                velocity = own.momentum * velocity + np.float32(1 - options.dampening) * g
-                update = g + own.momentum * velocity if has("nesterov") else velocity
-            name = options.slot_dtype("velocity", dtype)
+        change, after = RULES[options.rule].change(g, numbers, own.rule)
+        for place_of, slot in enumerate(RULES[options.rule].slots):
+            if slot not in old:
+                continue
+            name = options.slot_dtype(slot, dtype)
             bits = random
-            if random is not None and not wrong.same_bits_for_velocity:
-                bits = random >> 16
-            if wrong.velocity_in_the_parameters_dtype:
-                velocity = round_to_nearest(velocity, dtype)
-            new["velocity"] = narrowed(stored(velocity, name, bits), name)
-        if has("weight_decay") and not coupled:
-            update = update + decay
-
-        move = own.rate * update
+            if random is not None and not wrong.same_bits_for_slots:
+                # 16 bits of the slot's own, of the parameter's word and of one made of it.
+                word = random if place_of == 0 else mix32(random.astype(np.uint64))
+                bits = (word if place_of == 2 else word >> 16).astype(np.uint32)
+            value = after.get(slot, numbers[slot])  # a group may be without
+            if wrong.slots_in_the_parameters_dtype:
+                value = round_to_nearest(value, dtype)
+            new[slot] = narrowed(stored(value, name, bits), name) if slot in after else old[slot]
+        decays = has("weight_decay") and not coupled
+        kept = np.float32(1) - own.rule.learning_rate * own.weight_decay
+        if decays and not wrong.decay_after_the_change:
+            w = w * kept
         if "compensation" in old:
             lost = np.float32(0) if wrong.compensation_forgotten else numbers["compensation"]
-            change = lost - move
+            change = lost - change
             exact = w + change
             parameter = round_to_nearest(exact, dtype)
             left = exact - parameter
@@ -401,7 +463,9 @@ def full_step_float32(
                 left = change - (parameter - w)
             new["compensation"] = narrowed(left, dtype)
         else:
-            exact = w - move
+            exact = w - change
+            if decays and wrong.decay_after_the_change:
+                exact = exact * kept
             at_random = random if "master" not in old else None
             parameter = stored(exact, dtype, at_random)
         new["parameter"] = narrowed(parameter, dtype)
@@ -427,8 +491,6 @@ class Bounded:
     on the errors of its operands.
     """
 
-    __array_ufunc__ = None  # NumPy's numbers leave the operation to us
-
     def __init__(self, value: Any, error: Any = 0.0):
         self.value, self.error = np.asarray(value, np.float64), np.asarray(error, np.float64)
 
@@ -440,6 +502,16 @@ class Bounded:
         more = (np.abs(self.value) + self.error) * unit + least
         # float64 itself errs by 2^-53 of these.
         return Bounded(self.value, (self.error + more) * (1 + 2.0**-20))
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any) -> Bounded:
+        """NumPy's numbers leave their operations to us, and its functions."""
+        own = {
+            np.add: Bounded.__add__, np.subtract: Bounded.__sub__, np.negative: Bounded.__neg__,
+            np.multiply: Bounded.__mul__, np.true_divide: Bounded.__truediv__,
+            np.sqrt: Bounded.root, np.absolute: Bounded.magnitude, np.sign: Bounded.sign,
+            np.maximum: Bounded.larger,
+        }  # fmt: skip
+        return own[ufunc](*map(Bounded.of, inputs))
 
     def __add__(self, other: Any) -> Bounded:
         other = Bounded.of(other)
@@ -463,8 +535,27 @@ class Bounded:
     def __truediv__(self, other: Any) -> Bounded:
         other = Bounded.of(other)
         value = self.value / other.value
-        error = (self.error + np.abs(value) * other.error) / (np.abs(other.value) - other.error)
+        least = np.abs(other.value) - other.error
+        error = self.error + np.abs(value) * other.error
+        error = np.where(least > 0, error / np.where(least > 0, least, 1), np.inf)
         return Bounded(value, error).rounded()
+
+    def root(self) -> Bounded:
+        value = np.sqrt(self.value)
+        least = np.sqrt(np.maximum(self.value - self.error, 0))
+        return Bounded(value, value - least).rounded()
+
+    def magnitude(self) -> Bounded:
+        return Bounded(np.abs(self.value), self.error)
+
+    def larger(self, other: Bounded) -> Bounded:
+        return Bounded(
+            np.maximum(self.value, other.value), np.maximum(self.error, other.error)
+        )
+
+    def sign(self) -> Bounded:
+        known = np.abs(self.value) > self.error
+        return Bounded(np.sign(self.value), np.where(known, 0.0, 2.0))
 
     def clipped(self, low: float, high: float) -> Bounded:
         ends = (np.clip(self.value + sign * self.error, low, high) for sign in (-1, 1))
@@ -485,7 +576,7 @@ def full_step_float64(
     old: Element,
     gradient: np.ndarray,
     place: Place,
-    used: Sequence[np.float32],
+    used: Used,
     measured: np.ndarray | None,
 ) -> dict[str, Bounded]:
     """Of one tensor: 'parameter' and its slots; with compensation also 'sum', what parameter
@@ -501,7 +592,9 @@ def full_step_float64(
             left = numbers.pop("compensation")
             numbers["sum"] = Bounded(numbers["parameter"].value + left.value)
         return numbers
-    own = numbers_of(options, place.tensor, used, cast=lambda x: Bounded(np.float64(x)))
+    own = numbers_of(
+        options, place.tensor, used, place.step + 1, cast=lambda x: Bounded(np.float64(x))
+    )
     has = own.flags.__contains__
     w = numbers["parameter"]
     if "master" in old:
@@ -511,7 +604,7 @@ def full_step_float64(
 
     g = Bounded(gradient) if not has("maximize") else Bounded(-gradient)
     if has("grad_scale"):
-        g = g * (Bounded(1.0) / used[3])
+        g = g * (Bounded(1.0) / used.grad_scale)
     if has("clip_value"):
         limit = np.float64(np.float32(options.clip_value))
         g = g.clipped(-limit, limit)
@@ -534,21 +627,17 @@ def full_step_float64(
             if ratio.value <= np.finfo(np.float32).max:
                 g = g * ratio
 
+    change, after = RULES[options.rule].change(g, numbers, own.rule)
     new: dict[str, Bounded] = {}
-    update = g
-    if "velocity" in old:
-        velocity = numbers["velocity"]
-        if has("momentum"):
-            velocity = own.momentum * velocity + np.float32(1 - options.dampening) * g
-            update = g + own.momentum * velocity if has("nesterov") else velocity
-        name = options.slot_dtype("velocity", dtype)
-        new["velocity"] = velocity.stored(name, has("stochastic"))
+    for slot in old.keys() - {"parameter", *FRAME_SLOTS}:
+        name = options.slot_dtype(slot, dtype)
+        value = after[slot].stored(name, has("stochastic")) if slot in after else numbers[slot]
+        new[slot] = value
     if decays and decoupled:
-        update = update + own.weight_decay * w
+        w = w * (Bounded(1.0) - own.rule.learning_rate * own.weight_decay)
 
-    move = own.rate * update
     if "compensation" in old:
-        change = numbers["compensation"] - move
+        change = numbers["compensation"] - change
         exact = w + change
         new["parameter"] = exact.stored(dtype, False)
         # What is left is at most a rounding of the parameter, and has its own.
@@ -558,7 +647,7 @@ def full_step_float64(
         total = w.value + change.value
         new["sum"] = Bounded(total, error)
     else:
-        exact = w - move
+        exact = w - change
         at_random = has("stochastic") and "master" not in old
         new["parameter"] = exact.stored(dtype, at_random)
     if "master" in old:

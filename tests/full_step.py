@@ -14,32 +14,53 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from bits import DTYPES, dtype_name
+from rules import RULES, slots_of
 
-SLOTS = ("velocity", "master", "compensation", "average")
+# What the frame keeps of an element, behind the rule's own (rules.py).
+FRAME_SLOTS = ("master", "compensation", "average")
+RULE_PLACES = 3
+# The scalars of every rule, before its own.
+FRAME_SCALARS = ("learning_rate", "weight_decay", "grad_scale")
 
 
 class Group(NamedTuple):
     """Of some tensors: a scalar is times * (the step's) + plus, and what they are without."""
 
     rate: tuple[float, float] = (1.0, 0.0)
-    momentum: tuple[float, float] = (1.0, 0.0)
     weight_decay: tuple[float, float] = (1.0, 0.0)
     trust_coefficient: float = 0.0
+    rule: tuple[tuple[float, float], ...] = ()  # of the rule's own, in order
     without: tuple[str, ...] = ()
 
-    @property
-    def row(self) -> tuple[float, ...]:
-        return (*self.rate, *self.momentum, *self.weight_decay, self.trust_coefficient)
+    def own(self, number: int) -> tuple[float, float]:
+        return self.rule[number] if number < len(self.rule) else (1.0, 0.0)
+
+    def row(self, rule: str) -> list[float]:
+        """As _ext.GROUP_NUMBERS counts: a scalar of the rule with the second part of what is
+        added, and with what is added to 1 - scalar."""
+        row = [*self.rate, *self.weight_decay, self.trust_coefficient]
+        for number in range(RULE_PLACES):
+            times, plus = self.own(number) if number < len(RULES[rule].scalars) else (1.0, 0.0)
+            row += [times, plus, plus - float(np.float32(plus)), 1 - times - plus]
+        return row
 
 
 @dataclass(frozen=True)
 class Full:
-    """The options of a step; None and False are a step without. Tensor t is in the group
-    t modulo their number."""
+    """The rule and the options of a step; None and False are a step without. Tensor t is in
+    the group t modulo their number."""
 
+    rule: str = "sgd"
     momentum: float | None = None
     dampening: float = 0.0
     nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    alpha: float = 0.99
+    rho: float = 0.9
+    eps: float = 1e-3
+    bias_correction: bool = False
+    amsgrad: bool = False
     weight_decay: float | None = None
     decoupled: bool = False
     maximize: bool = False
@@ -55,14 +76,16 @@ class Full:
     stochastic: bool = False
     seed: int = 0
     ema_decay: float | None = None
-    momentum_dtype: str | None = None
+    state_dtype: str | None = None
 
     @property
     def flags(self) -> set[str]:
-        """By the names of the extension's FLAGS."""
+        """By the names of the extension's FLAGS, and of the rule's."""
         present = {
             "momentum": self.momentum is not None,
             "nesterov": self.nesterov,
+            "bias_correction": self.bias_correction,
+            "amsgrad": self.amsgrad,
             "weight_decay": self.weight_decay is not None,
             "maximize": self.maximize,
             "grad_scale": self.grad_scale is not None,
@@ -78,27 +101,48 @@ class Full:
             "stochastic": self.stochastic,
             "ema": self.ema_decay is not None,
         }
+        for other in RULES.values():
+            for name in set(other.flags) - set(RULES[self.rule].flags):
+                present.pop(name)
         return {name for name, value in present.items() if value}
 
     @property
     def is_measured(self) -> bool:
         return bool(self.flags & {"clip_norm", "measure_norm", "skip_nonfinite", "trust_ratio"})
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The names of the six slots of a step; those that a rule does not have are empty."""
+        own = RULES[self.rule].slots
+        return (*own, *[""] * (RULE_PLACES - len(own)), *FRAME_SLOTS)
+
+    @property
+    def scalar_names(self) -> tuple[str, ...]:
+        return (*FRAME_SCALARS, *RULES[self.rule].scalars)
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """What is constant, in the order of the kernel; the rate of a step is its argument."""
+        absent = {"learning_rate": 0.0, "weight_decay": 0.0, "grad_scale": 1.0, "momentum": 0.0}
+        values = {name: getattr(self, name, None) for name in self.scalar_names}
+        return {k: absent[k] if value is None else value for k, value in values.items()}
+
     def slot_dtype(self, slot: str, dtype: str) -> str | None:
         """The dtype of a slot of the tensors of ``dtype``; None where they have none."""
         half = dtype != "float32"
-        if slot == "velocity":
-            return None if self.momentum is None else self.momentum_dtype or dtype
         if slot == "master":
             return "float32" if self.master_weights and half else None
         if slot == "compensation":
             return dtype if self.compensated and half else None
-        return None if self.ema_decay is None else "float32"
+        if slot == "average":
+            return None if self.ema_decay is None else "float32"
+        has = slot in slots_of(self.rule, self.flags)
+        return self.state_dtype or dtype if has else None
 
 
 class State(NamedTuple):
     """What a step gives besides the parameters. ``used`` and ``measured`` are of the last
-    step only."""
+    step only, ``used`` None where nothing depends on the step."""
 
     slots: list[list[mx.array]]
     step: mx.array
@@ -115,9 +159,9 @@ def layout_of(parameters: Sequence[mx.array]) -> Any:
 
 def first_state(options: Full, parameters: Sequence[mx.array], step: int = 0) -> State:
     """Zeros, and masters and averages of the parameters."""
-    slots: list[list[mx.array]] = [[] for _ in SLOTS]
+    slots: list[list[mx.array]] = [[] for _ in options.places]
     for dtype, shape, tensors, offsets in layout_of(parameters).arenas:
-        for number, slot in enumerate(SLOTS):
+        for number, slot in enumerate(options.places):
             name = options.slot_dtype(slot, dtype_name(dtype))
             if name is None:
                 continue
@@ -138,51 +182,48 @@ def full_step(
     state: State,
     learning_rate: Any,
     *,
-    momentum: Any = None,
-    weight_decay: Any = None,
-    grad_scale: Any = None,
     stream: Any = None,
+    **scalars: Any,
 ) -> tuple[list[mx.array], State]:
     """One step. The scalars by keyword (arrays, schedules) are in place of the options'."""
     from mlx_fused_optim import _ext
 
     tree = _ext.Tree({"w": list(gradients)}, {"w": list(parameters)}, "test")
-    flags = sum(_ext.FLAGS[name] for name in options.flags)
+    number, rule = next((i, r) for i, r in enumerate(_ext.RULES) if r["name"] == options.rule)
+    bits = {**_ext.FLAGS, **rule["flags"]}
     groups = numbers = None
     if options.groups is not None:
-        own = ("momentum", "nesterov", "weight_decay", "trust_ratio")
+        own = ("weight_decay", "trust_ratio", *rule["flags"])
         groups = _ext.Groups(
             [t % len(options.groups) for t in range(len(parameters))],
             [
-                sum(_ext.FLAGS[name] for name in own if name not in group.without)
+                sum(bits[name] for name in own if name not in group.without)
                 for group in options.groups
             ],
         )
-        numbers = mx.array([group.row for group in options.groups], mx.float32)
+        numbers = mx.array([group.row(options.rule) for group in options.groups], mx.float32)
 
-    def number(given: Any, own: float | None, absent: float) -> Any:
-        return given if given is not None else absent if own is None else own
-
-    stepped, slots, step, used, measured, skipped = _ext.sgd_step(
+    values = {**options.scalars, "learning_rate": learning_rate, **scalars}
+    assert values.keys() == options.scalars.keys()
+    stepped, slots, step, used, measured, skipped = _ext.fused_step(
         tree,
         _ext.Layout(tree),
         state.slots,
         state.step,
-        learning_rate=learning_rate,
-        momentum=number(momentum, options.momentum, 0.0),
-        weight_decay=number(weight_decay, options.weight_decay, 0.0),
-        grad_scale=number(grad_scale, options.grad_scale, 1.0),
-        dampening=options.dampening,
-        flags=flags,
-        clip_value=options.clip_value or 0.0,
-        clip_norm=options.clip_norm or 0.0,
-        trust_coefficient=options.trust_coefficient or 0.0,
-        ema_decay=options.ema_decay or 0.0,
-        seed=options.seed,
-        momentum_dtype=DTYPES[options.momentum_dtype] if options.momentum_dtype else None,
-        groups=groups,
-        group_numbers=numbers,
-        skipped=state.skipped,
+        _ext.Options(
+            rule=number,
+            scalars=list(values.values()),
+            flags=sum(bits[name] for name in options.flags),
+            clip_value=options.clip_value or 0.0,
+            clip_norm=options.clip_norm or 0.0,
+            trust_coefficient=options.trust_coefficient or 0.0,
+            ema_decay=options.ema_decay or 0.0,
+            seed=options.seed,
+            state_dtype=DTYPES[options.state_dtype] if options.state_dtype else None,
+            groups=groups,
+            group_numbers=numbers,
+            skipped=state.skipped,
+        ),
         stream=stream,
     )
     return stepped["w"], State(slots, step, skipped, used, measured)
