@@ -33,11 +33,12 @@ NUMBERS = dict(
     trust_coefficient=0.05,
     ema_decay=0.9,
     seed=12345,
-    momentum_dtype=None,
+    state_dtype=None,
     groups=None,
     group_numbers=None,
     skipped=None,
 )
+SCALARS = ("learning_rate", "weight_decay", "grad_scale", "momentum", "dampening")
 OPTIONS = {
     "maximize": "maximize",
     "scaled": "grad_scale",
@@ -66,19 +67,22 @@ KERNELS = ["clipped by norm", "masters", "compensated", "stochastic", "all", "al
 
 
 def flags_of(names):
-    return sum(_ext.FLAGS[name] for name in names.split())
+    bits = {**_ext.FLAGS, **_ext.RULES[0]["flags"]}
+    return sum(bits[name] for name in names.split())
 
 
 def layout_of(parameters):
     return _ext.Layout(_ext.Tree(parameters, parameters, "test"))
 
 
-def empty_slots(layout, names, momentum_dtype):
+def empty_slots(layout, names, state_dtype):
     """Zeros for every slot that a step of these options has."""
     names = names.split()
     half = [a for a in layout.arenas if a[0] != mx.float32]
     return [
-        [mx.zeros(a[1], momentum_dtype or a[0]) for a in layout.arenas if "momentum" in names],
+        [mx.zeros(a[1], state_dtype or a[0]) for a in layout.arenas if "momentum" in names],
+        [],
+        [],
         [mx.zeros(a[1], mx.float32) for a in half if "master_weights" in names],
         [mx.zeros(a[1], a[0]) for a in half if "compensated" in names],
         [mx.zeros(a[1], mx.float32) for a in layout.arenas if "ema" in names],
@@ -87,13 +91,14 @@ def empty_slots(layout, names, momentum_dtype):
 
 def step_once(parameters, gradients, slots, step, names, **numbers):
     """(parameters, slots, step, used, measured or None, skipped or None)"""
-    return _ext.sgd_step(
+    options = {**NUMBERS, **numbers}
+    scalars = [options.pop(name) for name in SCALARS]
+    return _ext.fused_step(
         _ext.Tree(gradients, parameters, "test"),
         layout_of(parameters),
         slots,
         step,
-        flags=flags_of(names),
-        **{**NUMBERS, **numbers},
+        _ext.Options(rule=0, scalars=scalars, flags=flags_of(names), **options),
     )
 
 
@@ -103,7 +108,7 @@ def run(device, parameters, gradients, names, steps=3, evaluate_each=True, **num
     mx.set_default_device(device)
     try:
         parameters = copied(parameters)
-        slots = empty_slots(layout_of(parameters), names, numbers.get("momentum_dtype"))
+        slots = empty_slots(layout_of(parameters), names, numbers.get("state_dtype"))
         step, skipped = mx.array(7, mx.uint64), mx.array(2, mx.uint64)
         mx.eval(parameters, slots, step, skipped)
         for _ in range(steps):
@@ -111,8 +116,9 @@ def run(device, parameters, gradients, names, steps=3, evaluate_each=True, **num
                 parameters, gradients(), slots, step, names, **{**numbers, "skipped": skipped}
             )
             if evaluate_each:
-                mx.eval(parameters, slots, step, used)
-        result = [*parameters, *itertools.chain(*slots), step, used]
+                mx.eval(parameters, slots, step)
+        result = [*parameters, *itertools.chain(*slots), step]
+        result += [] if used is None else [used]
         result += [] if measured is None else [measured, skipped]
         mx.eval(result)
         return result
@@ -132,9 +138,12 @@ def groups_of(tensors, names):
     own = [name for name in names.split() if name in tensor_flags]
     flags = [flags_of(" ".join(own)), flags_of(" ".join(own[1:])), 0]
     numbers = np.zeros((3, _ext.GROUP_NUMBERS), np.float32)
-    numbers[0] = [1, 0, 1, 0, 1, 0, 0.05]
-    numbers[1] = [0.1, 0, 0, 0.8, 2, 0.001, 0.01]
-    numbers[2] = [0, 0.03, 1, -0.1, 1, 0, 1]
+    # Learning rate, weight decay, trust coefficient, momentum and 1 - momentum, dampening.
+    numbers[:, :13] = [
+        [1, 0, 1, 0, 0.05, 1, 0, 0, 0, 1, 0, 0, 0],
+        [0.1, 0, 2, 0.001, 0.01, 0, 0.8, 0, 0.2, 1, 0, 0, 0],
+        [0, 0.03, 1, 0, 1, 1, -0.1, 0, 0.1, 1, 0, 0, 0],
+    ]
     return dict(
         groups=_ext.Groups([t % 3 for t in range(tensors)], flags),
         group_numbers=mx.array(numbers),
@@ -150,9 +159,9 @@ def flat_tensors(dtype, gradient_dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
 def test_every_option_has_the_bits_of_the_cpu(names, dtype):
-    for gradient_dtype, momentum_dtype in itertools.product(DTYPES, [None, *DTYPES]):
+    for gradient_dtype, state_dtype in itertools.product(DTYPES, [None, *DTYPES]):
         parameters, gradients = flat_tensors(dtype, gradient_dtype)
-        assert_devices_agree(parameters, gradients, names, momentum_dtype=momentum_dtype)
+        assert_devices_agree(parameters, gradients, names, state_dtype=state_dtype)
         if "momentum" not in names.split():
             break
 
@@ -162,13 +171,13 @@ def test_every_option_has_the_bits_of_the_cpu(names, dtype):
 def test_arrays_that_are_not_contiguous(names, dtype, gradient_dtype):
     """All ways to lie in memory at once; the gradients are made on the device that steps."""
     parameters = [p for p, _ in strided_cases(dtype, gradient_dtype)]
-    for momentum_dtype in (None, mx.float32):
+    for state_dtype in (None, mx.float32):
         assert_devices_agree(
             parameters,
             lambda: [g for _, g in strided_cases(dtype, gradient_dtype)],
             names,
             steps=2,
-            momentum_dtype=momentum_dtype,
+            state_dtype=state_dtype,
         )
 
 
@@ -187,8 +196,8 @@ def test_numbers_at_which_formats_end(name, dtype):
     # A norm of these would make everything NaN.
     measured = {"clip_norm", "skip_nonfinite", "trust_ratio"}
     names = " ".join({*OPTIONS[name].split(), "maximize"} - measured)
-    for momentum_dtype in (None, mx.float32):
-        more = dict(momentum_dtype=momentum_dtype)
+    for state_dtype in (None, mx.float32):
+        more = dict(state_dtype=state_dtype)
         got = run(GPU, parameters, lambda: gradients, names, **more)
         want = run(mx.cpu, parameters, lambda: gradients, names, **more)
         for a, b in zip(got, want, strict=True):
@@ -202,8 +211,8 @@ def test_numbers_at_which_formats_end(name, dtype):
 def test_groups(name, dtype):
     parameters, gradients = flat_tensors(dtype, mx.float32)
     names = OPTIONS[name] + " groups"
-    for momentum_dtype in (None, mx.float32):
-        more = dict(momentum_dtype=momentum_dtype, **groups_of(len(SIZES), names))
+    for state_dtype in (None, mx.float32):
+        more = dict(state_dtype=state_dtype, **groups_of(len(SIZES), names))
         assert_devices_agree(parameters, gradients, names, **more)
 
 
@@ -252,12 +261,12 @@ def test_arenas_of_the_state_that_are_not_contiguous():
             wide = mx.array(np.arange(2 * size, dtype=np.float32) % 13)
             slots[0] = [wide[::2]]
             new, slots, *_ = step_once(
-                own, gradients, slots, mx.array(0, mx.uint64), names, momentum_dtype=mx.float32
+                own, gradients, slots, mx.array(0, mx.uint64), names, state_dtype=mx.float32
             )
             mx.eval(new, slots)
             # What is between the tensors is not zero here, and becomes so.
             ranges = ((0, 5), (128, 198), (256, 4353))
-            return [*new, *[arena[0][a:b] for arena in (slots[0], slots[1]) for a, b in ranges]]
+            return [*new, *[arena[0][a:b] for arena in (slots[0], slots[3]) for a, b in ranges]]
 
     assert_same(step(GPU), step(mx.cpu))
 
@@ -322,7 +331,7 @@ def test_gaps_of_fresh_memory_are_zero():
             slots,
             mx.array(0, mx.uint64),
             names,
-            momentum_dtype=mx.float32,
+            state_dtype=mx.float32,
         )
         mx.eval(new, slots)  # the old are held: all memory is fresh
         ((_, _, _, offsets),) = layout.arenas
@@ -379,7 +388,7 @@ def test_no_tensors_count_steps():
     step, used, measured, skipped = got
     assert step.item() == 10 and skipped.item() == 2
     assert measured.tolist() == [0, 1]
-    assert used.tolist() == pytest.approx([0.1, 0.9, 0.01, 1.0])
+    assert used.tolist() == pytest.approx([0.1, 0.01, 1.0, 0.9, 0.25, 0])
 
 
 def test_out_of_memory_changes_nothing():

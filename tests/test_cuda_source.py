@@ -46,7 +46,8 @@ OF_HALF_TYPES = {"master_weights", "compensated"}
 
 
 def flags_of(names):
-    return sum(_ext.FLAGS[name] for name in names.split())
+    bits = {**_ext.FLAGS, **_ext.RULES[0]["flags"]}
+    return sum(bits[name] for name in names.split())
 
 
 def variants():

@@ -165,7 +165,7 @@ def check_step(before, gradients, kept, after, kept_after, options, norm):
             average = old + (1 - options["ema_decay"]) * (value - old)
             close(slots["ema"], average, size + np.abs(old), "float32")
         if result["v"] is not None and "v" in slots:
-            velocity = options.get("momentum_dtype")
+            velocity = options.get("state_dtype")
             velocity = dtype_name(velocity) if velocity is not None else dtype
             close(slots["v"], result["v"], result["size_v"], velocity, random_rounding)
 
@@ -206,9 +206,9 @@ def run_checked(options, dtypes, gradient_dtype="float32", steps=3, compiled=Fal
 
 BASE = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 EACH = {
-    "momentum_dtype float32": {**BASE, "momentum_dtype": mx.float32},
-    "momentum_dtype float16": {**BASE, "momentum_dtype": mx.float16},
-    "momentum_dtype bfloat16": {**BASE, "momentum_dtype": mx.bfloat16},
+    "state_dtype float32": {**BASE, "state_dtype": mx.float32},
+    "state_dtype float16": {**BASE, "state_dtype": mx.float16},
+    "state_dtype bfloat16": {**BASE, "state_dtype": mx.bfloat16},
     "master_weights": {**BASE, "master_weights": True},
     "master_weights, no momentum": {"learning_rate": 0.1, "master_weights": True},
     "stochastic": {**BASE, "rounding": "stochastic", "seed": 3},
@@ -231,7 +231,7 @@ EACH = {
     "ema of compensated": {**BASE, "ema_decay": 0.75, "compensated": True},
     "groups": {**BASE, "groups": GROUPS["terms"]},
     "everything": {
-        **BASE, "nesterov": True, "momentum_dtype": mx.bfloat16, "master_weights": True,
+        **BASE, "nesterov": True, "state_dtype": mx.bfloat16, "master_weights": True,
         "rounding": "stochastic", "seed": 2**63 + 5, "clip_norm": 2.0, "clip_value": 1.0,
         "grad_scale": 8.0, "skip_nonfinite": True, "decoupled": True, "maximize": True,
         "groups": GROUPS["rates"], "trust_coefficient": 0.05, "ema_decay": 0.9,
@@ -255,7 +255,7 @@ COMBINATIONS = st.fixed_dictionaries({
     "momentum": st.sampled_from([0.0, 0.9]),
     "weight_decay": st.sampled_from([0.0, 0.03]),
     "dampening": st.sampled_from([0.0, 0.3]),
-    "momentum_dtype": st.sampled_from([None, *DTYPES.values()]),
+    "state_dtype": st.sampled_from([None, *DTYPES.values()]),
     "record": st.sampled_from([{}, {"master_weights": True}, {"compensated": True}]),
     "rounding": st.sampled_from(["nearest", "stochastic"]),
     "clip_norm": st.sampled_from([None, 1.0, 30.0, INF]),
@@ -297,7 +297,7 @@ SAME = [
 def test_the_checks_can_fail():
     """A control: each option left out of the mathematics is noticed."""
     for name, options in EACH.items():
-        unseen = {"rounding", "seed", "momentum_dtype", "skip_nonfinite", "master_weights"}
+        unseen = {"rounding", "seed", "state_dtype", "skip_nonfinite", "master_weights"}
         for option in options.keys() - unseen - {"learning_rate", "compensated", "ema_decay"}:
             if (name, option) in SAME:
                 continue
@@ -630,8 +630,8 @@ def test_dtypes_of_averages():
     exact = optimizer.ema_parameters(mx.float32)["a"]
     assert same(exact.astype(mx.bfloat16), averages["a"])
     state = optim.fused_sgd_init(mx.ones(3), ema_decay=0.5)
-    assert optim.fused_sgd_ema(state).tolist() == [1.0, 1.0, 1.0]
-    assert optim.fused_sgd_ema(state, mx.float16).dtype == mx.float16
+    assert optim.fused_ema(state).tolist() == [1.0, 1.0, 1.0]
+    assert optim.fused_ema(state, mx.float16).dtype == mx.float16
 
 
 def test_averages_of_a_compensated_run_know_what_rounding_lost():
@@ -861,17 +861,17 @@ def test_an_option_turned_off_for_a_tree_that_is_one_array(how):
 def test_momentum_changes_its_dtype(dtype):
     """On loading a state, and by the attribute: cast once."""
     parameters = tensors(0, ["bfloat16", "float32"])
-    optimizer = optim.SGD(0.1, momentum=0.9, momentum_dtype=mx.float32)
+    optimizer = optim.SGD(0.1, momentum=0.9, state_dtype=mx.float32)
     parameters = optimizer.apply_gradients(tensors(1, ["float32"]), parameters)
     before = optimizer.unpacked_state()
-    loaded = optim.SGD(0.1, momentum=0.9, momentum_dtype=DTYPES[dtype])
+    loaded = optim.SGD(0.1, momentum=0.9, state_dtype=DTYPES[dtype])
     loaded.state = optimizer.state
     loaded.init(parameters)
     for path, kept in loaded.unpacked_state().items():
         if path in parameters:
             assert kept["v"].dtype == DTYPES[dtype]
             assert same(kept["v"], before[path]["v"].astype(DTYPES[dtype]))
-    optimizer.momentum_dtype = None
+    optimizer.state_dtype = None
     optimizer.apply_gradients(tensors(2, ["float32"]), parameters)
     unpacked = optimizer.unpacked_state()
     assert all(unpacked[k]["v"].dtype == v.dtype for k, v in parameters.items())
@@ -952,14 +952,14 @@ SIZE = 1 << 20
 MEMORY = {
     "nothing": ({}, 0),
     "momentum": ({"momentum": 0.9}, 2),
-    "momentum in float32": ({"momentum": 0.9, "momentum_dtype": mx.float32}, 4),
+    "momentum in float32": ({"momentum": 0.9, "state_dtype": mx.float32}, 4),
     "master": ({"momentum": 0.9, "master_weights": True}, 2 + 4),
     "compensated": ({"momentum": 0.9, "compensated": True}, 2 + 2),
     "stochastic": ({"momentum": 0.9, "rounding": "stochastic"}, 2),
     "ema": ({"ema_decay": 0.9}, 4),
     "clip_norm": ({"clip_norm": 1.0, "skip_nonfinite": True}, 0),
     "everything": (
-        {"momentum": 0.9, "momentum_dtype": mx.float32, "compensated": True, "ema_decay": 0.9,
+        {"momentum": 0.9, "state_dtype": mx.float32, "compensated": True, "ema_decay": 0.9,
          "clip_norm": 1.0}, 4 + 2 + 4),
 }  # fmt: skip
 

@@ -353,7 +353,7 @@ def test_going_back_to_a_snapshot():
 
 FULL = {
     **OPTIONS,
-    "momentum_dtype": mx.float32,
+    "state_dtype": mx.float32,
     "clip_norm": 1e3,
     "skip_nonfinite": True,
     "ema_decay": 0.5,

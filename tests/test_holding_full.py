@@ -11,16 +11,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from bits import DTYPES, of_mlx
-from full_step import SLOTS, Full, State, first_state, full_step
+from full_step import FRAME_SLOTS, Full, State, first_state, full_step
 from waiting import let_go
 
 SIZES = (700, 33, 1)
 OPTIONS = {
     "masters": Full(
-        momentum=0.9, momentum_dtype="float32", master_weights=True, ema_decay=0.9, clip_norm=1.0,
+        momentum=0.9, state_dtype="float32", master_weights=True, ema_decay=0.9, clip_norm=1.0,
         skip_nonfinite=True,
     ),
     "compensated": Full(momentum=0.9, compensated=True, stochastic=True, ema_decay=0.9),
+    "adam": Full("adam", bias_correction=True, amsgrad=True, compensated=True),
+    "adadelta": Full("adadelta", state_dtype="float32", master_weights=True, clip_norm=1.0),
 }  # fmt: skip
 every_option = pytest.mark.parametrize("name", OPTIONS)
 
@@ -54,7 +56,7 @@ class Run:
         let_go()
 
     def arrays(self) -> dict[str, mx.array]:
-        pairs = zip(SLOTS, self.state.slots, strict=True)
+        pairs = zip(self.options.places, self.state.slots, strict=True)
         return {"parameter": self.parameters[0]} | {name: slot[0] for name, slot in pairs if slot}
 
     def addresses(self) -> dict[str, int]:
@@ -76,14 +78,17 @@ def assert_same_bits(a: Run, b: Run) -> None:
 def test_in_place_when_nobody_holds(name):
     run = Run(name)
     before = run.addresses()
-    assert len(before) == 4  # three slots and the parameters
+    assert len(before) == 1 + sum(map(len, run.state.slots))  # the parameters and the slots
+    assert len(before) >= 4
     run.step()
     run.step()
     assert run.addresses() == before
 
 
 @every_option
-@pytest.mark.parametrize("held", ["parameter", *SLOTS])
+@pytest.mark.parametrize(
+    "held", ["parameter", "momentum", "m", "v", "largest_v", "u", *FRAME_SLOTS]
+)
 def test_what_is_held_stays(name, held):
     """And only that: all else is still in place. The results are those without a holder."""
     run, alone = Run(name), Run(name)
@@ -134,9 +139,9 @@ def test_one_array_as_two_slots():
     options = OPTIONS["masters"]
     parameters = [mx.ones(SIZES[0], DTYPES["bfloat16"])]
     state = first_state(options, parameters)
-    one = state.slots[1][0]  # float32, as the velocity and the average are
-    shared = state._replace(slots=[[one], [one], [], [one]])
-    apart = state._replace(slots=[[one + 0], [one + 0], [], [one + 0]])
+    one = state.slots[3][0]  # the master; float32, as the momentum and the average are
+    shared = state._replace(slots=[[one] if slot else [] for slot in state.slots])
+    apart = state._replace(slots=[[one + 0] if slot else [] for slot in state.slots])
     mx.eval(apart.slots)
     del one, state
     gradients = [mx.full(SIZES[0], 0.3)]

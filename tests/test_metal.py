@@ -75,12 +75,16 @@ class Training:
         mx.eval(self.parameters, self.optimizer.state)
 
 
+# Of the frame and of SGD.
+FLAGS = {**_ext.FLAGS, **_ext.RULES[0]["flags"]}
+
+
 class FullTraining:
     """Full steps of the extension, of arrays that nobody else holds."""
 
-    def __init__(self, shapes, flags, dtype=mx.float32, momentum_dtype=None, place=lambda g: g):
-        self.flags = sum(_ext.FLAGS[name] for name in flags)
-        self.momentum_dtype = momentum_dtype
+    def __init__(self, shapes, flags, dtype=mx.float32, state_dtype=None, place=lambda g: g):
+        self.flags = sum(FLAGS[name] for name in flags)
+        self.state_dtype = state_dtype
         self.parameters = [mx.random.normal(s).astype(dtype) for s in shapes]
         self.gradients = [place(mx.random.normal(s).astype(dtype)) for s in shapes]
         mx.eval(self.parameters, self.gradients)
@@ -91,12 +95,13 @@ class FullTraining:
         arenas = [(dtype, shape) for dtype, shape, _, _ in self.layout.arenas]
         halves = [(dtype, shape) for dtype, shape in arenas if dtype != mx.float32]
         made = {
-            "momentum": [mx.zeros(shape, momentum_dtype or dtype) for dtype, shape in arenas],
+            "momentum": [mx.zeros(shape, state_dtype or dtype) for dtype, shape in arenas],
             "master_weights": [mx.zeros(shape) for _, shape in halves],
             "compensated": [mx.zeros(shape, dtype) for dtype, shape in halves],
             "ema": [mx.zeros(shape) for _, shape in arenas],
         }
-        self.slots = [arrays if name in flags else [] for name, arrays in made.items()]
+        momentum, *frame = [arrays if name in flags else [] for name, arrays in made.items()]
+        self.slots = [momentum, [], [], *frame]
         mx.eval(self.slots)
 
     def tree(self):
@@ -106,33 +111,29 @@ class FullTraining:
         measured = ("clip_norm", "skip_nonfinite", "trust_ratio")
         tree, self.parameters = self.tree(), None
         slots, self.slots = self.slots, None
-        result, self.slots, self.step_number, self.used, self.measured, skipped = _ext.sgd_step(
-            tree,
-            self.layout,
-            slots,
-            self.step_number,
-            learning_rate=0.1,
-            momentum=0.9,
-            weight_decay=0.01,
-            grad_scale=4.0,
-            dampening=0.0,
+        options = _ext.Options(
+            rule=0,
+            scalars=[0.1, 0.01, 4.0, 0.9, 0.0],
             flags=self.flags,
             clip_value=0.7,
             clip_norm=0.5,
             trust_coefficient=0.02,
             ema_decay=0.9,
             seed=1,
-            momentum_dtype=self.momentum_dtype,
+            state_dtype=self.state_dtype,
             groups=self.groups,
             group_numbers=self.group_numbers,
             skipped=self.skipped
-            if any(self.flags & _ext.FLAGS[name] for name in measured)
+            if any(self.flags & FLAGS[name] for name in measured)
             else None,
+        )
+        result, self.slots, self.step_number, self.used, self.measured, skipped = _ext.fused_step(
+            tree, self.layout, slots, self.step_number, options
         )
         self.parameters = result["w"]
         self.skipped = self.skipped if skipped is None else skipped
         del tree, slots
-        mx.eval(self.parameters, self.slots, self.step_number, self.used, self.skipped)
+        mx.eval(self.parameters, self.slots, self.step_number, self.skipped)
 
     def slot_arrays(self) -> list[mx.array]:
         return [array for slot in self.slots for array in slot]
@@ -304,13 +305,13 @@ def test_448_tensors_of_a_full_step_take_few_dispatches_and_four_stages():
     assert barriers == [chunks, chunks + 1, chunks + 2]
 
 
-@pytest.mark.parametrize("momentum_dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("state_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("slots", [["master_weights", "ema"], ["compensated"], []])
-def test_a_full_step_moves_exactly_its_bytes(dtype, momentum_dtype, slots):
+def test_a_full_step_moves_exactly_its_bytes(dtype, state_dtype, slots):
     shapes = [(64, 12), (256,)]  # which leave no gaps
     training = FullTraining(
-        shapes, ["momentum", "stochastic", "maximize", *slots], dtype, momentum_dtype
+        shapes, ["momentum", "stochastic", "maximize", *slots], dtype, state_dtype
     )
     training.step()
     log = dispatches(training.step)
@@ -318,7 +319,7 @@ def test_a_full_step_moves_exactly_its_bytes(dtype, momentum_dtype, slots):
     half = dtype != mx.float32
     size, count = sum(math.prod(s) for s in shapes), dtype.size
     widths = {
-        "velocities": momentum_dtype.size,
+        "velocities": state_dtype.size,
         "masters": 4 if half and "master_weights" in slots else 0,
         "compensations": count if half and "compensated" in slots else 0,
         "averages": 4 if "ema" in slots else 0,
@@ -417,7 +418,7 @@ def test_threads_change_no_bit_of_a_full_step(monkeypatch, order, threads):
         mx.random.seed(threads)
         place = lambda g: mx.contiguous(g.T).T  # noqa: E731
         training = FullTraining(shapes, flags, mx.bfloat16, mx.float32, place)
-        own = _ext.FLAGS["momentum"] | _ext.FLAGS["weight_decay"]
+        own = FLAGS["momentum"] | FLAGS["weight_decay"]
         training.groups = _ext.Groups([i % 2 for i in range(len(shapes))], [own, 0])
         training.group_numbers = mx.random.uniform(0.5, 1.5, (2, _ext.GROUP_NUMBERS))
         for _ in range(2):
@@ -440,13 +441,13 @@ def test_variants_are_compiled_for_options_and_dtypes_and_for_nothing_else():
         training = FullTraining([(9,)] * 40, ["momentum", "weight_decay", "groups"], dtype)
         training.group_numbers = mx.ones((2, _ext.GROUP_NUMBERS))
         for step in range(6):
-            flags = [_ext.FLAGS["momentum"], _ext.FLAGS["weight_decay"] * (step % 2)]
+            flags = [FLAGS["momentum"], FLAGS["weight_decay"] * (step % 2)]
             training.groups = _ext.Groups([i % 2 for i in range(40)], flags)
             gradient = list(DTYPES.values())[step % 3]
             training.gradients = [mx.random.normal((9,)).astype(gradient) for _ in range(40)]
             mx.eval(training.gradients)
             pipelines += [d["pipeline"] for d in dispatches(training.step) if d["pipeline"]]
-    flags = sum(_ext.FLAGS[name] for name in ("momentum", "weight_decay", "groups"))
+    flags = sum(FLAGS[name] for name in ("momentum", "weight_decay", "groups"))
     # Its flags, and the formats of parameter, gradient and velocity.
     formats = [(p, g) for p in range(3) for g in range(3)]
     assert set(pipelines) == {f"sgd_full_{flags}_{p}_{g}_{p}_{TILE}" for p, g in formats}

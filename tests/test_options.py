@@ -21,10 +21,10 @@ def any_tensor(path, array):
 
 
 OUT_OF_RANGE = [
-    ({"momentum_dtype": mx.int32}, "momentum_dtype", "int32"),
-    ({"momentum_dtype": mx.float64}, "momentum_dtype", "float64"),
-    ({"momentum_dtype": "float16"}, "momentum_dtype", "float16"),
-    ({"momentum_dtype": np.float32}, "momentum_dtype"),
+    ({"state_dtype": mx.int32}, "state_dtype", "int32"),
+    ({"state_dtype": mx.float64}, "state_dtype", "float64"),
+    ({"state_dtype": "float16"}, "state_dtype", "float16"),
+    ({"state_dtype": np.float32}, "state_dtype"),
     ({"rounding": "up"}, "rounding", "'up'", "'stochastic'"),
     ({"rounding": None}, "rounding", "None"),
     ({"master_weights": True, "compensated": True}, "master_weights", "compensated"),
@@ -312,7 +312,7 @@ def test_a_function_wants_its_options_from_the_beginning(name, options):
 def test_momentum_of_another_dtype_for_a_function():
     w = {"a": mx.ones(3, mx.bfloat16)}
     state = optim.fused_sgd_init(w, momentum=0.9)
-    options = {"momentum": 0.9, "momentum_dtype": mx.float32}
+    options = {"momentum": 0.9, "state_dtype": mx.float32}
     assert_refused(
         lambda: optim.fused_sgd_step(w, w, state, learning_rate=0.1, **options),
         "fused_sgd_step", "momentum", "fused_sgd_init",
@@ -334,8 +334,8 @@ def test_one_dict_of_options_for_both_functions():
 def test_averages_that_nobody_keeps():
     optimizer, state = optim.SGD(0.1, momentum=0.9), optim.fused_sgd_init({"w": mx.ones(2)})
     assert_refused(optimizer.ema_parameters, "SGD", "average")
-    assert_refused(lambda: optim.fused_sgd_ema(state), "fused_sgd_ema", "average")
-    assert_refused(lambda: optim.fused_sgd_ema({}), "fused_sgd_ema", "step")
+    assert_refused(lambda: optim.fused_ema(state), "fused_ema", "average")
+    assert_refused(lambda: optim.fused_ema({}), "fused_ema", "step")
     optimizer = optim.SGD(0.1, ema_decay=0.5)
     assert_refused(optimizer.ema_parameters, "SGD", "init()")
     optimizer.init({"w": mx.ones(2)})
@@ -366,19 +366,19 @@ def test_an_option_that_is_set_later_counts_from_then_on():
 
 @pytest.mark.parametrize("dtype", [None, mx.float32, mx.float16, mx.bfloat16])
 def test_copies_of_an_optimizer(dtype):
-    optimizer = optim.SGD(0.5, momentum=0.5, momentum_dtype=dtype, clip_norm=1.0, ema_decay=0.5)
+    optimizer = optim.SGD(0.5, momentum=0.5, state_dtype=dtype, clip_norm=1.0, ema_decay=0.5)
     w = optimizer.apply_gradients({"a": mx.ones(2)}, {"a": mx.zeros(2)})
     others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     want = optimizer.apply_gradients({"a": mx.ones(2)}, w)["a"]
     for other in others:
-        assert other.momentum_dtype == dtype
+        assert other.state_dtype == dtype
         assert same(other.apply_gradients({"a": mx.ones(2)}, w)["a"], want)
 
 
 def test_without_options_a_step_is_the_plain_one():
     """The same state, and nothing beside it."""
     optimizer = optim.SGD(0.1, momentum=0.9, **{
-        "momentum_dtype": None, "rounding": "nearest", "seed": 0, "grad_scale": 1.0, "groups": (),
+        "state_dtype": None, "rounding": "nearest", "seed": 0, "grad_scale": 1.0, "groups": (),
     })  # fmt: skip
     w = {"a": mx.ones(3)}
     w = optimizer.apply_gradients(w, w)

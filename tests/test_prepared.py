@@ -16,7 +16,7 @@ OPTIONS = {
     "plain": dict(),
     "momentum": dict(momentum=0.9, weight_decay=0.01),
     "nesterov": dict(momentum=0.9, nesterov=True),
-    "float32 momentum": dict(momentum=0.9, momentum_dtype=mx.float32),
+    "float32 momentum": dict(momentum=0.9, state_dtype=mx.float32),
     "master": dict(momentum=0.9, master_weights=True, ema_decay=0.5),
     "compensated": dict(compensated=True, clip_value=0.5),
     "stochastic": dict(momentum=0.9, rounding="stochastic", seed=3),
@@ -151,7 +151,7 @@ CHANGES = {
     "maximize": True,
     "groups": [(lambda path, array: path == "a", {"learning_rate": 0.0})],
     "ema_decay": 0.5,
-    "momentum_dtype": mx.float32,
+    "state_dtype": mx.float32,
 }
 
 
@@ -441,24 +441,10 @@ def test_a_layout_of_other_tensors_is_refused():
     one, two = {"w": mx.ones(3)}, {"w": mx.ones(4)}
     layout = _ext.Layout(_ext.Tree(two, two, "test"))
     with pytest.raises(ValueError, match=r"\[fused_sgd_step\] the layout is of other tensors: got"):
-        _ext.sgd_step(
+        _ext.fused_step(
             _ext.Tree(one, one, "test"),
             layout,
-            [[], [], [], []],
+            [[]] * 6,
             mx.array(0, mx.uint64),
-            learning_rate=0.5,
-            momentum=0.0,
-            weight_decay=0.0,
-            grad_scale=1.0,
-            dampening=0.0,
-            flags=0,
-            clip_value=0.0,
-            clip_norm=0.0,
-            trust_coefficient=0.0,
-            ema_decay=0.0,
-            seed=0,
-            momentum_dtype=None,
-            groups=None,
-            group_numbers=None,
-            skipped=None,
+            _ext.Options(rule=0, scalars=[0.5, 0.0, 1.0, 0.0, 0.0], flags=0),
         )

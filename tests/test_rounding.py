@@ -121,7 +121,7 @@ def test_at_random(dtype, seed):
 def test_a_velocity_at_random(dtype, seed):
     """By the upper half of the random bits. -0.0 is added to zero times momentum."""
     values = numbers_between(dtype)
-    options = Full(momentum=0.9, stochastic=True, seed=seed, momentum_dtype=dtype)
+    options = Full(momentum=0.9, stochastic=True, seed=seed, state_dtype=dtype)
     got = stored_velocity(values, dtype, options, step=3)
     random = words("float32", values.size, seed, 3) >> 16
     want = narrowed(round_at_random(values, dtype, random), dtype)
@@ -157,7 +157,7 @@ for dtype in t.HALF:
     values = t.between(dtype)
     found.append(t.stored(values, dtype, t.Full(stochastic=True, seed=5), 2))
     found.append(t.stored_velocity(
-        values, dtype, t.Full(momentum=0.9, stochastic=True, seed=5, momentum_dtype=dtype), 2))
+        values, dtype, t.Full(momentum=0.9, stochastic=True, seed=5, state_dtype=dtype), 2))
     every = to_mlx(np.arange(2**16, dtype=np.uint16), dtype)
     options = t.Full(stochastic=True, seed=3)
     zero = mx.zeros(every.shape)

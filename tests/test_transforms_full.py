@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from bits import DTYPES, of_mlx, same
 from full_references import arenas_of
-from full_step import SLOTS, Full, Group, State, full_step
+from full_step import FRAME_SLOTS, Full, Group, State, full_step
+from rules import RULES, SIGNED, Numbers, corrections
 
 SHAPES = ((7, 5), (3,), ())
-SCALARS = ("learning_rate", "momentum", "weight_decay", "grad_scale")
+LEARNING_RATE = 0.25
+STEP = 4
 GROUPS = (
     Group(trust_coefficient=0.4),
-    Group((0.5, 0.1), (0.8, 0.05), (2.0, 0.01), 0.7, without=("nesterov",)),
-    Group(without=("momentum", "nesterov", "trust_ratio")),
+    Group((0.5, 0.1), (2.0, 0.01), 0.7, ((0.8, 0.05), (0.5, 0.2)), without=("nesterov",)),
+    Group(without=("momentum", "nesterov", "trust_ratio", "amsgrad")),
 )
 MOMENTUM = Full(momentum=0.9, dampening=0.3, weight_decay=0.1)
 NESTEROV = Full(momentum=0.9, nesterov=True, weight_decay=0.1)
@@ -47,12 +49,20 @@ OPTIONS = {
         stochastic=True,
     ),
 }  # fmt: skip
+for _rule in RULES:
+    OPTIONS[_rule] = Full(_rule, eps=0.1, weight_decay=0.1)
+    OPTIONS[f"{_rule}, decoupled"] = replace(OPTIONS[_rule], decoupled=True, clip_norm=2.0)
+OPTIONS["adam, corrected"] = replace(OPTIONS["adam"], bias_correction=True)
+OPTIONS["adam, everything"] = replace(
+    OPTIONS["everything"], rule="adam", eps=0.1, beta2=0.9, bias_correction=True, amsgrad=True
+)
 HALF_OPTIONS = {
     "master_weights": replace(MOMENTUM, master_weights=True, ema_decay=0.7),
     "compensated": replace(MOMENTUM, compensated=True, ema_decay=0.7),
     "stochastic": replace(MOMENTUM, stochastic=True, ema_decay=0.7),
-    "momentum_dtype": replace(MOMENTUM, momentum_dtype="float32", clip_norm=2.0),
+    "state_dtype": replace(MOMENTUM, state_dtype="float32", clip_norm=2.0),
     "everything": OPTIONS["everything"],
+    "adam, everything": OPTIONS["adam, everything"],
 }
 CASES = [(name, "float32") for name in OPTIONS] + [
     (name, dtype) for name in HALF_OPTIONS for dtype in ("float16", "bfloat16")
@@ -60,7 +70,7 @@ CASES = [(name, "float32") for name in OPTIONS] + [
 every_case = pytest.mark.parametrize("name, dtype", CASES)
 
 Values = dict[str, list[np.ndarray]]
-"""By tensor: 'parameter', 'gradient' and slots; and one number for each of SCALARS."""
+"""By tensor: 'parameter', 'gradient' and slots; and one number for each scalar."""
 
 
 def options_of(name: str, dtype: str) -> Full:
@@ -76,23 +86,24 @@ def first_values(options: Full, dtype: str) -> Values:
         return [np.array(a.astype(DTYPES[kind]).astype(mx.float32)) for a in arrays]
 
     values = {"parameter": draw(dtype), "gradient": draw("float32")}
-    for slot in SLOTS:
+    for slot in filter(None, options.places):
         kind = options.slot_dtype(slot, dtype)
         if kind is not None:
             values[slot] = draw(kind)
+            if slot not in (*SIGNED, *FRAME_SLOTS):
+                values[slot] = [np.abs(x) for x in values[slot]]
     if "master" in values:  # of which the parameters are the roundings
         values["master"] = [p * np.float32(1 + 2.0**-13) for p in values["parameter"]]
     if "compensation" in values:
         values["compensation"] = [c * np.float32(2.0**-10) for c in values["compensation"]]
-    for scalar, absent in zip(SCALARS, (0.25, 0.0, 0.0, 1.0), strict=True):
-        number = getattr(options, scalar, None)
-        values[scalar] = [np.array(absent if number is None else number, np.float32)]
+    for scalar, number in {**options.scalars, "learning_rate": LEARNING_RATE}.items():
+        values[scalar] = [np.array(number, np.float32)]
     return values
 
 
 def mathematics(options: Full, values: Values) -> Values:
     """The new parameters and slots, in float64 and without any rounding."""
-    rate, momentum, weight_decay, scale = (values[name][0] for name in SCALARS)
+    rate, weight_decay, scale, *scalars = (values[name][0] for name in options.scalar_names)
     sign = -1.0 if options.maximize else 1.0
     gradients = [g / scale if options.grad_scale else g for g in values["gradient"]]
     if options.clip_value is not None:
@@ -103,16 +114,16 @@ def mathematics(options: Full, values: Values) -> Values:
         factor = min(options.clip_norm / (norm + 1e-6), 1.0)
     # Trust ratios are of the parameters, not of their masters.
     kept = values.get("master", values["parameter"])
-    new: Values = {name: [] for name in values if name not in ("gradient", *SCALARS)}
+    new: Values = {name: [] for name in values if name not in ("gradient", *options.scalar_names)}
     for t, (before, w, g) in enumerate(zip(values["parameter"], kept, gradients, strict=True)):
         flags, trust = set(options.flags), options.trust_coefficient
-        lr, mu, decay = rate, momentum, weight_decay
+        lr, decay, own = rate, weight_decay, list(scalars)
         if options.groups is not None:
             group = options.groups[t % len(options.groups)]
             flags -= set(group.without)
             lr = group.rate[0] * rate + group.rate[1]
-            mu = group.momentum[0] * momentum + group.momentum[1]
             decay = group.weight_decay[0] * weight_decay + group.weight_decay[1]
+            own = [times * x + plus for x, (times, plus) in zip(own, map(group.own, range(3)))]
             trust = group.trust_coefficient
         update = sign * g * factor
         coupled = "weight_decay" in flags and not options.decoupled
@@ -122,17 +133,21 @@ def mathematics(options: Full, values: Values) -> Values:
             of_parameter = np.sqrt((before * before).sum())
             below = np.sqrt((g * g).sum()) * factor + (decay * of_parameter if coupled else 0.0)
             update = update * (trust * of_parameter / below)
-        velocity = values["velocity"][t] if "velocity" in values else None
-        if "momentum" in flags:
-            velocity = mu * velocity + (1 - options.dampening) * update
-            update = update + mu * velocity if "nesterov" in flags else velocity
+        rule = RULES[options.rule]
+        rates = [1.0, 1.0]
+        if "bias_correction" in flags:
+            rates = list(corrections(lr, own, STEP + 1))
+        named = dict(zip(rule.scalars, own, strict=True))
+        rest = {name: 1 - x for name, x in named.items()}
+        kept_of = {slot: values[slot][t] for slot in rule.slots if slot in values}
+        change, after = rule.change(update, kept_of, Numbers(lr, named, rest, *rates, flags))
         if "weight_decay" in flags and options.decoupled:
-            update = update + decay * w
+            w = w * (1 - lr * decay)
+        for slot, x in {**kept_of, **after}.items():
+            new[slot].append(x)
         lost = values["compensation"][t] if "compensation" in values else 0.0
-        after = w - lr * update + lost
+        after = w - change + lost
         new["parameter"].append(after)
-        if velocity is not None:
-            new["velocity"].append(velocity)
         if "master" in values:
             new["master"].append(after)
         if "compensation" in values:
@@ -150,7 +165,8 @@ class Step:
         self.options, self.dtype = options, dtype
         self.values = first_values(options, dtype)
         (self.arena,) = arenas_of(SHAPES, [dtype] * len(SHAPES))
-        self.slots = [slot for slot in SLOTS if slot in self.values]
+        self.scalars = options.scalar_names
+        self.slots = [slot for slot in options.places if slot in self.values]
 
     def packed(self, arrays: list[np.ndarray]) -> np.ndarray:
         flat = np.zeros(self.arena.size)
@@ -169,7 +185,7 @@ class Step:
         arrays = [mx.array(p.astype(np.float32)).astype(DTYPES[self.dtype])
                   for p in values["parameter"]]  # fmt: skip
         arrays += [mx.array(g.astype(np.float32)) for g in values["gradient"]]
-        arrays += [mx.array(values[name][0].astype(np.float32)) for name in SCALARS]
+        arrays += [mx.array(values[name][0].astype(np.float32)) for name in self.scalars]
         for slot in self.slots:
             kind = DTYPES[self.options.slot_dtype(slot, self.dtype)]
             arrays.append(mx.array(self.packed(values[slot]).astype(np.float32)).astype(kind))
@@ -180,20 +196,20 @@ class Step:
         n = len(SHAPES)
         parts = [np.array(a.astype(mx.float32)).astype(np.float64) for a in arrays]
         values = {"parameter": parts[:n], "gradient": parts[n : 2 * n]}
-        for name, part in zip(SCALARS, parts[2 * n :], strict=False):
+        for name, part in zip(self.scalars, parts[2 * n :], strict=False):
             values[name] = [part]
-        for slot, part in zip(self.slots, parts[2 * n + len(SCALARS) :], strict=True):
+        for slot, part in zip(self.slots, parts[2 * n + len(self.scalars) :], strict=True):
             values[slot] = self.unpacked(part)
         return values
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         n = len(SHAPES)
-        rate, *scalars = arrays[2 * n : 2 * n + len(SCALARS)]
-        given = dict(zip(SCALARS[1:], scalars, strict=True))
-        slots = iter(arrays[2 * n + len(SCALARS) :])
+        rate, *scalars = arrays[2 * n : 2 * n + len(self.scalars)]
+        given = dict(zip(self.scalars[1:], scalars, strict=True))
+        slots = iter(arrays[2 * n + len(self.scalars) :])
         state = State(
-            [[next(slots)] if slot in self.slots else [] for slot in SLOTS],
-            mx.array(4, mx.uint64),
+            [[next(slots)] if slot in self.slots else [] for slot in self.options.places],
+            mx.array(STEP, mx.uint64),
             mx.array(0, mx.uint64),
         )
         parameters, state = full_step(
@@ -251,7 +267,7 @@ def assert_derivatives(got: Values, want: Values, step: Step) -> None:
         kind = "float32"
         if name == "parameter":
             kind = step.dtype
-        elif name in SLOTS:
+        elif name in step.slots:
             kind = step.options.slot_dtype(name, step.dtype)
         tolerance = 1e-4 if kind == "float32" else 2e-2
         if step.dtype != "float32" and step.options.stochastic:

@@ -17,12 +17,12 @@ import numpy as np
 
 mx.set_cache_limit(0)  # every buffer is fresh memory
 # What is kept of an element.
-OF_FLOAT32 = [{}, dict(momentum_dtype=mx.bfloat16, ema_decay=0.9)]
+OF_FLOAT32 = [{}, dict(state_dtype=mx.bfloat16, ema_decay=0.9)]
 OF_HALF = [
     {},
-    dict(momentum_dtype=mx.float32),
+    dict(state_dtype=mx.float32),
     dict(master_weights=True),
-    dict(master_weights=True, momentum_dtype=mx.float32),
+    dict(master_weights=True, state_dtype=mx.float32),
     dict(compensated=True),
     dict(rounding="stochastic", seed=7),
     dict(rounding="stochastic", compensated=True, ema_decay=0.9),
