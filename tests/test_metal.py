@@ -59,11 +59,15 @@ def bytes_of(log: list[dict], *names: str) -> dict[str, int]:
     return total
 
 
+# 0.1 at every step that a test takes; a schedule, so that kernels count.
+ALWAYS = optim.multi_step(0.1, [10**6])
+
+
 class Training:
     """An optimizer, and parameters that nobody else holds."""
 
     def __init__(self, shapes, dtype=mx.float32, momentum=0.9, place=lambda g: g, **options):
-        self.optimizer = optim.SGD(options.pop("rate", 0.1), momentum=momentum, **options)
+        self.optimizer = optim.SGD(options.pop("rate", ALWAYS), momentum=momentum, **options)
         self.parameters = [mx.random.normal(s).astype(dtype) for s in shapes]
         self.gradients = [place(mx.random.normal(s).astype(dtype)) for s in shapes]
         mx.eval(self.parameters, self.gradients)
@@ -169,6 +173,12 @@ def test_448_tensors_take_few_dispatches_and_exactly_the_bytes():
     assert everything["accesses"] == 5 * size / 16  # each of four elements
     counters = bytes_of(log, "step_out", "used_out")
     assert (counters["read"], counters["written"]) == (0, 8 + 16)
+
+
+def test_a_constant_step_counts_in_no_kernel():
+    training = Training([(7,)] * 3, rate=0.1)
+    training.step()
+    assert [d["kernel"] for d in dispatches(training.step)] == ["sgd_step_float32_float32"]
 
 
 def test_barriers_stand_only_where_data_flows():
