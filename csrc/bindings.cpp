@@ -14,6 +14,7 @@
 #include "errors.h"
 #include "prepared.h"
 #include "sgd.h"
+#include "tracing.h"
 #include "tree.h"
 
 namespace nb = nanobind;
@@ -183,8 +184,8 @@ nb::tuple step_of_tree(
   return nb::make_tuple(
       tree.unflatten(std::move(result.parameters)),
       result.slots,
-      result.counters[0],
-      result.counters[1],
+      result.next,
+      result.used,
       measured[0],
       measured[1]);
 }
@@ -281,6 +282,12 @@ NB_MODULE(_ext, m) {
       .def("__len__", [](const Tree& tree) { return tree.parameters().size(); })
       .def_prop_ro(
           "parameters", [](const Tree& tree) { return std::vector<mx::array>(tree.parameters()); })
+      .def_prop_ro(
+          "has_placeholders",
+          [](const Tree& tree) {
+            return has_placeholders(tree.parameters()) || has_placeholders(tree.gradients());
+          },
+          "Whether it is part of a function that is being compiled or vectorised.")
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/layout.h.")
@@ -298,6 +305,12 @@ NB_MODULE(_ext, m) {
           &layout_arenas,
           "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
 
+  m.def("is_tracing", &is_tracing, "Whether a function is being traced.");
+  m.def(
+      "has_placeholders",
+      &has_placeholders,
+      "arrays"_a,
+      "Whether arrays depend on an input of a function that is being compiled or vectorised.");
   m.def(
       "arena_view",
       [](const mx::array& arena, std::vector<int> lengths, size_t offset, mx::StreamOrDevice s) {
@@ -378,8 +391,9 @@ NB_MODULE(_ext, m) {
       "group_numbers"_a.none(),
       "skipped"_a.none(),
       "stream"_a = nb::none(),
-      "One step of every tensor: (parameters, slots, step, used scalars, measured or None,\n"
-      "steps skipped or None). Each of learning_rate, momentum, weight_decay and grad_scale is\n"
+      "One step of every tensor: (parameters, slots, step, used scalars or None where all are\n"
+      "constant, measured or None, steps skipped or None). Each of learning_rate, momentum, "
+      "weight_decay and grad_scale is\n"
       "a float, a Schedule or a scalar array.");
 
   nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")

@@ -3,6 +3,8 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include "tracing.h"
+
 namespace mlx_fused_optim {
 
 namespace {
@@ -93,7 +95,7 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     nb::handle state,
     nb::handle learning_rate,
     mx::StreamOrDevice stream) const {
-  if (!PyDict_Check(state.ptr())) {
+  if (!PyDict_Check(state.ptr()) || is_tracing()) {
     return {};
   }
   auto* step = as_scalar(lookup(state, names().step));
@@ -140,10 +142,16 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     next_entries[key_] = next_entry;
     next[names().arenas] = next_entries;
   }
-  next[names().step] = nb::cast(taken.counters[0]);
-  next[names().learning_rate] = is_given
-      ? nb::borrow(learning_rate)
-      : nb::cast(arena_tensor(taken.counters[1], {}, fused_math::kLearningRate, stream));
+  next[names().step] = nb::cast(*taken.next);
+  if (is_given) {
+    next[names().learning_rate] = nb::borrow(learning_rate);
+  } else if (taken.used) {
+    next[names().learning_rate] =
+        nb::cast(arena_tensor(*taken.used, {}, fused_math::kLearningRate, stream));
+  } else {
+    next[names().learning_rate] =
+        nb::cast(mx::array(static_cast<float>(first_value(std::get<Schedule>(rate)))));
+  }
   return std::pair<nb::object, StateDict>(
       tree.unflatten(std::move(taken.parameters)), std::move(next));
 }

@@ -1,17 +1,48 @@
-// What the kernels share: types, and how a block finds its tensor.
+// What the kernels share: types, what a kernel knows of its step when it is compiled, and how
+// a block finds its tensor. NVRTC compiles them (csrc/cuda/compiler.h): there are no headers
+// of CUDA's here, nor any of C++ but <cstdint> and <cstddef>.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "cuda/launch.h"
 
 namespace mlx_fused_optim::cuda {
 namespace {
 
+// ---- Types ------------------------------------------------------------------------
+
+// As memory has them, under the names by which csrc/cuda calls dtypes.
+using float32 = float;
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+#ifdef __CUDACC__ // else tests/cuda/emulation.h has them
+__device__ inline float float_of_half(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ inline uint16_t half_of_float(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+/// Two at once: `x` in the low half. Of NaN the hardware knows one only.
+__device__ inline uint32_t bfloat16_pair(float x, float y) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+}
+#endif
+
 __device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(float16 x) { return float_of_half(x.bits); }
+__device__ inline float to_float(bfloat16 x) {
+  return fused_math::bits_to_float(uint32_t(x.bits) << 16);
+}
 
 template <typename T>
 __device__ inline T from_float(float x);
@@ -20,25 +51,65 @@ __device__ inline float from_float(float x) {
   return x;
 }
 template <>
-__device__ inline __half from_float(float x) {
-  return __float2half_rn(x);
+__device__ inline float16 from_float(float x) {
+  return {half_of_float(x)};
 }
 template <>
-__device__ inline __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
+__device__ inline bfloat16 from_float(float x) {
+  return {static_cast<uint16_t>(bfloat16_pair(x, 0.0f))};
 }
 
-/// Calls function(x) with x of this type.
-template <typename Function>
+template <uint32_t types>
+struct OnlyType;
+template <>
+struct OnlyType<bit_of(Type::float32)> {
+  using type = float32;
+};
+template <>
+struct OnlyType<bit_of(Type::float16)> {
+  using type = float16;
+};
+template <>
+struct OnlyType<bit_of(Type::bfloat16)> {
+  using type = bfloat16;
+};
+
+/// Calls function(x) with x of this type, which is one of `types` (see bit_of). Where these
+/// are one, nothing is asked.
+template <uint32_t types, typename Function>
 __device__ inline void with_type(Type type, Function function) {
-  if (type == Type::float32) {
-    function(float());
-  } else if (type == Type::float16) {
-    function(__half());
+  constexpr uint32_t others = types & (types - 1);
+  if constexpr (others == 0) {
+    function(typename OnlyType<types>::type());
+  } else if (bit_of(type) & others) {
+    with_type<others>(type, function);
   } else {
-    function(__nv_bfloat16());
+    with_type<types ^ others>(type, function);
   }
 }
+
+/// The fused_math::Format of this type, likewise.
+template <uint32_t types>
+__device__ inline uint32_t format_of(Type type) {
+  constexpr bool is_one = (types & (types - 1)) == 0;
+  return static_cast<uint32_t>(
+      !is_one                              ? type
+          : types == bit_of(Type::float32) ? Type::float32
+          : types == bit_of(Type::float16) ? Type::float16
+                                           : Type::bfloat16);
+}
+
+/// What a kernel knows of its step when it is compiled: the dtypes of parameters and momentum,
+/// the set of dtypes that gradients have, and SgdFlags.
+template <typename P, typename V, uint32_t gradients, uint32_t flags>
+struct Known {
+  using Parameter = P;
+  using Velocity = V;
+  static constexpr uint32_t kGradients = gradients;
+  static constexpr uint32_t kFlags = flags;
+};
+
+// ---- Where a block works -------------------------------------------------------------
 
 /// The tensor that this block works on: the last that begins at or before it.
 template <typename T, uint32_t capacity>

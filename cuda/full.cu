@@ -1,7 +1,7 @@
-// The kernels of the full step. Variants know when they are compiled what is kept of each
-// element and in which formats (csrc/cuda/full_variants.h); what else a step consists of is
-// known at run time, in branches that are the same for all threads of a block.
-#include "cuda/full_variants.h"
+// The kernels of the full step. They know when they are compiled what a step consists of, what
+// is kept of each element and in which formats (Known); a group of tensors may be without some
+// of it, in branches that are the same for all threads of a block.
+#pragma once
 
 #include "quad.cuh"
 
@@ -13,45 +13,34 @@ using namespace fused_math;
 template <typename T>
 constexpr uint32_t kFormatOf = kFloat32;
 template <>
-constexpr uint32_t kFormatOf<__half> = kFloat16;
+constexpr uint32_t kFormatOf<float16> = kFloat16;
 template <>
-constexpr uint32_t kFormatOf<__nv_bfloat16> = kBfloat16;
+constexpr uint32_t kFormatOf<bfloat16> = kBfloat16;
 
-/// What a step of this dtype may consist of: the compiler leaves out the rest.
-template <typename T>
-constexpr uint32_t kFlagsOf = ~0u;
-template <>
-constexpr uint32_t kFlagsOf<float> = ~uint32_t(kMaster | kCompensated);
-
-/// What a kernel knows of its step when it is compiled.
-template <typename T>
-struct Generic {
-  static constexpr uint32_t kFormat = kFormatOf<T>;
-  static constexpr uint32_t kHas = 0; // flags of every step
-  static constexpr uint32_t kMay = kFlagsOf<T>; // flags of some
-  static constexpr uint32_t kInFlight = 1; // quads that a thread loads before it uses one
-  static constexpr uint32_t kSeldom = 0; // flags without which it has a shorter way
-  __device__ static uint32_t velocity_format(const FullCommon& common) {
-    return common.control.velocity_format;
-  }
-};
-template <typename T, typename V, uint32_t flags>
-struct Variant {
-  static constexpr uint32_t kFormat = kFormatOf<T>;
-  static constexpr uint32_t kHas = flags;
-  static constexpr uint32_t kMay = ~kCompiledFlags | flags;
-  // Two where one has few bytes.
-  static constexpr uint32_t kInFlight =
-      2 * sizeof(T) + sizeof(V) + (flags & kMaster ? 4 : 0) + (flags & kCompensated ? 2 : 0) <= 8
-      ? 2
-      : 1;
-  static constexpr uint32_t kSeldom = kNesterov | kMaximize | kClipValue | kTrustRatio | kDecoupled;
-  __device__ static uint32_t velocity_format(const FullCommon&) { return kFormatOf<V>; }
+/// What a kernel of the full step knows.
+template <typename K>
+struct FullKnown {
+  using V = typename K::Velocity;
+  static constexpr uint32_t kFormat = kFormatOf<typename K::Parameter>;
+  static constexpr uint32_t kVelocityFormat = kFormatOf<V>;
+  static constexpr uint32_t kGradients = K::kGradients;
+  static constexpr uint32_t kMay = K::kFlags; // flags of some tensors
+  /// Flags of every tensor. With the generic kernel's they are known at run time only.
+  static constexpr uint32_t kHas = kMay == kGenericFlags ? 0
+      : kMay & kGroups                                   ? kMay & ~kTensorFlags
+                                                         : kMay;
+  /// Quads that a thread loads before it uses one: two where one has few bytes, and registers
+  /// are left. Rounding at random to float16 takes many.
+  static constexpr bool kRoundsToHalf =
+      (kMay & kStochastic) && (kFormat == kFloat16 || kVelocityFormat == kFloat16);
+  static constexpr uint32_t kBytes = 2 * sizeof(typename K::Parameter) + sizeof(V) +
+      (kMay & kMaster ? 4 : 0) + (kMay & kCompensated ? 2 : 0) + (kMay & kAverage ? 4 : 0);
+  static constexpr uint32_t kInFlight = kBytes <= 8 && !kRoundsToHalf ? 2 : 1;
 };
 
 template <typename Known>
-__device__ uint32_t slot_format(const FullCommon& common, int slot) {
-  return slot == kVelocity    ? Known::velocity_format(common)
+__device__ constexpr uint32_t slot_format(int slot) {
+  return slot == kVelocity    ? Known::kVelocityFormat
       : slot == kCompensation ? Known::kFormat
                               : uint32_t(kFloat32);
 }
@@ -74,7 +63,7 @@ __device__ void compute_numbers(
     return;
   }
   const SgdControl& control = common.control;
-  const uint64_t step = *common.step;
+  const uint64_t step = common.step ? *common.step : 0;
   if (threadIdx.x < kScalars) {
     const float scalar = sgd_full_scalar(control, threadIdx.x, step, common.given);
     scalars.of[threadIdx.x] = scalar;
@@ -110,7 +99,7 @@ __device__ void clear_gap(const FullCommon& common, const FullTensor& tensor) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       if (may_have<Known>(slot) && common.slots[slot].out) {
-        store<false>(common.slots[slot].out, slot_format<Known>(common, slot), at, zero, 1);
+        store<false>(common.slots[slot].out, slot_format<Known>(slot), at, zero, 1);
       }
     }
   }
@@ -186,7 +175,7 @@ __device__ void load(
     const void* data = common.slots[slot].data;
     quads.slots[slot] = {};
     if (may_have<Known>(slot) && data) {
-      load<whole>(quads.slots[slot], data, slot_format<Known>(common, slot), at, 1, count);
+      load<whole>(quads.slots[slot], data, slot_format<Known>(slot), at, 1, count);
     }
   }
 }
@@ -198,7 +187,7 @@ __device__ void store(const Quads& quads, const FullCommon& common, uint64_t at,
   for (int slot = 0; slot < kSlots; ++slot) {
     void* out = common.slots[slot].out;
     if (may_have<Known>(slot) && out) {
-      store<whole>(out, slot_format<Known>(common, slot), at, quads.slots[slot], count);
+      store<whole>(out, slot_format<Known>(slot), at, quads.slots[slot], count);
     }
   }
 }
@@ -225,17 +214,11 @@ __device__ void update(
     Quads& quads,
     uint32_t position,
     const SgdHyper& hyper,
-    uint32_t flags,
-    bool alike,
-    const FullCommon& common,
     const FullTensor& tensor) {
-  const uint32_t velocity_format = Known::velocity_format(common);
+  const uint32_t flags = (tensor.flags & Known::kMay) | Known::kHas;
+  constexpr uint32_t velocity_format = Known::kVelocityFormat;
   float g[kQuad], p[kQuad], v[kQuad], m[kQuad], c[kQuad], a[kQuad];
-  if (alike) {
-    widen(quads.gradient, Known::kFormat, g);
-  } else {
-    widen(quads.gradient, static_cast<uint32_t>(tensor.gradient_type), g);
-  }
+  widen(quads.gradient, format_of<Known::kGradients>(tensor.gradient_type), g);
   widen(quads.parameter, Known::kFormat, p);
   widen(quads.slots[kVelocity], velocity_format, v);
   widen(quads.slots[kMasterCopy], kFloat32, m);
@@ -265,31 +248,16 @@ __device__ void update(
   narrow(a, kFloat32, quads.slots[kMovingAverage]);
 }
 
-template <typename Known>
-__device__ void update(
-    Quads& quads,
-    uint32_t position,
-    const SgdHyper& hyper,
-    bool alike,
-    const FullCommon& common,
-    const FullTensor& tensor) {
-  const uint32_t flags = (tensor.flags & Known::kMay) | Known::kHas;
-  if (flags & Known::kSeldom) {
-    update<Known>(quads, position, hyper, flags, alike, common, tensor);
-  } else {
-    update<Known>(quads, position, hyper, flags & ~Known::kSeldom, alike, common, tensor);
-  }
-}
-
-template <typename Known>
-__device__ void update(const Launch<Tiled>& launch) {
+template <typename K>
+__device__ void run(const Launch<Tiled>& launch) {
+  using Known = FullKnown<K>;
   constexpr uint32_t kInFlight = Known::kInFlight;
   __shared__ SgdHyper shared;
   const FullCommon& common = launch.common;
   const Tiled& tensor = find_tensor(launch);
   compute_numbers(common, tensor, shared);
   const bool wide_arenas = common.aligned && (tensor.wide & kWideArenas);
-  const auto format = static_cast<uint32_t>(tensor.gradient_type);
+  const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
   bool is_first = true;
 #pragma unroll 1
@@ -338,7 +306,7 @@ __device__ void update(const Launch<Tiled>& launch) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         const auto position = static_cast<uint32_t>(way.at + n * step_of(tensor));
-        update<Known>(quads[n], position, hyper, tensor.alike, common, tensor);
+        update<Known>(quads[n], position, hyper, tensor);
       }
     }
     if (whole && wide_arenas) {
@@ -364,8 +332,9 @@ __device__ void update(const Launch<Tiled>& launch) {
 
 // ---- Tensors that lie in any way --------------------------------------------------
 
-template <typename Known>
-__device__ void update(const Launch<FullStrided>& launch) {
+template <typename K>
+__device__ void run(const Launch<FullStrided>& launch) {
+  using Known = FullKnown<K>;
   __shared__ SgdHyper shared;
   const FullCommon& common = launch.common;
   const FullStrided& tensor = find_tensor(launch);
@@ -377,18 +346,23 @@ __device__ void update(const Launch<FullStrided>& launch) {
   for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const Place place = find_element(tensor, i);
     const uint64_t at = tensor.offset + i;
-    const auto gradient_format = static_cast<uint32_t>(tensor.gradient_type);
     Quads quads = {};
     load<false>(quads.parameter, tensor.parameter, Known::kFormat, place.parameter, 1, 1);
-    load<false>(quads.gradient, tensor.gradient, gradient_format, place.gradient, 1, 1);
+    load<false>(
+        quads.gradient,
+        tensor.gradient,
+        format_of<Known::kGradients>(tensor.gradient_type),
+        place.gradient,
+        1,
+        1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const SlotArena& arena = common.slots[slot];
-      if (arena.data) {
+      if (may_have<Known>(slot) && arena.data) {
         load<false>(
             quads.slots[slot],
             arena.data,
-            slot_format<Known>(common, slot),
+            slot_format<Known>(slot),
             int64_t(at / arena.columns) * arena.row_stride +
                 int64_t(at % arena.columns) * arena.column_stride,
             1,
@@ -396,7 +370,7 @@ __device__ void update(const Launch<FullStrided>& launch) {
       }
     }
     if (hyper.apply) { // four of which three are zeros: simple, and seldom
-      update<Known>(quads, static_cast<uint32_t>(at), hyper, false, common, tensor);
+      update<Known>(quads, static_cast<uint32_t>(at), hyper, tensor);
     }
     store<Known, false>(quads, common, at, 1);
   }
@@ -405,36 +379,5 @@ __device__ void update(const Launch<FullStrided>& launch) {
   }
 }
 
-// The names by which csrc/cuda calls dtypes.
-using float32 = float;
-using float16 = __half;
-using bfloat16 = __nv_bfloat16;
-
 } // namespace
-
-// ---- Entry points: as csrc/cuda/full_variants.h and kernels.cpp name them --------------
-
-#define TILED(name, Known)                                                                   \
-  extern "C" __global__ __launch_bounds__(kThreads, kFullBlocks) void sgd_full_tiled_##name( \
-      const __grid_constant__ Launch<Tiled> launch) {                                        \
-    update<Known>(launch);                                                                   \
-  }
-#define VARIANT(parameter, velocity, name, flags)                              \
-  using parameter##_##velocity##_##name = Variant<parameter, velocity, flags>; \
-  TILED(parameter##_##velocity##_##name, parameter##_##velocity##_##name)
-MLX_FUSED_OPTIM_FULL_VARIANTS(VARIANT)
-#undef VARIANT
-
-#define KERNELS(T)                                                             \
-  TILED(T, Generic<T>)                                                         \
-  extern "C" __global__ __launch_bounds__(kThreads) void sgd_full_strided_##T( \
-      const __grid_constant__ Launch<FullStrided> launch) {                    \
-    update<Generic<T>>(launch);                                                \
-  }
-KERNELS(float32)
-KERNELS(float16)
-KERNELS(bfloat16)
-#undef KERNELS
-#undef TILED
-
 } // namespace mlx_fused_optim::cuda

@@ -120,8 +120,8 @@ __device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[
   } else {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      const auto bits = static_cast<unsigned short>(words[k / 2] >> k % 2 * 16);
-      values[k] = __half2float(__ushort_as_half(bits));
+      const auto bits = static_cast<uint16_t>(words[k / 2] >> k % 2 * 16);
+      values[k] = float_of_half(bits);
     }
   }
 }
@@ -142,8 +142,7 @@ __device__ inline void narrow(const float (&values)[kQuad], uint32_t format, Qua
       words[k / 2] = fused_math::float_to_bits(values[k]) >> 16 |
           (fused_math::float_to_bits(values[k + 1]) & 0xffff0000u);
     } else {
-      words[k / 2] = __half_as_ushort(__float2half_rn(values[k])) |
-          uint32_t(__half_as_ushort(__float2half_rn(values[k + 1]))) << 16;
+      words[k / 2] = half_of_float(values[k]) | uint32_t(half_of_float(values[k + 1])) << 16;
     }
   }
 }
@@ -159,8 +158,7 @@ __device__ inline void round_and_narrow(float (&values)[kQuad], uint32_t format,
   if (format == kBfloat16 && !any_nan(values)) {
 #pragma unroll
     for (int k = 0; k < kQuad; k += 2) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[k], values[k + 1]);
-      __builtin_memcpy(&quad.words[k / 2], &pair, sizeof(pair));
+      quad.words[k / 2] = bfloat16_pair(values[k], values[k + 1]);
     }
     return;
   }

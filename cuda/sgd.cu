@@ -1,6 +1,7 @@
-// The kernels of the plain step: indexing around csrc/math. Compiled to a fatbin
-// without host code, as all of them, see cuda/backend.cmake; csrc/cuda loads it with
-// the driver's interface.
+// The kernels of the plain step, and of a schedule: indexing around csrc/math. What becomes an
+// entry point, csrc/cuda/variants.cpp says.
+#pragma once
+
 #include "common.cuh"
 
 namespace mlx_fused_optim::cuda {
@@ -16,7 +17,7 @@ constexpr uint32_t kTile = tile_elements(sizeof(T));
 /// used before the next barrier.
 __device__ void compute_numbers(const Common& common, SgdHyper& shared) {
   if (threadIdx.x == 0) {
-    const uint64_t step = *common.step;
+    const uint64_t step = common.step ? *common.step : 0;
     shared = fused_math::sgd_hyper(common.control, step, common.given);
     if (common.step_out && blockIdx.x == 0) {
       *common.step_out = step + 1;
@@ -106,8 +107,9 @@ __device__ void store(T* to, const Vector<T, N>& vector, bool aligned) {
   }
 }
 
-template <typename T, typename G>
+template <typename Known, typename G>
 __device__ void update_tile(const Common& common, const Flat& tensor, const SgdHyper& shared) {
+  using T = typename Known::Parameter;
   constexpr int N = 16 / sizeof(T);
   const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile<T>;
   // Elements from here to the end of the tensor, and of the gap behind it; both
@@ -123,8 +125,8 @@ __device__ void update_tile(const Common& common, const Flat& tensor, const SgdH
   const T* velocity = static_cast<const T*>(common.velocity) + at;
   T* parameter_out = static_cast<T*>(common.parameters_out) + at;
   T* velocity_out = static_cast<T*>(common.velocity_out) + at;
-  const uint32_t flags = common.control.flags;
-  const bool has_momentum = flags & fused_math::kMomentum;
+  constexpr uint32_t flags = Known::kFlags;
+  constexpr bool has_momentum = flags & fused_math::kMomentum;
 
   // All loads before the first use.
   Vector<T, N> p[kVectors], v[kVectors];
@@ -163,16 +165,16 @@ __device__ void update_tile(const Common& common, const Flat& tensor, const SgdH
   }
 }
 
-template <typename T, uint32_t capacity>
-__device__ void update(const Launch<Flat, capacity>& launch) {
+template <typename Known, uint32_t capacity>
+__device__ void run(const Launch<Flat, capacity>& launch) {
   __shared__ SgdHyper hyper;
   compute_numbers(launch.common, hyper);
   if (launch.common.count == 0) { // an arena without tensors: only the step counts
     return;
   }
   const Flat& tensor = find_tensor(launch);
-  with_type(tensor.gradient_type, [&](auto g) {
-    update_tile<T, decltype(g)>(launch.common, tensor, hyper);
+  with_type<Known::kGradients>(tensor.gradient_type, [&](auto g) {
+    update_tile<Known, decltype(g)>(launch.common, tensor, hyper);
   });
 }
 
@@ -197,12 +199,13 @@ __device__ void clear_gap(const Common& common, const Tensor& tensor) {
 using Square = float[kSquare][kSquare + 1];
 
 /// W elements at a time; rows, columns and stride are multiples of W.
-template <typename T, typename G, int W>
+template <typename Known, typename G, int W>
 __device__ void update_square(
     const Common& common,
     const Transposed& tensor,
     Square& turned,
     SgdHyper& shared) {
+  using T = typename Known::Parameter;
   constexpr int kPerLine = kSquare / W; // threads on a line of the tile
   constexpr int kLines = kSquareThreads / kPerLine; // lines at a time
   constexpr int kSteps = kSquare / kLines;
@@ -218,8 +221,8 @@ __device__ void update_square(
   const T* velocity = static_cast<const T*>(common.velocity) + tensor.offset;
   T* parameter_out = static_cast<T*>(common.parameters_out) + tensor.offset;
   T* velocity_out = static_cast<T*>(common.velocity_out) + tensor.offset;
-  const uint32_t flags = common.control.flags;
-  const bool has_momentum = flags & fused_math::kMomentum;
+  constexpr uint32_t flags = Known::kFlags;
+  constexpr bool has_momentum = flags & fused_math::kMomentum;
 
   // All loads before the first use.
   Vector<G, W> g[kSteps];
@@ -272,24 +275,25 @@ __device__ void update_square(
   }
 }
 
-template <typename T, uint32_t capacity>
-__device__ void update(const Launch<Transposed, capacity>& launch) {
+template <typename Known, uint32_t capacity>
+__device__ void run(const Launch<Transposed, capacity>& launch) {
   __shared__ Square turned;
   __shared__ SgdHyper hyper;
   const Transposed& tensor = find_tensor(launch);
-  with_type(tensor.gradient_type, [&](auto g) {
+  with_type<Known::kGradients>(tensor.gradient_type, [&](auto g) {
     if (tensor.aligned && launch.common.aligned) {
-      update_square<T, decltype(g), kSquareVector>(launch.common, tensor, turned, hyper);
+      update_square<Known, decltype(g), kSquareVector>(launch.common, tensor, turned, hyper);
     } else {
-      update_square<T, decltype(g), 1>(launch.common, tensor, turned, hyper);
+      update_square<Known, decltype(g), 1>(launch.common, tensor, turned, hyper);
     }
   });
 }
 
 // ---- Tensors that lie in any way --------------------------------------------------
 
-template <typename T>
-__device__ void update(const Launch<Strided>& launch) {
+template <typename Known>
+__device__ void run(const Launch<Strided>& launch) {
+  using T = typename Known::Parameter;
   const Common& common = launch.common;
   const Strided& tensor = find_tensor(launch);
   const T* parameter = static_cast<const T*>(tensor.parameter);
@@ -304,7 +308,7 @@ __device__ void update(const Launch<Strided>& launch) {
   for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const Place place = find_element(tensor, i);
     float gradient;
-    with_type(tensor.gradient_type, [&](auto g) {
+    with_type<Known::kGradients>(tensor.gradient_type, [&](auto g) {
       gradient = to_float(static_cast<const decltype(g)*>(tensor.gradient)[place.gradient]);
     });
     const uint64_t at = tensor.offset + i;
@@ -315,7 +319,7 @@ __device__ void update(const Launch<Strided>& launch) {
               [int64_t(at / common.velocity_columns) * common.velocity_row_stride +
                int64_t(at % common.velocity_columns) * common.velocity_column_stride]);
     }
-    e = fused_math::sgd_element(e, gradient, hyper, common.control.flags);
+    e = fused_math::sgd_element(e, gradient, hyper, Known::kFlags);
     static_cast<T*>(common.parameters_out)[at] = from_float<T>(e.parameter);
     if (velocity) {
       static_cast<T*>(common.velocity_out)[at] = from_float<T>(e.velocity);
@@ -326,32 +330,15 @@ __device__ void update(const Launch<Strided>& launch) {
   }
 }
 
-} // namespace
+// ---- A schedule at many steps -------------------------------------------------------
 
-// ---- Entry points: sgd_<kind>_<dtype>, as csrc/cuda/kernels.cpp names them ----------
-
-#define KERNEL(T, name, arguments, threads)                   \
-  extern "C" __global__ __launch_bounds__(threads) void name( \
-      const __grid_constant__ arguments launch) {             \
-    update<T>(launch);                                        \
-  }
-#define KERNELS(T, name)                                                      \
-  KERNEL(T, sgd_flat_##name, Launch<Flat>, kThreads)                          \
-  KERNEL(T, sgd_flat_few_##name, FewLaunch<Flat>, kThreads)                   \
-  KERNEL(T, sgd_transposed_##name, Launch<Transposed>, kSquareThreads)        \
-  KERNEL(T, sgd_transposed_few_##name, FewLaunch<Transposed>, kSquareThreads) \
-  KERNEL(T, sgd_strided_##name, Launch<Strided>, kThreads)
-KERNELS(float, float32)
-KERNELS(__half, float16)
-KERNELS(__nv_bfloat16, bfloat16)
-#undef KERNELS
-#undef KERNEL
-
-extern "C" __global__ void evaluate_schedule(const __grid_constant__ ScheduleLaunch launch) {
+template <typename Known>
+__device__ void run(const ScheduleLaunch& launch) {
   const uint64_t stride = uint64_t(gridDim.x) * blockDim.x;
   for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < launch.size; i += stride) {
     launch.rates[i] = fused_math::schedule_value(launch.schedule, launch.steps[i]);
   }
 }
 
+} // namespace
 } // namespace mlx_fused_optim::cuda

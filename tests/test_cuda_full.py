@@ -61,8 +61,7 @@ OPTIONS = {
     "trust_ratio compensated stochastic ema",
 }
 
-# A step of each kind of kernel, see csrc/cuda/full_variants.h; with every dtype of the
-# momentum, all of them. The last two are generic.
+# What is kept of each element, in every way that takes different code.
 KERNELS = ["clipped by norm", "masters", "compensated", "stochastic", "all", "all, compensated"]
 
 

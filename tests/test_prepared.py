@@ -219,7 +219,7 @@ WRONG = {
         m=[mx.zeros(64)]
     ),
     "no rate": lambda state: state.pop("learning_rate"),
-    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5])),
+    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5, 0.5])),
     "a rate that is a number of bits": lambda state: state.update(learning_rate=mx.array(True)),
     "arenas that are a list": lambda state: state.update(arenas=[]),
     "an entry that is a list": lambda state: state["arenas"].update(
@@ -284,6 +284,17 @@ def test_numbers_that_are_new_objects_leave_nothing_behind(calls):
     assert len(calls) == 100 and len(functional._prepared) <= 16
 
 
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="MLX has a GPU here")
+def test_the_stream_is_that_of_each_call():
+    """One that is not there tells that it was looked at."""
+    parameters = {"w": mx.ones(3)}
+    state = optim.fused_sgd_init(parameters)
+    for _ in range(2):
+        optim.fused_sgd_step(parameters, parameters, state, learning_rate=0.5)
+    with pytest.raises(ValueError, match="gpu"):
+        optim.fused_sgd_step(parameters, parameters, state, learning_rate=0.5, stream=mx.gpu)
+
+
 def test_a_wrong_argument_is_refused_after_a_right_one():
     parameters = {"w": mx.ones(3)}
     state = optim.fused_sgd_init(parameters, momentum=0.9)
@@ -294,7 +305,7 @@ def test_a_wrong_argument_is_refused_after_a_right_one():
 
     step()
     for change in (
-        dict(learning_rate=-1.0),
+        dict(learning_rate=-1e39),
         dict(momentum=-1.0),
         dict(learning_rate=mx.ones(2)),
         dict(clip_value=0.0),

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import pytest
+from ids import spelled
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_fused_optim import (
     SGD,
@@ -78,7 +79,7 @@ def expected(rate, momentum, weight_decay, steps, nesterov=False):
         yield w, {"learning_rate": eta, "momentum": mu, "weight_decay": decay}
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, in_python], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, in_python], ids=spelled)
 def test_any_schedule_for_any_hyperparameter(schedule):
     """Bit for bit the composed step with the schedule's values."""
     value = of_int(schedule) if schedule is in_python else schedule
@@ -139,7 +140,7 @@ def test_momentum_may_pass_through_zero():
     assert seen == [1.0, 2.0, 3.5, 5.25, 6.25, 7.25]
 
 
-@pytest.mark.parametrize("momentum", [linear_schedule(0.0, 0.9, 9), in_python], ids=str)
+@pytest.mark.parametrize("momentum", [linear_schedule(0.0, 0.9, 9), in_python], ids=spelled)
 def test_compiled_steps_follow_the_schedule(momentum):
     plain = SGD(cosine_decay(0.1, 9), momentum=momentum, weight_decay=linear_schedule(0, 0.1, 5))
     traced = SGD(cosine_decay(0.1, 9), momentum=momentum, weight_decay=linear_schedule(0, 0.1, 5))
@@ -225,7 +226,7 @@ def test_modules_may_be_called_momentum():
     [
         ({"momentum": lambda step: mx.ones(2)}, ValueError, r"momentum must be a scalar"),
         ({"weight_decay": lambda step: "x"}, TypeError, r"weight_decay must be a scalar"),
-        ({"weight_decay": lambda step: -1.0}, ValueError, r"weight_decay is out of range"),
+        ({"weight_decay": lambda step: -1e39}, ValueError, r"weight_decay is out of range"),
         ({"momentum": "0.9"}, TypeError, r"momentum must be a number"),
         ({"dampening": constant(0.5), "momentum": 0.9}, TypeError, r"dampening must be a number"),
         (

@@ -12,6 +12,7 @@ void Batches::add(
   if (size == 0) {
     return;
   }
+  gradients |= bit_of(gradient.type);
   const Tensor tensor{parameter.data, gradient.data, size, offset, 0, gradient.type};
   const uint64_t tiles = divide_up(size, tile_elements(size_of(type_)));
 

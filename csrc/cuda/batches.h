@@ -26,9 +26,13 @@ class Batches {
   void add_nothing() {
     append(flat, Tensor{}, 1);
     flat.back()->arguments.common.count = 0;
+    gradients = bit_of(Type::float32);
   }
 
   size_t launches() const { return flat.size() + transposed.size() + strided.size(); }
+
+  /// The dtypes of gradients, as Variant has them.
+  uint32_t gradients = 0;
 
   BatchList<Flat> flat;
   BatchList<Transposed> transposed;

@@ -57,19 +57,34 @@ void launch(
   encoder.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, pointers);
 }
 
-/// The kernels of one kind: for any number of tensors, and for kFew of them if there is one.
+/// The kernels that launches of one kind take: for any number of tensors, and for kFew of them.
 struct KernelPair {
-  KernelPair(CUfunction any) : KernelPair(any, any) {}
-  KernelPair(CUfunction many, CUfunction few) : many(many), few(few) {}
-  CUfunction many, few;
+  CUfunction many = nullptr;
+  CUfunction few = nullptr;
 };
+
+/// Compiled and loaded, or an error now.
+template <typename T>
+KernelPair kernels_for(
+    const BatchList<T>& batches,
+    const Variant& many,
+    const Variant& few,
+    int device) {
+  KernelPair kernels;
+  for (auto& batch : batches) {
+    const bool is_few = batch->arguments.common.count <= kFew;
+    auto& function = is_few ? kernels.few : kernels.many;
+    function = function ? function : kernel(is_few ? few : many, device);
+  }
+  return kernels;
+}
 
 /// Batch after batch with the same `common` but for its count; `after` is called once
 /// each is launched.
 template <typename T, typename After>
 void launch_batches(
     mx::cu::CommandEncoder& encoder,
-    KernelPair kernels,
+    const KernelPair& kernels,
     uint32_t threads,
     const BatchList<T>& batches,
     typename T::Shared& common,

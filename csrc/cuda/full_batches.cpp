@@ -36,6 +36,7 @@ void FullBatches::add(
   if (size == 0) {
     return;
   }
+  gradients |= bit_of(gradient.type);
   const FullTensor tensor{
       {parameter.data, gradient.data, size, member.offset, 0, gradient.type},
       member.number,
@@ -52,7 +53,6 @@ void FullBatches::add(
   const auto m = as_matrix(c, size);
   auto& tiled_tensor =
       append(tiled, tensor, divide_up(m.rows, kTileRows) * divide_up(m.columns, kTileColumns));
-  tiled_tensor.alike = gradient.type == type_;
   tiled_tensor.columns = m.columns;
   tiled_tensor.row_stride = m.row_stride;
   tiled_tensor.column_stride = m.column_stride;

@@ -34,9 +34,13 @@ class FullBatches {
     auto& nothing = append(tiled, FullTensor{}, 1);
     nothing = {};
     nothing.columns = kTileColumns;
+    gradients = bit_of(Type::float32);
   }
 
   size_t launches() const { return tiled.size() + strided.size(); }
+
+  /// The dtypes of gradients, as Variant has them.
+  uint32_t gradients = 0;
 
   BatchList<Tiled> tiled;
   BatchList<FullStrided> strided;

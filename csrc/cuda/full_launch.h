@@ -34,10 +34,13 @@ struct SlotArena {
   int64_t column_stride;
 };
 
+/// In a kernel's place for SgdFlags: it knows none of them, but takes those of its tensors.
+constexpr uint32_t kGenericFlags = ~0u;
+
 /// What all tensors of a full step share.
 struct FullCommon {
   fused_math::SgdControl control;
-  const uint64_t* step;
+  const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
   const float* measured; // null when nothing was measured
   const float* groups; // rows of kGroupNumbers; null without groups
@@ -67,7 +70,6 @@ enum Wide : uint32_t {
 /// kTileColumns columns, whose last row may be short.
 struct Tiled : FullTensor {
   uint32_t wide; // Wide
-  uint32_t alike; // the gradient has the parameter's dtype, as nearly always
   uint32_t columns;
   int64_t row_stride;
   int64_t column_stride;

@@ -1,7 +1,6 @@
 // The launches of a full step.
 #include "cuda/encoding.h"
 #include "cuda/full_batches.h"
-#include "cuda/full_variants.h"
 #include "cuda/launches.h"
 
 namespace mlx_fused_optim::cuda {
@@ -21,7 +20,7 @@ SlotArena slot_arena(const mx::array& in, const mx::array& out) {
 FullCommon common_arguments(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) {
   FullCommon common{};
   common.control = plan.control;
-  common.step = mx::gpu_ptr<uint64_t>(*in.step);
+  common.step = pointer<uint64_t>(in.step);
   common.given = pointer<float>(in.given);
   common.measured = pointer<float>(in.measured);
   common.groups = pointer<float>(in.groups);
@@ -51,11 +50,7 @@ bool slots_contiguous(const SgdInputs& in) {
 class FullLaunches : public Launches {
  public:
   FullLaunches(const SgdPlan& plan, const SgdInputs& in, int device)
-      : plan_(plan),
-        type_(type_of(plan.arena->dtype)),
-        device_(device),
-        batches_(type_, slots_contiguous(in)) {
-    tiled_kernel(); // loaded, or an error now
+      : plan_(plan), batches_(type_of(plan.arena->dtype), slots_contiguous(in)) {
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());
@@ -73,6 +68,9 @@ class FullLaunches : public Launches {
     if (batches_.launches() == 0 && plan.writes_step) {
       batches_.add_nothing();
     }
+    const auto tiled = variant(Kind::full_tiled), strided = variant(Kind::full_strided);
+    tiled_ = kernels_for(batches_.tiled, tiled, tiled, device);
+    strided_ = kernels_for(batches_.strided, strided, strided, device);
   }
 
   size_t count() const override { return batches_.launches(); }
@@ -81,27 +79,26 @@ class FullLaunches : public Launches {
       override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-    launch_batches(encoder, tiled_kernel(), kThreads, batches_.tiled, common, counted);
-    launch_batches(
-        encoder,
-        step_kernel(Kind::full_strided, type_, device_),
-        kThreads,
-        batches_.strided,
-        common,
-        counted);
+    launch_batches(encoder, tiled_, kThreads, batches_.tiled, common, counted);
+    launch_batches(encoder, strided_, kThreads, batches_.strided, common, counted);
   }
 
  private:
-  CUfunction tiled_kernel() const {
-    const int variant = full_variant(type_, type_of(plan_.velocity_dtype), plan_.flags());
-    return variant < 0 ? step_kernel(Kind::full_tiled, type_, device_)
-                       : variant_kernel(variant, device_);
+  Variant variant(Kind kind) const {
+    const Type type = type_of(plan_.arena->dtype);
+    const bool has_momentum = plan_.flags() & fused_math::kMomentum;
+    return {
+        kind,
+        type,
+        has_momentum ? type_of(plan_.velocity_dtype) : type,
+        batches_.gradients,
+        plan_.flags() & ~fused_math::kMeasureNorm,
+        parts_of(plan_.control)};
   }
 
   const SgdPlan& plan_;
-  Type type_;
-  int device_;
   FullBatches batches_;
+  KernelPair tiled_, strided_;
 };
 
 } // namespace

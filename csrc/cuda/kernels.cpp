@@ -1,125 +1,112 @@
 #include "cuda/kernels.h"
 
-#include <memory>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "cuda/full_variants.h"
-
-// cuda/{sgd,full,measure}.cu, compiled: cuda/backend.cmake names the folder.
-#define FATBIN(name)                                 \
-  asm(".section .rodata\n"                           \
-      ".balign 16\n"                                 \
-      ".global mlx_fused_optim_" #name               \
-      "\n"                                           \
-      ".hidden mlx_fused_optim_" #name               \
-      "\n"                                           \
-      "mlx_fused_optim_" #name                       \
-      ":\n"                                          \
-      ".incbin \"" MLX_FUSED_OPTIM_FATBINS "/" #name \
-      ".fatbin\"\n"                                  \
-      ".previous\n");                                \
-  extern "C" const unsigned char mlx_fused_optim_##name[];
-FATBIN(sgd)
-FATBIN(full)
-FATBIN(measure)
-#undef FATBIN
+#include "cuda/compiler.h"
+#include "cuda/disk_cache.h"
 
 namespace mlx_fused_optim::cuda {
 
 namespace {
 
-constexpr int kKinds = 7;
-constexpr int kTypes = 3;
-constexpr const char* kStepNames[kKinds][kTypes] = {
-    {"sgd_flat_float32", "sgd_flat_float16", "sgd_flat_bfloat16"},
-    {"sgd_flat_few_float32", "sgd_flat_few_float16", "sgd_flat_few_bfloat16"},
-    {"sgd_transposed_float32", "sgd_transposed_float16", "sgd_transposed_bfloat16"},
-    {"sgd_transposed_few_float32", "sgd_transposed_few_float16", "sgd_transposed_few_bfloat16"},
-    {"sgd_strided_float32", "sgd_strided_float16", "sgd_strided_bfloat16"},
-    {"sgd_full_tiled_float32", "sgd_full_tiled_float16", "sgd_full_tiled_bfloat16"},
-    {"sgd_full_strided_float32", "sgd_full_strided_float16", "sgd_full_strided_bfloat16"}};
-constexpr int kOthers = 5;
-constexpr const char* kOtherNames[kOthers] =
-    {"evaluate_schedule", "measure_dense", "measure_sparse", "measure_fold", "measure_finish"};
+int attribute(CUdevice_attribute attribute, int device) {
+  int value = 0;
+  check(cuDeviceGetAttribute(&value, attribute, device), "cuDeviceGetAttribute");
+  return value;
+}
 
-struct Kernels {
-  CUfunction step[kKinds][kTypes];
-  CUfunction other[kOthers];
-  CUfunction variants[kFullVariantCount];
-};
-
-CUmodule load_module(const unsigned char* fatbin, int device) {
-  CUmodule module;
-  const auto result = cuModuleLoadData(&module, fatbin);
-  if (result == CUDA_ERROR_NO_BINARY_FOR_GPU || result == CUDA_ERROR_INVALID_IMAGE ||
-      result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION) {
+int capability_of(int device) {
+  const int capability = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device) +
+      attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
+  if (capability < kLeastCapability) {
     throw std::runtime_error(
-        "[mlx_fused_optim] this GPU or its driver is not supported: got device " +
-        std::to_string(device) +
-        ", allowed compute capability 8.0 or later with a driver for the CUDA version that this "
-        "package was built with (CUDA " +
-        std::to_string(CUDA_VERSION / 1000) + ").");
+        "[mlx_fused_optim] this GPU is not supported: got device " + std::to_string(device) +
+        " of compute capability " + std::to_string(capability / 10) + "." +
+        std::to_string(capability % 10) + ", allowed 8.0 or later.");
   }
-  check(result, "cuModuleLoadData");
-  return module;
+  return capability;
 }
 
-CUfunction find_function(CUmodule module, const char* name) {
-  CUfunction function;
-  check(cuModuleGetFunction(&function, module, name), name);
-  return function;
+/// Everything that code depends on but its text.
+std::string circumstances(const Compiler& compiler) {
+  int driver = 0;
+  check(cuDriverGetVersion(&driver), "cuDriverGetVersion");
+  std::string all = "NVRTC " + compiler.version + " driver " + std::to_string(driver);
+  for (auto& option : compiler.options) {
+    all += " " + option;
+  }
+  return all + "\n";
 }
 
-Kernels load(int device) {
-  const CUmodule sgd = load_module(mlx_fused_optim_sgd, device);
-  const CUmodule full = load_module(mlx_fused_optim_full, device);
-  const CUmodule measure = load_module(mlx_fused_optim_measure, device);
-  Kernels kernels;
-  for (int kind = 0; kind < kKinds; ++kind) {
-    const bool is_full = kind >= static_cast<int>(Kind::full_tiled);
-    for (int type = 0; type < kTypes; ++type) {
-      kernels.step[kind][type] = find_function(is_full ? full : sgd, kStepNames[kind][type]);
+/// Those of one device. Never unloaded: MLX may launch until the process ends.
+class Kernels {
+ public:
+  explicit Kernels(int device)
+      : compiler_(capability_of(device)),
+        circumstances_(circumstances(compiler_)),
+        files_(DiskCache::of_user()) {}
+
+  CUfunction get(const Variant& variant) {
+    auto found = loaded_.find(variant);
+    if (found != loaded_.end()) {
+      return found->second;
+    }
+    // A process that ever comes with other options needs more memory for each, up to here.
+    constexpr size_t kMostVariants = 256;
+    if (loaded_.size() >= kMostVariants && variant != variant.generic()) {
+      return get(variant.generic());
+    }
+    return loaded_[variant] = load(variant);
+  }
+
+ private:
+  CUfunction load(const Variant& variant) const {
+    try {
+      const auto text = variant.text();
+      const auto key = circumstances_ + text;
+      CUfunction function = nullptr;
+      if (const auto code = files_.find(key)) {
+        if (load(*code, variant, function) == CUDA_SUCCESS) {
+          return function;
+        }
+      }
+      const auto code = compiler_.compile(text);
+      check(load(code, variant, function), "the compiled kernel");
+      files_.keep(key, code);
+      return function;
+    } catch (const std::exception& error) {
+      throw std::runtime_error(
+          "[mlx_fused_optim] a CUDA kernel does not build on this machine: got\n" +
+          variant.description() + "\n" + error.what() +
+          "\nPlease report this message. Until it is mended, set the environment variable "
+          "MLX_FUSED_OPTIM_COMPOSED=1: the step is then made of plain MLX operations, with the "
+          "same results, only slower.");
     }
   }
-  for (int other = 0; other < kOthers; ++other) {
-    const bool is_schedule = other == static_cast<int>(Other::schedule);
-    kernels.other[other] = find_function(is_schedule ? sgd : measure, kOtherNames[other]);
-  }
-  for (int variant = 0; variant < kFullVariantCount; ++variant) {
-    kernels.variants[variant] = find_function(full, kFullVariants[variant].kernel);
-  }
-  return kernels;
-}
 
-/// Never unloaded: MLX may launch until the process ends.
-const Kernels& kernels(int device) {
-  static std::mutex mutex;
-  static auto* loaded = new std::vector<std::unique_ptr<Kernels>>;
-  std::lock_guard lock(mutex);
-  if (loaded->size() <= static_cast<size_t>(device)) {
-    loaded->resize(device + 1);
+  static CUresult load(const std::string& code, const Variant& variant, CUfunction& function) {
+    CUmodule module = nullptr;
+    const auto result = cuModuleLoadData(&module, code.c_str());
+    return result == CUDA_SUCCESS ? cuModuleGetFunction(&function, module, variant.name()) : result;
   }
-  auto& entry = (*loaded)[device];
-  if (!entry) {
-    entry = std::make_unique<Kernels>(load(device));
-  }
-  return *entry;
-}
+
+  Compiler compiler_;
+  std::string circumstances_;
+  DiskCache files_;
+  std::map<Variant, CUfunction> loaded_;
+};
 
 } // namespace
 
-CUfunction step_kernel(Kind kind, Type type, int device) {
-  return kernels(device).step[static_cast<int>(kind)][static_cast<int>(type)];
+CUfunction kernel(const Variant& variant, int device) {
+  static std::mutex mutex;
+  static auto* devices = new std::map<int, Kernels>;
+  std::lock_guard lock(mutex);
+  return devices->try_emplace(device, device).first->second.get(variant);
 }
-
-CUfunction other_kernel(Other kernel, int device) {
-  return kernels(device).other[static_cast<int>(kernel)];
-}
-
-CUfunction variant_kernel(int variant, int device) { return kernels(device).variants[variant]; }
 
 void check(CUresult result, const char* what) {
   if (result != CUDA_SUCCESS) {

@@ -1,24 +1,15 @@
-// The compiled kernels, loaded once for each device.
+// The kernels, compiled when they are first asked for, and loaded once for each device.
 #pragma once
 
 #include <cuda.h>
 
-#include "cuda/launch.h"
+#include "cuda/variants.h"
 
 namespace mlx_fused_optim::cuda {
 
-/// Kernels of a step: one for each dtype of parameters.
-enum class Kind { flat, flat_few, transposed, transposed_few, strided, full_tiled, full_strided };
-
-/// All others.
-enum class Other { schedule, measure_dense, measure_sparse, measure_fold, measure_finish };
-
-/// The kernel for the device whose context is current.
-CUfunction step_kernel(Kind kind, Type type, int device);
-CUfunction other_kernel(Other kernel, int device);
-
-/// One of kFullVariants, of Kind::full_tiled.
-CUfunction variant_kernel(int variant, int device);
+/// The kernel for the device whose context is current. Throws std::runtime_error where it
+/// cannot be compiled or loaded.
+CUfunction kernel(const Variant& variant, int device);
 
 /// Throws std::runtime_error with the driver's words unless `result` is success.
 void check(CUresult result, const char* what);

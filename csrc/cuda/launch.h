@@ -1,5 +1,5 @@
 // The boundary between the CUDA host code and the kernels: what a launch gets,
-// by value. Compiled by g++ and nvcc alike, and free of MLX.
+// by value. Compiled by g++ and NVRTC alike, and free of MLX.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +12,10 @@ namespace mlx_fused_optim::cuda {
 enum class Type : uint32_t { float32, float16, bfloat16 };
 
 constexpr size_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+/// Types in a set, a bit each.
+constexpr uint32_t bit_of(Type type) { return uint32_t(1) << static_cast<uint32_t>(type); }
+constexpr uint32_t kAnyType = 7;
 
 /// A block of threads updates one tile of one tensor. Measured on an H200: see
 /// docs/cuda.md.
@@ -37,7 +41,7 @@ constexpr uint32_t kGranule = 256;
 /// element i is read and written by one thread, in this order.
 struct Common {
   fused_math::SgdControl control;
-  const uint64_t* step;
+  const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
   uint64_t* step_out; // null but in one launch of a step
   float* used_out;
@@ -110,7 +114,6 @@ template <typename T>
 using FewLaunch = Launch<T, kFew>;
 static_assert(sizeof(Launch<Flat>) <= kArgumentBytes && Launch<Flat>::kCapacity >= 512);
 static_assert(sizeof(FewLaunch<Flat>) <= 4096);
-static_assert(offsetof(FewLaunch<Flat>, tensors) == offsetof(Launch<Flat>, tensors));
 static_assert(sizeof(Launch<Transposed>) <= kArgumentBytes);
 static_assert(sizeof(Launch<Strided>) <= kArgumentBytes);
 

@@ -46,8 +46,8 @@ const Backend& backend() {
     throw std::runtime_error(
         "[mlx_fused_optim] the CUDA backend does not load: got \"" + loaded.reason +
         "\", allowed where MLX has CUDA (pip install 'mlx-fused-optim[cuda13]' or [cuda12]) "
-        "and this package was built with nvcc; pass stream=mx.cpu or set "
-        "mx.set_default_device(mx.cpu) to do without.");
+        "and this package was built with -DMLX_FUSED_OPTIM_CUDA=ON, as it is by default on "
+        "Linux; pass stream=mx.cpu or set mx.set_default_device(mx.cpu) to do without.");
   }
   return *loaded.backend;
 }

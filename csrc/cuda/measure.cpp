@@ -14,10 +14,9 @@ namespace mlx_fused_optim::cuda {
 namespace {
 
 /// Sums on their way; the encoder keeps them until the kernels are done.
-template <typename T>
 mx::array temporary(size_t count, mx::Stream stream) {
-  const auto words = static_cast<int>(sizeof(T) / sizeof(uint32_t));
-  mx::array sums({static_cast<int>(std::max<size_t>(count, 1)), words}, mx::uint32, nullptr, {});
+  constexpr int kWords = sizeof(Squares) / sizeof(uint32_t);
+  mx::array sums({static_cast<int>(std::max<size_t>(count, 1)), kWords}, mx::uint32, nullptr, {});
   sums.set_data(allocate(sums.nbytes(), stream));
   return sums;
 }
@@ -31,13 +30,37 @@ MeasureBatches sort_arrays(const MeasurePlan& plan, const MeasureInputs& in) {
   return batches;
 }
 
+struct MeasureKernels {
+  KernelPair dense, sparse;
+  CUfunction fold, finish;
+};
+
+/// Compiled and loaded, or an error now.
+MeasureKernels kernels_for(const MeasurePlan& plan, const MeasureBatches& batches, int device) {
+  using namespace fused_math;
+  auto& control = plan.control;
+  Variant dense{Kind::measure_dense};
+  dense.gradients = batches.types;
+  dense.flags = control.flags & (kGradScale | kClipValue);
+  if (control.flags & kGradScale && !(control.given >> kGradScaleFactor & 1)) {
+    dense.schedules = parts_of(control.schedules[kGradScaleFactor]);
+  }
+  Variant sparse = dense;
+  sparse.kind = Kind::measure_sparse;
+  return {
+      kernels_for(batches.dense, dense, dense, device),
+      kernels_for(batches.sparse, sparse, sparse, device),
+      kernel({Kind::measure_fold}, device),
+      kernel({Kind::measure_finish}, device)};
+}
+
 void launch_chunks(
     mx::cu::CommandEncoder& encoder,
+    const MeasureKernels& kernels,
     const MeasurePlan& plan,
     const MeasureInputs& in,
     const MeasureBatches& batches,
     mx::array& chunks) {
-  const int device = encoder.device().cuda_device();
   set_inputs(encoder, in.arrays, plan.array_count());
   set_inputs(encoder, {in.step, in.given});
   set_outputs(encoder, {&chunks});
@@ -45,29 +68,27 @@ void launch_chunks(
   common.control = plan.control;
   common.step = mx::gpu_ptr<uint64_t>(*in.step);
   common.given = pointer<float>(in.given);
-  common.chunks = mx::gpu_ptr<ChunkSum>(chunks);
+  common.chunks = mx::gpu_ptr<Squares>(chunks);
   auto nothing = [] {};
   side_by_side(encoder, batches.launches(), [&] {
-    const auto dense = other_kernel(Other::measure_dense, device);
-    const auto sparse = other_kernel(Other::measure_sparse, device);
-    launch_batches(encoder, dense, kThreads, batches.dense, common, nothing);
-    launch_batches(encoder, sparse, kThreads, batches.sparse, common, nothing);
+    launch_batches(encoder, kernels.dense, kThreads, batches.dense, common, nothing);
+    launch_batches(encoder, kernels.sparse, kThreads, batches.sparse, common, nothing);
   });
 }
 
 void launch_folds(
     mx::cu::CommandEncoder& encoder,
+    CUfunction kernel,
     const MeasurePlan& plan,
     const MeasureBatches& batches,
     const mx::array& chunks,
     mx::array& sums,
     mx::array& measured) {
-  const auto kernel = other_kernel(Other::measure_fold, encoder.device().cuda_device());
   set_inputs(encoder, {&chunks});
   set_outputs(encoder, {&sums, &measured});
   auto folds = std::make_unique<FoldLaunch>();
-  folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
-  folds->sums = mx::gpu_ptr<ArraySum>(sums);
+  folds->chunks = mx::gpu_ptr<Squares>(chunks);
+  folds->sums = mx::gpu_ptr<Squares>(sums);
   folds->norms =
       plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
@@ -86,6 +107,7 @@ void launch_folds(
 
 void launch_finish(
     mx::cu::CommandEncoder& encoder,
+    CUfunction kernel,
     const MeasurePlan& plan,
     const MeasureInputs& in,
     const mx::array& sums,
@@ -94,13 +116,12 @@ void launch_finish(
   set_inputs(encoder, {&sums, in.skipped});
   set_outputs(encoder, {&measured, &skipped});
   FinishLaunch finish{
-      mx::gpu_ptr<ArraySum>(sums),
+      mx::gpu_ptr<Squares>(sums),
       mx::gpu_ptr<uint64_t>(*in.skipped),
       mx::gpu_ptr<float>(measured),
       mx::gpu_ptr<uint64_t>(skipped),
       static_cast<uint32_t>(plan.gradient_count),
       plan.control.flags};
-  const auto kernel = other_kernel(Other::measure_finish, encoder.device().cuda_device());
   launch(encoder, kernel, 1, fused_math::kFoldLanes, finish);
 }
 
@@ -113,7 +134,7 @@ void measure(const Measurement& measurement) {
   auto& encoder = mx::cu::get_command_encoder(stream);
   encoder.device().make_current();
   const auto batches = sort_arrays(plan, in);
-  other_kernel(Other::measure_dense, encoder.device().cuda_device()); // or an error now
+  const auto kernels = kernels_for(plan, batches, encoder.device().cuda_device());
 
   // The step that follows finds this work pending, and cannot wait for MLX to let go of
   // the last step's buffers (see cuda/sgd.cpp).
@@ -124,16 +145,16 @@ void measure(const Measurement& measurement) {
   // All memory before anything is changed.
   auto measured_memory = allocate(measurement.measured.nbytes(), stream);
   auto skipped_memory = allocate(measurement.skipped.nbytes(), stream);
-  auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
-  auto sums = temporary<ArraySum>(batches.arrays(), stream);
+  auto chunks = temporary(batches.chunks(), stream);
+  auto sums = temporary(batches.arrays(), stream);
   measurement.measured.set_data(std::move(measured_memory));
   measurement.skipped.set_data(std::move(skipped_memory));
   encoder.add_temporary(chunks);
   encoder.add_temporary(sums);
 
-  launch_chunks(encoder, plan, in, batches, chunks);
-  launch_folds(encoder, plan, batches, chunks, sums, measurement.measured);
-  launch_finish(encoder, plan, in, sums, measurement.measured, measurement.skipped);
+  launch_chunks(encoder, kernels, plan, in, batches, chunks);
+  launch_folds(encoder, kernels.fold, plan, batches, chunks, sums, measurement.measured);
+  launch_finish(encoder, kernels.finish, plan, in, sums, measurement.measured, measurement.skipped);
 }
 
 } // namespace mlx_fused_optim::cuda

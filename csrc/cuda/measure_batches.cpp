@@ -11,6 +11,7 @@ void MeasureBatches::add(
   const uint64_t size = element_count(dimensions, shape);
   const uint64_t count = divide_up(size, fused_math::kChunk);
   if (size > 0) {
+    types |= bit_of(array.type);
     const uint64_t blocks = divide_up(count, kChunksPerBlock);
     const bool aligned = is_aligned(array.data, 4 * size_of(array.type));
     const Dense common{array.data, size, 0, first_chunk.back(), array.type, is_gradient, aligned};

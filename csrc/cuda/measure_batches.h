@@ -21,6 +21,9 @@ class MeasureBatches {
   uint64_t chunks() const { return first_chunk.back(); }
   size_t arrays() const { return first_chunk.size() - 1; }
 
+  /// The dtypes of all arrays, as Variant has those of gradients.
+  uint32_t types = 0;
+
   BatchList<Dense> dense;
   BatchList<Sparse> sparse;
   std::vector<uint32_t> first_chunk = {0}; // of each array, and the number of all

@@ -57,7 +57,7 @@ void free_what_can_be_freed(mx::Stream stream) {
 
 size_t free_memory() {
   size_t free = 0, total = 0;
-  check(cuMemGetInfo(&free, &total), "cuMemGetInfo");
+  check(cuMemGetInfo_v2(&free, &total), "cuMemGetInfo");
   return free;
 }
 

@@ -10,7 +10,7 @@ namespace {
 Common common_arguments(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) {
   Common common{};
   common.control = plan.control;
-  common.step = mx::gpu_ptr<uint64_t>(*in.step);
+  common.step = pointer<uint64_t>(in.step);
   common.given = pointer<float>(in.given);
   common.step_out = pointer<uint64_t>(out.step);
   common.used_out = pointer<float>(out.used);
@@ -33,10 +33,9 @@ class PlainLaunches : public Launches {
  public:
   PlainLaunches(const SgdPlan& plan, const SgdInputs& in, int device)
       : plan_(plan),
-        type_(type_of(plan.arena->dtype)),
-        device_(device),
-        batches_(type_, !in.slots[kVelocity] || in.slots[kVelocity]->flags().row_contiguous) {
-    kernel(Kind::flat); // loaded, or an error now
+        batches_(
+            type_of(plan.arena->dtype),
+            !in.slots[kVelocity] || in.slots[kVelocity]->flags().row_contiguous) {
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());
@@ -51,6 +50,11 @@ class PlainLaunches : public Launches {
     if (batches_.launches() == 0 && plan.writes_step) {
       batches_.add_nothing();
     }
+    flat_ = kernels_for(batches_.flat, variant(Kind::flat), variant(Kind::flat_few), device);
+    transposed_ = kernels_for(
+        batches_.transposed, variant(Kind::transposed), variant(Kind::transposed_few), device);
+    strided_ =
+        kernels_for(batches_.strided, variant(Kind::strided), variant(Kind::strided), device);
   }
 
   size_t count() const override { return batches_.launches(); }
@@ -59,20 +63,20 @@ class PlainLaunches : public Launches {
       override {
     auto common = common_arguments(plan_, in, out);
     auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-    const KernelPair flat(kernel(Kind::flat), kernel(Kind::flat_few));
-    const KernelPair transposed(kernel(Kind::transposed), kernel(Kind::transposed_few));
-    launch_batches(encoder, flat, kThreads, batches_.flat, common, counted);
-    launch_batches(encoder, transposed, kSquareThreads, batches_.transposed, common, counted);
-    launch_batches(encoder, kernel(Kind::strided), kThreads, batches_.strided, common, counted);
+    launch_batches(encoder, flat_, kThreads, batches_.flat, common, counted);
+    launch_batches(encoder, transposed_, kSquareThreads, batches_.transposed, common, counted);
+    launch_batches(encoder, strided_, kThreads, batches_.strided, common, counted);
   }
 
  private:
-  CUfunction kernel(Kind kind) const { return step_kernel(kind, type_, device_); }
+  Variant variant(Kind kind) const {
+    const Type type = type_of(plan_.arena->dtype);
+    return {kind, type, type, batches_.gradients, plan_.flags(), parts_of(plan_.control)};
+  }
 
   const SgdPlan& plan_;
-  Type type_;
-  int device_;
   Batches batches_;
+  KernelPair flat_, transposed_, strided_;
 };
 
 } // namespace

@@ -16,7 +16,9 @@ void evaluate_schedule(
     mx::Stream stream) {
   auto& encoder = mx::cu::get_command_encoder(stream);
   encoder.device().make_current();
-  const auto kernel = other_kernel(Other::schedule, encoder.device().cuda_device());
+  Variant variant{Kind::schedule};
+  variant.schedules = parts_of(schedule);
+  const auto function = kernel(variant, encoder.device().cuda_device());
   rates.set_data(allocate(rates.nbytes(), stream));
   if (rates.size() == 0) {
     return;
@@ -27,7 +29,7 @@ void evaluate_schedule(
   set_outputs(encoder, {&rates});
   // The kernel loops: more blocks than this would not run at once on any GPU.
   const auto blocks = std::min<uint64_t>(divide_up(rates.size(), kThreads), 4096);
-  launch(encoder, kernel, static_cast<uint32_t>(blocks), kThreads, arguments);
+  launch(encoder, function, static_cast<uint32_t>(blocks), kThreads, arguments);
 }
 
 } // namespace mlx_fused_optim::cuda

@@ -1,5 +1,5 @@
 // The one place where the three compilers of csrc/math differ: g++ or clang
-// (CPU), nvcc (CUDA) and Apple's Metal compiler. Everything here works on plain
+// (CPU), NVRTC (CUDA) and Apple's Metal compiler. Everything here works on plain
 // values in float32 and 32/64-bit integers, because Metal has no double.
 //
 // Addition, multiplication, division, square root and fma round correctly in all three.
@@ -21,8 +21,8 @@ using namespace metal;
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)
 #include <cstdint>
-#define MATH_FN __host__ __device__ inline
-#define MATH_MEMBER static __host__ __device__ inline
+#define MATH_FN __device__ inline
+#define MATH_MEMBER static __device__ inline
 #define MATH_CONSTANT const
 #else
 #include <cstdint>
@@ -35,9 +35,10 @@ using namespace metal;
 namespace fused_math {
 
 #if defined(__METAL_VERSION__)
-MATH_FN float fma_float(float a, float b, float c) { return metal::fma(a, b, c); }
-MATH_FN float rint_float(float x) { return metal::rint(x); }
-MATH_FN float divide_float(float a, float b) { return a / b; }
+// Metal promises of `/` and of sqrt what the caller's options say; of these, what they are.
+MATH_FN float fma_float(float a, float b, float c) { return precise::fma(a, b, c); }
+MATH_FN float rint_float(float x) { return precise::rint(x); }
+MATH_FN float divide_float(float a, float b) { return precise::divide(a, b); }
 MATH_FN float sqrt_float(float x) { return precise::sqrt(x); }
 MATH_FN float bits_to_float(uint32_t bits) { return as_type<float>(bits); }
 MATH_FN uint32_t float_to_bits(float x) { return as_type<uint32_t>(x); }

@@ -54,6 +54,19 @@ struct Schedule {
   Segment segments[kMaxSegments];
 };
 
+// Kernels that are compiled for a step know what its schedules consist of, and leave the rest
+// out: the kinds of all their segments, bit by bit, and all their flags.
+#ifndef SCHEDULE_KINDS
+#define SCHEDULE_KINDS ~0u
+#define SCHEDULE_FLAGS ~0u
+#endif
+MATH_FN bool is_kind(MATH_CONSTANT Segment& s, uint32_t kind) {
+  return ((SCHEDULE_KINDS) >> kind & 1u) && s.kind == kind;
+}
+MATH_FN bool has_flag(MATH_CONSTANT Segment& s, uint32_t flag) {
+  return ((SCHEDULE_FLAGS)&flag) && (s.flags & flag);
+}
+
 /// `part` * 2^exponent, and what it lacks to 1.
 struct Weight {
   Real part;
@@ -107,11 +120,11 @@ MATH_FN uint64_t elapsed_since(uint64_t begin, uint64_t t) { return t > begin ? 
 MATH_FN Weight blend_weight(MATH_CONSTANT Segment& s, uint64_t t) {
   uint64_t elapsed = elapsed_since(s.begin, t);
   uint64_t done = elapsed < s.steps ? elapsed : s.steps;
-  Weight w = s.flags & kCosine ? cosine_weight(done, s.steps) : linear_weight(done, s.steps);
+  Weight w = has_flag(s, kCosine) ? cosine_weight(done, s.steps) : linear_weight(done, s.steps);
   if (!(s.flags & kRising)) {
     w = other_way(w);
   }
-  return s.flags & kPower ? to_power(w, load(s.rate)) : w;
+  return has_flag(s, kPower) ? to_power(w, load(s.rate)) : w;
 }
 
 MATH_FN Weight inverse_power_weight(MATH_CONSTANT Segment& s, uint64_t t) {
@@ -141,7 +154,7 @@ MATH_FN Weight triangle_weight(MATH_CONSTANT Segment& s, uint64_t t) {
   uint64_t within = t - cycle * period;
   Weight w =
       within <= s.steps ? linear_weight(within, s.steps) : linear_weight(period - within, s.second);
-  if (s.flags & kDamped) {
+  if (has_flag(s, kDamped)) {
     uint64_t transitions = s.flags & kStaircase ? cycle : t;
     Weight height = exponential_weight(multiply(load(s.rate), real_from_integer(transitions)));
     // 1 - part * height = (1 - part) + part * (1 - height), both positive.
@@ -164,27 +177,28 @@ MATH_FN Scaled blended(MATH_CONSTANT Segment& s, Weight w) {
 
 /// The value `t` steps after the start of a segment, before the last rounding.
 MATH_FN Scaled segment_value(MATH_CONSTANT Segment& s, uint64_t t) {
-  switch (s.kind) {
-    case kExponential: {
-      uint64_t transitions = elapsed_since(s.begin, t);
-      if (s.flags & kStaircase) {
-        transitions = transitions / s.steps;
-      }
-      PowerOfTwo power = exp2_parts(multiply(load(s.rate), real_from_integer(transitions)));
-      Real mantissa = add({1.0f, 0.0f}, power.excess);
-      return {multiply(load(s.one), mantissa), power.whole};
+  if (is_kind(s, kExponential)) {
+    uint64_t transitions = elapsed_since(s.begin, t);
+    if (s.flags & kStaircase) {
+      transitions = transitions / s.steps;
     }
-    case kBlend:
-      return blended(s, blend_weight(s, t));
-    case kInversePower:
-      return blended(s, inverse_power_weight(s, t));
-    case kRestarts:
-      return blended(s, restarts_weight(s, t));
-    case kTriangle:
-      return blended(s, triangle_weight(s, t));
-    default:
-      return {load(s.one), 0};
+    PowerOfTwo power = exp2_parts(multiply(load(s.rate), real_from_integer(transitions)));
+    Real mantissa = add({1.0f, 0.0f}, power.excess);
+    return {multiply(load(s.one), mantissa), power.whole};
   }
+  if (is_kind(s, kBlend)) {
+    return blended(s, blend_weight(s, t));
+  }
+  if (is_kind(s, kInversePower)) {
+    return blended(s, inverse_power_weight(s, t));
+  }
+  if (is_kind(s, kRestarts)) {
+    return blended(s, restarts_weight(s, t));
+  }
+  if (is_kind(s, kTriangle)) {
+    return blended(s, triangle_weight(s, t));
+  }
+  return {load(s.one), 0};
 }
 
 /// No rounding may carry a value past the ends of its segment.

@@ -67,6 +67,11 @@ class Tree:
     def parameters(self) -> list[mx.array]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def has_placeholders(self) -> bool: ...
+
+def is_tracing() -> bool: ...
+def has_placeholders(arrays: Sequence[mx.array]) -> bool: ...
 
 class Layout:
     """Where each tensor lives: see csrc/layout.h."""
@@ -121,7 +126,14 @@ def sgd_step(
     group_numbers: mx.array | None,
     skipped: mx.array | None,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
-) -> tuple[Any, list[list[mx.array]], mx.array, mx.array, mx.array | None, mx.array | None]: ...
+) -> tuple[
+    Any,
+    list[list[mx.array]],
+    mx.array,
+    mx.array | None,
+    mx.array | None,
+    mx.array | None,
+]: ...
 
 class PreparedStep:
     """A step that is taken again: see csrc/prepared.h."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from ._checks import checked_factor, checked_positive, checked_scalar
+from ._checks import checked_factor, checked_positive, checked_scalar, least_of
 from ._paths import leaves, name_of
 from ._recent import Recent
 from .schedules import Schedule
+from .schedules._of_mlx import as_ours
 
 if TYPE_CHECKING:
     from ._layout import Layout
@@ -51,9 +52,9 @@ class Groups:
         """As somebody wrote them."""
         return [(predicate, dict(overrides)) for predicate, overrides in self.members]
 
-    def __reduce__(self) -> tuple[type[Groups], tuple[tuple[Member, ...]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without what is found again."""
-        return Groups, (self.members,)
+        return _groups_of, (self.members,)
 
     @cached_property
     def added_flags(self) -> int:
@@ -75,6 +76,10 @@ def _is_term(value: Any) -> bool:
 NO_GROUPS = Groups()
 
 
+def _groups_of(members: tuple[Member, ...]) -> Groups:
+    return Groups(members) if members else NO_GROUPS
+
+
 def checked_groups(op: str, groups: Any) -> Groups:
     """``[(predicate, overrides), ...]`` checked."""
     if isinstance(groups, Groups):
@@ -85,7 +90,7 @@ def checked_groups(op: str, groups: Any) -> Groups:
             "(predicate, overrides)."
         )
     members = tuple(_checked_member(op, number, group) for number, group in enumerate(groups))
-    return Groups(members) if members else NO_GROUPS
+    return _groups_of(members)
 
 
 # The functions are given their groups at each step; what was found for them stays here.
@@ -145,12 +150,13 @@ def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
     if key == "learning_rate_factor":
-        return checked_factor(op, name, value, "a float")
+        return checked_factor(op, name, value, "a float", least_of(key))
     if callable(value):
-        return value
+        return as_ours(value)
     if isinstance(value, mx.array):
         return checked_scalar(op, name, value)
-    return checked_factor(op, name, value, "a float, a scalar array, a schedule or a callable")
+    allowed = "a float, a scalar array, a schedule or a callable"
+    return checked_factor(op, name, value, allowed, least_of(key))
 
 
 def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:

@@ -307,7 +307,7 @@ def check_scalars(state: State, op: str) -> None:
             "allowed an integer scalar of 0 or more."
         )
     rate = state.get("learning_rate")
-    if not isinstance(rate, mx.array) or rate.ndim != 0:
+    if not isinstance(rate, mx.array) or rate.size != 1:
         raise ValueError(
             f"[{op}] state['learning_rate'] is missing or of the wrong type: got "
             f"{described(rate)}, allowed a scalar array."

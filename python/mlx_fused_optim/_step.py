@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext, _groups, _packing
-from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar, least_of
 from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
+from .schedules._of_mlx import as_ours
 
 
 class Hyperparameters(NamedTuple):
@@ -42,10 +43,10 @@ def checked_hyperparameters(
 ) -> Hyperparameters:
     """The options as floats or schedules, or ValueError where they make no sense."""
     hyper = Hyperparameters(
-        momentum if callable(momentum) else checked_factor(op, "momentum", momentum),
-        weight_decay
+        as_ours(momentum) if callable(momentum) else checked_factor(op, "momentum", momentum),
+        as_ours(weight_decay)
         if callable(weight_decay)
-        else checked_factor(op, "weight_decay", weight_decay),
+        else checked_factor(op, "weight_decay", weight_decay, at_least=least_of("weight_decay")),
         checked_factor(op, "dampening", dampening, "a float", at_most=1.0),
         bool(nesterov),
     )
@@ -129,6 +130,32 @@ def prepared_step(
     )
 
 
+def uses_of_state(
+    learning_rate: LearningRate,
+    hyper: Hyperparameters,
+    options: Options,
+    grad_scale: LearningRate | None,
+) -> list[str]:
+    """What a step reads in the state or leaves there, but for the bare counter."""
+    scale = options.grad_scale if grad_scale is None else grad_scale
+    scalars = {
+        "learning_rate": learning_rate,
+        "momentum": hyper.momentum,
+        "weight_decay": hyper.weight_decay,
+        "grad_scale": scale,
+    }
+    uses = [f"a scheduled {name}" for name, value in scalars.items() if callable(value)]
+    overrides = (member.overrides.values() for member in options.groups.members)
+    if any(callable(value) for values in overrides for value in values):
+        uses.append("a scheduled number of a group")
+    uses += wanted_slots(hyper, options).slots
+    if options.rounding == "stochastic":
+        uses.append("stochastic rounding")
+    if options.is_measured:
+        uses.append("grad_norm")
+    return uses
+
+
 def flags_of(hyper: Hyperparameters, options: Options, scale: LearningRate) -> int:
     """Everything that a step of these options may consist of: bits of _ext.FLAGS."""
     flags = hyper.flags | options.flags | options.groups.added_flags
@@ -156,6 +183,12 @@ def take_step(
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
     state = _packing.with_step(state)
+    decay = hyper.weight_decay
+    if options.trust_coefficient is not None and isinstance(decay, float) and decay < 0:
+        raise ValueError(
+            f"[{op}] a trust ratio divides by a sum with the weight decay: got "
+            f"weight_decay={decay} and a trust_coefficient, allowed a weight_decay from 0 on."
+        )
     scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
     scalars: dict[str, Any] = {
         "learning_rate": learning_rate,
@@ -164,11 +197,11 @@ def take_step(
         "grad_scale": scale,
     }
     scheduled: dict[str, mx.array] = {}
-    in_kernel = []
+    in_kernel: list[tuple[str, int, _ext.Schedule]] = []
     for position, (name, value) in enumerate(scalars.items()):
         if isinstance(value, Schedule) and value.in_kernel:
             scalars[name] = value._device
-            in_kernel.append((name, position))
+            in_kernel.append((name, position, scalars[name]))
         elif callable(value):
             scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
 
@@ -214,8 +247,11 @@ def take_step(
         stream=stream,
     )
     state = _packing.with_arenas(state, slots, layout, wanted.rule)
-    for name, position in in_kernel:
-        scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
+    for name, position, schedule in in_kernel:
+        if used is None:
+            scheduled[name] = mx.array(schedule.first_value)
+        else:
+            scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
     scheduled.pop("grad_scale", None)
     rate = scheduled.pop("learning_rate", scalars["learning_rate"])
     state = {**state, "step": step, "learning_rate": rate}

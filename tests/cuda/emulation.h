@@ -5,11 +5,14 @@
 
 #include <algorithm>
 #include <barrier>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "math/rounding.h"
 
 #define __device__
 #define __global__
@@ -21,6 +24,7 @@ struct Index {
   uint32_t x;
 };
 inline thread_local Index threadIdx, blockIdx;
+inline Index gridDim, blockDim;
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -30,6 +34,18 @@ struct alignas(16) uint4 {
 };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+// The instructions that cuda/common.cuh writes.
+inline float float_of_half(uint16_t bits) {
+  return static_cast<float>(std::bit_cast<_Float16>(bits));
+}
+inline uint16_t half_of_float(float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+inline uint32_t bfloat16_pair(float x, float y) {
+  auto half = [](float v) {
+    return v == v ? fused_math::float_to_bits(fused_math::nearest_bfloat16(v)) >> 16 : 0x7fffu;
+  };
+  return half(x) | half(y) << 16;
+}
 
 template <typename T>
 T __ldca(const T* from) {

@@ -16,7 +16,7 @@ import mlx_fused_optim as optim
 import numpy as np
 
 mx.set_cache_limit(0)  # every buffer is fresh memory
-# What is kept of an element: the variants of csrc/cuda/full_variants.h, and a generic one.
+# What is kept of an element.
 OF_FLOAT32 = [{}, dict(momentum_dtype=mx.bfloat16, ema_decay=0.9)]
 OF_HALF = [
     {},

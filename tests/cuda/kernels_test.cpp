@@ -9,8 +9,7 @@
 
 #include "emulation.h"
 
-#include "../../cuda/full.cu"
-#include "../../cuda/measure.cu"
+#include "../../cuda/kernels.cu"
 #include "cuda/full_batches.h"
 #include "cuda/measure_batches.h"
 
@@ -49,19 +48,19 @@ struct Memory {
   }
   float get(size_t at) {
     return type == Type::float32 ? bits_to_float(bits(at))
-        : type == Type::float16  ? __half2float({static_cast<uint16_t>(bits(at))})
+        : type == Type::float16  ? float_of_half(static_cast<uint16_t>(bits(at)))
                                  : bits_to_float(bits(at) << 16);
   }
   void set(size_t at, float x) {
     set_bits(
         at,
         type == Type::float32       ? float_to_bits(x)
-            : type == Type::float16 ? __float2half_rn(x).bits
+            : type == Type::float16 ? half_of_float(x)
                                     : float_to_bits(nearest_bfloat16(x)) >> 16);
   }
-  void fill(bool any_bits = false) {
+  void fill(bool any_bits = false, float factor = 1) {
     for (size_t i = 0; i < (words.size() * 16 - shift * size_of(type)) / size_of(type); ++i) {
-      any_bits ? set_bits(i, engine()) : set(i, normal());
+      any_bits ? set_bits(i, engine()) : set(i, normal() * factor);
     }
   }
 };
@@ -136,10 +135,11 @@ std::vector<int32_t> random_shape() {
   }
 }
 
-Type random_type() { return static_cast<Type>(below(3)); }
-
 template <typename T>
-void run(BatchList<T>& batches, const typename T::Shared& common, void (*kernel)(Launch<T>)) {
+void run_all(
+    BatchList<T>& batches,
+    const typename T::Shared& common,
+    void (*kernel)(const Launch<T>&)) {
   for (auto& batch : batches) {
     const uint32_t count = batch->arguments.common.count;
     batch->arguments.common = common;
@@ -152,44 +152,74 @@ void run(BatchList<T>& batches, const typename T::Shared& common, void (*kernel)
 
 // ---- The step -------------------------------------------------------------------
 
-using TiledKernel = void (*)(Launch<Tiled>);
-using StridedKernel = void (*)(Launch<FullStrided>);
-#define VARIANT(parameter, velocity, name, flags) sgd_full_tiled_##parameter##_##velocity##_##name,
-constexpr TiledKernel kVariants[] = {MLX_FUSED_OPTIM_FULL_VARIANTS(VARIANT)};
-#undef VARIANT
-constexpr TiledKernel kGeneric[] = {
-    sgd_full_tiled_float32,
-    sgd_full_tiled_float16,
-    sgd_full_tiled_bfloat16};
-constexpr StridedKernel kStrided[] = {
-    sgd_full_strided_float32,
-    sgd_full_strided_float16,
-    sgd_full_strided_bfloat16};
-
-/// All that a step may consist of, with every variant and with the generic kernels in turn.
-struct Options {
+/// What a step may consist of, and the kernels that are compiled for just that.
+struct Tested {
   Type type, velocity;
-  uint32_t flags;
-
-  int variant() const { return full_variant(type, velocity, flags); }
+  uint32_t gradients, flags;
+  void (*tiled)(const Launch<Tiled>&);
+  void (*strided)(const Launch<FullStrided>&);
 };
 
-Options random_options(int round) {
-  const int turn = round % (kFullVariantCount + 3);
-  uint32_t flags = engine() & 0x7fff;
-  if (turn < kFullVariantCount) {
-    auto& variant = kFullVariants[turn];
-    flags = (flags & ~kCompiledFlags) | variant.flags;
-    flags |= variant.velocity != variant.parameter ? kMomentum : 0;
-    const Options options{variant.parameter, variant.velocity, flags};
-    require(options.variant() == turn, variant.kernel);
-    return options;
+template <typename P, typename V, uint32_t gradients, uint32_t flags>
+constexpr Tested tested() {
+  using K = Known<P, V, gradients, flags>;
+  return {
+      static_cast<Type>(kFormatOf<P>),
+      static_cast<Type>(kFormatOf<V>),
+      gradients,
+      flags,
+      run<K>,
+      run<K>};
+}
+
+constexpr uint32_t kF32 = bit_of(Type::float32), kF16 = bit_of(Type::float16),
+                   kBF16 = bit_of(Type::bfloat16);
+constexpr uint32_t kDecayed = kMomentum | kWeightDecay;
+constexpr uint32_t kAll = kDecayed | kNesterov | kMaximize | kGradScale | kClipValue | kClipNorm |
+    kSkipNonfinite | kTrustRatio | kGroups | kDecoupled;
+constexpr Tested kTested[] = {
+    tested<float32, float32, kF32, kMomentum | kClipNorm>(),
+    tested<float32, float32, kF32 | kBF16, kAll>(),
+    tested<float32, bfloat16, kF32, kDecayed | kStochastic | kAverage>(),
+    tested<float16, float16, kF16, kMaximize | kGradScale>(),
+    tested<float16, float32, kF32, kDecayed | kDecoupled | kSkipNonfinite>(),
+    tested<float16, float16, kF16, kDecayed | kMaster | kTrustRatio>(),
+    tested<float16, float32, kAnyType, kMomentum | kMaster | kAverage | kGroups>(),
+    tested<float16, float16, kF16, kAll | kCompensated>(),
+    tested<float16, float16, kF16, kDecayed | kNesterov | kStochastic>(),
+    tested<bfloat16, bfloat16, kBF16, kMomentum | kClipNorm | kSkipNonfinite>(),
+    tested<bfloat16, float32, kBF16, kMomentum | kNesterov | kClipValue>(),
+    tested<bfloat16, bfloat16, kBF16, kDecayed | kMaster | kSkipNonfinite>(),
+    tested<bfloat16, float32, kBF16, kAll | kMaster | kStochastic | kAverage>(),
+    tested<bfloat16, bfloat16, kBF16, kMomentum | kCompensated | kGroups>(),
+    tested<bfloat16, float16, kF32, kDecayed | kCompensated | kStochastic | kAverage>(),
+    tested<bfloat16, bfloat16, kBF16, kDecayed | kStochastic>(),
+    // A step with more than a process may have kernels for (csrc/cuda/kernels.cpp).
+    tested<float32, float16, kAnyType, kGenericFlags>(),
+    tested<float16, bfloat16, kAnyType, kGenericFlags>(),
+    tested<bfloat16, float32, kAnyType, kGenericFlags>(),
+};
+constexpr int kTestedCount = std::size(kTested);
+
+/// Flags of a step that the kernel serves.
+uint32_t random_flags(const Tested& kernel) {
+  if (kernel.flags != kGenericFlags) {
+    return kernel.flags;
   }
-  Options options{static_cast<Type>(turn - kFullVariantCount), random_type(), flags};
-  options.flags &= options.type == Type::float32 ? ~(kMaster | kCompensated)
-      : flags & kMaster                          ? ~kCompensated
-                                                 : ~0u;
-  return options.variant() < 0 ? options : random_options(round);
+  const uint32_t flags = engine() & (kMeasureNorm - 1);
+  return flags &
+      (kernel.type == Type::float32 ? ~(kMaster | kCompensated)
+           : flags & kMaster        ? ~kCompensated
+                                    : ~0u);
+}
+
+Type random_type(uint32_t types) {
+  for (;;) {
+    const auto type = static_cast<Type>(below(3));
+    if (bit_of(type) & types) {
+      return type;
+    }
+  }
 }
 
 /// Numbers at which formats end.
@@ -236,17 +266,19 @@ struct TestArena {
 };
 
 struct Counted {
-  size_t tiled[kFullVariantCount + 3] = {}, strided = 0, elements = 0;
+  size_t tiled[kTestedCount] = {}, strided = 0, elements = 0;
 };
 
 void test_step(int round, Counted& counted) {
-  const Options options = random_options(round);
-  const auto [type, velocity, flags] = options;
-  const bool skips = round % 7 == 0, in_place = below(2), special = round % 3 == 1;
+  const Tested& kernel = kTested[round % kTestedCount];
+  const Type type = kernel.type, velocity = kernel.velocity;
+  const uint32_t flags = random_flags(kernel);
+  const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = below(2),
+             special = round % 3 == 1;
   const uint32_t slot_flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
 
   FullCommon common{};
-  common.control.flags = skips ? flags | kSkipNonfinite : flags;
+  common.control.flags = flags;
   common.control.given = 0xf;
   common.control.seed = engine();
   common.control.place = engine();
@@ -271,7 +303,7 @@ void test_step(int round, Counted& counted) {
     t.shape = random_shape();
     t.size = element_count(t.shape.size(), t.shape.data());
     t.offset = arena_size;
-    t.flags = common.control.flags & (engine() | ~kTensorFlags);
+    t.flags = flags & (flags & kGroups ? engine() | ~kTensorFlags : ~0u);
     arena_size += divide_up(t.size, granule) * granule;
     measured.insert(measured.end(), {std::abs(normal()), std::abs(normal())});
     for (uint32_t i = 0; i < kGroupNumbers; ++i) {
@@ -314,7 +346,7 @@ void test_step(int round, Counted& counted) {
   FullBatches batches(type, contiguous);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
-    const auto gradient_type = below(2) ? type : random_type();
+    const auto gradient_type = random_type(kernel.gradients);
     t.gradient = random_array(t.shape, gradient_type, static_cast<Lying>(below(3)));
     t.gradient.memory->fill();
     if (special) {
@@ -406,11 +438,10 @@ void test_step(int round, Counted& counted) {
   float used[kScalars] = {};
   common.step_out = &next;
   common.used_out = used;
-  const int variant = options.variant(), type_number = static_cast<int>(type);
-  counted.tiled[variant < 0 ? kFullVariantCount + type_number : variant] += batches.tiled.size();
+  counted.tiled[round % kTestedCount] += batches.tiled.size();
   counted.strided += batches.strided.size();
-  run(batches.tiled, common, variant < 0 ? kGeneric[type_number] : kVariants[variant]);
-  run(batches.strided, common, kStrided[type_number]);
+  run_all(batches.tiled, common, kernel.tiled);
+  run_all(batches.strided, common, kernel.strided);
 
   require(next == (skips ? step : step + 1), "the step counter");
   require(
@@ -440,7 +471,7 @@ void test_an_arena_without_tensors_counts_the_step() {
   common.given = given;
   common.step_out = &next;
   common.used_out = used;
-  run(batches.tiled, common, sgd_full_tiled_float32);
+  run_all(batches.tiled, common, kTested[0].tiled);
   require(next == 42 && used[0] == 0.1f && used[3] == 1.0f, "a step of nothing");
 }
 
@@ -470,68 +501,18 @@ void test_narrowing() {
               float_to_bits(nearest_bfloat16(values[k])) >> 16,
           "bfloat16");
       require(
-          (float16.words[k / 2] >> half & 0xffff) ==
-              __half_as_ushort(__float2half_rn(nearest_float16(values[k]))),
+          (float16.words[k / 2] >> half & 0xffff) == half_of_float(nearest_float16(values[k])),
           "float16");
       require(float32.words[k] == float_to_bits(values[k]), "float32");
     }
   }
 }
 
-/// The host's choice: of every combination, a kernel that sees just its flags, and the
-/// momentum's dtype; the generic one where the list has none.
-void test_the_choice_of_a_variant() {
-#define VARIANT(parameter, velocity, name, flags) \
-  {Variant<parameter, velocity, flags>::kHas, Variant<parameter, velocity, flags>::kMay},
-  constexpr uint32_t known[][2] = {MLX_FUSED_OPTIM_FULL_VARIANTS(VARIANT)};
-#undef VARIANT
-  size_t generic = 0;
-  for (uint32_t flags = 0; flags < 2 * kMeasureNorm; ++flags) {
-    for (const Type type : {Type::float32, Type::float16, Type::bfloat16}) {
-      for (const Type velocity : {Type::float32, Type::float16, Type::bfloat16}) {
-        const int chosen = full_variant(type, velocity, flags);
-        const bool has_momentum = flags & kMomentum;
-        bool listed = false;
-        for (auto& variant : kFullVariants) {
-          listed |= variant.parameter == type && (!has_momentum || variant.velocity == velocity) &&
-              variant.flags == (flags & kCompiledFlags);
-        }
-        require((chosen >= 0) == listed, "a variant that is listed is taken");
-        if (chosen < 0) {
-          ++generic;
-          continue;
-        }
-        auto& variant = kFullVariants[chosen];
-        require(variant.parameter == type, "the dtype");
-        require(!has_momentum || variant.velocity == velocity, "the momentum's dtype");
-        // A tensor may be without some of kTensorFlags, which no kernel adds.
-        for (const uint32_t own : {flags, flags & ~kTensorFlags}) {
-          require(((own & known[chosen][1]) | known[chosen][0]) == own, "the flags seen");
-        }
-      }
-    }
-  }
-  require(generic > 0, "some are generic");
-  const auto common = [](Type type, Type velocity, uint32_t flags) {
-    return full_variant(type, velocity, flags | kMomentum | kClipNorm | kGroups) >= 0;
-  };
-  for (const Type half : {Type::float16, Type::bfloat16}) {
-    for (const uint32_t kept : {uint32_t(0), uint32_t(kMaster)}) {
-      require(common(half, half, kept) && common(half, Type::float32, kept), "a common step");
-    }
-    require(common(half, half, kCompensated) && common(half, half, kStochastic), "a common step");
-    require(!common(half, half, kCompensated | kStochastic), "a rare one");
-    require(!common(half, half, kMaster | kAverage), "a rare one");
-  }
-  require(common(Type::float32, Type::float32, 0), "a common step");
-  require(!common(Type::float32, Type::float16, 0), "a rare one");
-}
-
 // ---- The measurement -------------------------------------------------------------
 
 /// The fold of csrc/math/norm.h, lane by lane.
-Real folded_in_order(const std::vector<Real>& values) {
-  std::vector<Real> lanes(kFoldLanes, Real{0, 0});
+Squares folded_in_order(const std::vector<Squares>& values) {
+  std::vector<Squares> lanes(kFoldLanes, Squares{});
   for (size_t i = 0; i < values.size(); ++i) {
     lanes[i % kFoldLanes] = fold(lanes[i % kFoldLanes], values[i]);
   }
@@ -543,22 +524,36 @@ Real folded_in_order(const std::vector<Real>& values) {
   return lanes[0];
 }
 
-Real sum_in_order(const std::vector<float>& values) {
-  std::vector<Real> chunks;
-  for (size_t begin = 0; begin < values.size(); begin += kChunk) {
+Squares sum_in_order(
+    const std::vector<float>& elements,
+    const fused_math::SgdHyper& hyper,
+    uint32_t flags) {
+  std::vector<Squares> chunks;
+  for (size_t begin = 0; begin < elements.size(); begin += kChunk) {
+    const size_t end = std::min<size_t>(elements.size(), begin + kChunk);
+    uint32_t peak = 0;
+    for (size_t i = begin; i < end; ++i) {
+      peak = peak_of(peak, sgd_unscaled(elements[i], hyper, flags));
+    }
+    const uint32_t clipped = sgd_clipped_peak(peak, hyper, flags);
     float lanes[kLanes] = {};
-    for (size_t i = begin; i < values.size() && i < begin + kChunk; ++i) {
-      lanes[i % kLanes] = lanes[i % kLanes] + values[i] * values[i];
+    for (size_t i = begin; i < end; ++i) {
+      const float x = sgd_clipped(sgd_unscaled(elements[i], hyper, flags), hyper, flags);
+      const float scaled = x * factor_of(clipped);
+      lanes[i % kLanes] = lanes[i % kLanes] + scaled * scaled;
     }
     for (uint32_t half = kLanes / 2; half > 0; half /= 2) {
       for (uint32_t lane = 0; lane < half; ++lane) {
         lanes[lane] = lanes[lane] + lanes[lane + half];
       }
     }
-    chunks.push_back({lanes[0], 0});
+    chunks.push_back({{lanes[0], 0}, scale_of(clipped), peak});
   }
   return folded_in_order(chunks);
 }
+
+template <uint32_t flags>
+using MeasureKnown = Known<float32, float32, kAnyType, flags>;
 
 void test_measurement(int round, Counted& counted) {
   MeasureCommon common{};
@@ -574,8 +569,7 @@ void test_measurement(int round, Counted& counted) {
 
   const uint32_t tensors = 1 + below(3);
   std::vector<Array> arrays;
-  std::vector<Real> sums;
-  uint32_t peak = 0;
+  std::vector<Squares> sums;
   MeasureBatches batches;
   for (uint32_t i = 0; i < 2 * tensors; ++i) {
     auto shape = random_shape();
@@ -583,8 +577,8 @@ void test_measurement(int round, Counted& counted) {
       shape = {below(2) * 3, static_cast<int>(kChunk * kChunksPerBlock / 3) + below(3)}; // or empty
     }
     const auto way = static_cast<Lying>(below(3));
-    auto& a = arrays.emplace_back(random_array(shape, random_type(), way));
-    a.memory->fill();
+    auto& a = arrays.emplace_back(random_array(shape, random_type(kAnyType), way));
+    a.memory->fill(false, below(2) ? std::ldexp(1.0f, int(below(240)) - 120) : 1.0f);
     const size_t size = element_count(shape.size(), shape.data());
     if (round % 4 == 0 && size > 0) {
       const float infinite = below(2) ? INFINITY : NAN;
@@ -595,19 +589,28 @@ void test_measurement(int round, Counted& counted) {
     std::vector<float> values;
     for (size_t e = 0; e < size; ++e) {
       const float x = a.memory->get(a.first + (way == Lying::any ? place(shape, a.strides, e) : e));
-      peak = is_gradient ? peak_of(peak, x) : peak;
-      values.push_back(is_gradient ? sgd_gradient(x, hyper, common.control.flags) : x);
+      values.push_back(x);
     }
-    sums.push_back(sum_in_order(values));
+    sums.push_back(sum_in_order(values, hyper, is_gradient ? common.control.flags : 0));
     counted.elements += size;
   }
 
-  std::vector<ChunkSum> chunks(batches.chunks());
-  std::vector<ArraySum> array_sums(batches.arrays());
+  std::vector<Squares> chunks(batches.chunks());
+  std::vector<Squares> array_sums(batches.arrays());
   std::vector<float> measured(2 + 2 * tensors, -1.0f);
   common.chunks = chunks.data();
-  run(batches.dense, common, measure_dense);
-  run(batches.sparse, common, measure_sparse);
+  // Compiled for these options; the scale is there or not, and likewise the limit.
+  const uint32_t flags = common.control.flags & (kGradScale | kClipValue);
+  auto measure = [&]<uint32_t known>() {
+    if (flags == known) {
+      run_all(batches.dense, common, run<MeasureKnown<known>>);
+      run_all(batches.sparse, common, run<MeasureKnown<known>>);
+    }
+  };
+  measure.operator()<0>();
+  measure.operator()<kGradScale>();
+  measure.operator()<kClipValue>();
+  measure.operator()<kGradScale | kClipValue>();
   auto folds = std::make_unique<FoldLaunch>();
   folds->chunks = chunks.data();
   folds->sums = array_sums.data();
@@ -616,46 +619,46 @@ void test_measurement(int round, Counted& counted) {
   folds->first_array = 0;
   std::copy(batches.first_chunk.begin(), batches.first_chunk.end(), folds->first_chunk);
   for (uint32_t a = 0; a < batches.arrays(); ++a) {
-    emulation::run_block(a, kFoldLanes, [&] { measure_fold(*folds); });
+    emulation::run_block(a, kFoldLanes, [&] { run<MeasureKnown<0>>(*folds); });
   }
   const uint64_t skipped = 7;
   uint64_t skipped_out = 0;
   const FinishLaunch finish{
       array_sums.data(), &skipped, measured.data(), &skipped_out, tensors, common.control.flags};
-  emulation::run_block(0, kFoldLanes, [&] { measure_finish(finish); });
+  emulation::run_block(0, kFoldLanes, [&] { run<MeasureKnown<0>>(finish); });
 
   auto same = [](float a, float b) {
     return float_to_bits(a) == float_to_bits(b) || (a != a && b != b);
   };
   const auto where = ", round " + std::to_string(round);
-  const float norm = sgd_norm(folded_in_order({sums.begin(), sums.begin() + tensors}));
-  const bool applies = sgd_applies(common.control.flags, peak, norm);
+  const auto total = folded_in_order({sums.begin(), sums.begin() + tensors});
+  const float norm = norm_of(total);
+  const bool applies = sgd_applies(common.control.flags, total, norm);
   require(same(measured[kMeasuredNorm], norm), "the global norm" + where);
   require(measured[kMeasuredApply] == (applies ? 1.0f : 0.0f), "whether it applies" + where);
   require(skipped_out == skipped + !applies, "the steps skipped" + where);
   for (uint32_t t = 0; t < tensors; ++t) {
     const float* norms = &measured[kMeasuredTensors + 2 * t];
-    require(same(norms[0], sgd_norm(sums[t])), "the norm of a gradient" + where);
-    require(same(norms[1], sgd_norm(sums[tensors + t])), "the norm of a parameter" + where);
+    require(same(norms[0], norm_of(sums[t])), "the norm of a gradient" + where);
+    require(same(norms[1], norm_of(sums[tensors + t])), "the norm of a parameter" + where);
   }
 }
 
 /// More arrays than a block has lanes, and more chunks.
 void test_folds_of_more_than_the_lanes() {
   for (const uint32_t n : {1u, 2u, 3u, 32u, 33u, 1023u, 1024u, 1025u, 3000u}) {
-    std::vector<ArraySum> sums(n);
-    std::vector<Real> values;
+    std::vector<Squares> sums(n);
     for (auto& sum : sums) {
-      sum = {{std::abs(normal()), 1e-9f * normal()}, 0};
-      values.push_back(sum.sum);
+      const uint32_t scale = below(3) == 0 ? below(kMostScale + 1) : uint32_t(kNoScale);
+      sum = {{std::abs(normal()), 1e-9f * normal()}, scale, 0};
     }
     float measured[2] = {};
     const uint64_t skipped = 0;
     uint64_t skipped_out = 0;
     const FinishLaunch finish{sums.data(), &skipped, measured, &skipped_out, n, 0};
-    emulation::run_block(0, kFoldLanes, [&] { measure_finish(finish); });
+    emulation::run_block(0, kFoldLanes, [&] { run<MeasureKnown<0>>(finish); });
     require(
-        float_to_bits(measured[0]) == float_to_bits(sgd_norm(folded_in_order(values))),
+        float_to_bits(measured[0]) == float_to_bits(norm_of(folded_in_order(sums))),
         "a fold of " + std::to_string(n));
   }
 }
@@ -677,7 +680,6 @@ int main(int, char** arguments) {
     test_measurement(round, counted);
   }
   test_narrowing();
-  test_the_choice_of_a_variant();
   test_folds_of_more_than_the_lanes();
   test_an_arena_without_tensors_counts_the_step();
   std::printf("ok %zu elements\n", counted.elements);

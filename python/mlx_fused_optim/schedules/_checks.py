@@ -69,6 +69,13 @@ def as_length(op: str, name: str, value: Any) -> int:
     return as_integer(op, name, value, at_least=1)
 
 
+def as_fractional_length(op: str, name: str, value: Any) -> int | float:
+    """A number of steps that need not be whole, as ``mlx.optimizers`` has it."""
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer() and value > 1:
+        return value
+    return as_length(op, name, value)
+
+
 def as_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         names = ", ".join(repr(choice) for choice in allowed)

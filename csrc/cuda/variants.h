@@ -1,0 +1,58 @@
+// What the kernels come in: compiled for just what a step consists of. No CUDA and no MLX
+// here: tested without a GPU.
+#pragma once
+
+#include <compare>
+#include <string>
+
+#include "cuda/launch.h"
+
+namespace mlx_fused_optim::cuda {
+
+enum class Kind : uint32_t {
+  flat, // "few" in its name: for up to kFew tensors, as the next
+  flat_few,
+  transposed,
+  transposed_few,
+  strided,
+  full_tiled,
+  full_strided,
+  measure_dense,
+  measure_sparse,
+  measure_fold,
+  measure_finish,
+  schedule,
+};
+
+/// What schedules consist of, as csrc/math/schedule.h has it.
+struct ScheduleParts {
+  uint32_t kinds = 0;
+  uint32_t flags = 0;
+  auto operator<=>(const ScheduleParts&) const = default;
+};
+ScheduleParts parts_of(const fused_math::Schedule& schedule);
+
+/// Of the schedules that a step evaluates: those of scalars that are not given.
+ScheduleParts parts_of(const fused_math::SgdControl& control);
+
+/// A kernel, and what it knows when it is compiled. What a kind has no use for is left out.
+struct Variant {
+  Kind kind;
+  Type parameter = Type::float32;
+  Type velocity = Type::float32;
+  uint32_t gradients = bit_of(Type::float32); // a set of types
+  uint32_t flags = 0; // fused_math::SgdFlags
+  ScheduleParts schedules = {};
+  auto operator<=>(const Variant&) const = default;
+
+  /// The same kernel, for all schedules, gradients and, in a full step, options.
+  Variant generic() const;
+
+  /// The name of its entry point.
+  const char* name() const;
+  std::string description() const;
+  /// The whole text to be compiled.
+  std::string text() const;
+};
+
+} // namespace mlx_fused_optim::cuda
