@@ -36,15 +36,21 @@ void require(bool holds, const char* what) {
   }
 }
 
-alignas(256) float foreign[2][128]; // somebody else's: a mapped file, for example
+/// Somebody else's: a mapped file, for example. As MLX's CPU allocator would have it, so that
+/// nothing but the ownership tells.
+struct Foreign {
+  size_t size = sizeof(float) * 128;
+  float elements[128];
+};
+Foreign foreign[2];
 enum Owner { mlx, somebody };
 
 mx::array memory(Owner owner, int which) {
   mx::array a({128}, mx::float32, nullptr, {});
   if (owner == mlx) {
-    a.set_data(mx::allocator::malloc(sizeof(foreign[which])));
+    a.set_data(mx::allocator::malloc(foreign[which].size));
   } else {
-    a.set_data({mx::allocator::Buffer(foreign[which]), [](mx::allocator::Buffer) {}});
+    a.set_data({mx::allocator::Buffer(&foreign[which]), [](mx::allocator::Buffer) {}});
   }
   a.set_status(mx::array::Status::available);
   return a;
