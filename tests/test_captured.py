@@ -266,7 +266,6 @@ def test_an_uncaptured_state_behind_a_differentiation(momentum):
         assert not mx.array_equal(model.weight, before)
 
 
-
 @each(USES)
 def test_an_optimizer_inside_the_function(case):
     """It has nothing to capture."""
