@@ -21,8 +21,8 @@ MUTANTS = [
     # ---- The kernels: where a thread works
     Mutant("search_excludes_first_block", QUADS, "first_block <= block", "first_block < block"),
     Mutant("search_too_short", QUADS, "stride = 32; stride", "stride = 16; stride"),
-    Mutant("row_of_tile", QUADS, "+ lane / kTileLanes;", "+ lane % kTileLanes;"),
-    Mutant("rows_of_a_pass", QUADS, "(lanes / kTileLanes) +", "(lanes / kTileColumns) +"),
+    Mutant("row_of_tile", QUADS, "+ lane / tile_lanes;", "+ lane % tile_lanes;"),
+    Mutant("rows_of_a_pass", QUADS, "(lanes / tile_lanes) +", "(lanes / tile_columns) +"),
     Mutant("last_pass_left_out", KERNEL, "pass < kPasses;", "pass < kPasses - 1;"),
     Mutant("tail_overruns", QUADS, "left < kQuad ? uint32_t(left) : uint32_t(kQuad)", "left < 1 ? uint32_t(left) : uint32_t(kQuad)"),
     Mutant("tile_overruns", QUADS, "left < kQuad ? left : uint32_t(kQuad)", "left < 1 ? left : uint32_t(kQuad)"),
