@@ -1,13 +1,16 @@
 # Everything runs in a virtual environment of its own, .venv, which is made on first
 # use. A changed source rebuilds what depends on it.
-#   make demo | test | bench | lint | wheel | clean
-# Options: PYTHON=python3.12, EXTRA=cuda13 (Linux: which MLX backend), ARGS="-k name".
+#   make demo | test | bench | lint | mutants | wheel | clean
+# Options: PYTHON=python3.12, EXTRA=cuda13 (Linux: which MLX backend), ARGS="-k name",
+# WORKERS=0 (tests in one process; by default one for each core, but at most eight).
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 # On Linux MLX needs a backend beside it; its macOS wheel has one.
 EXTRA ?= $(if $(filter Linux,$(shell uname -s)),cpu)
+WORKERS ?= auto
+SPLIT = -n $(WORKERS) --maxprocesses 8 --dist worksteal
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 
 NATIVE := $(wildcard csrc metal cuda)
@@ -16,7 +19,7 @@ SOURCES := CMakeLists.txt LICENSE README.md $(shell find $(NATIVE) python -type 
 FORMATTED := $(shell find $(NATIVE) tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: demo test bench lint format wheel clean
+.PHONY: demo test mutants bench lint format wheel clean
 
 demo: $(VENV)/installed
 	$(RUN)/python bench/demo.py $(ARGS)
@@ -26,7 +29,11 @@ bench: $(VENV)/installed
 
 # The tests, and the examples in the docstrings of the installed package.
 test: $(VENV)/installed metal-check-if-possible
-	$(RUN)/python -m pytest tests/ --doctest-modules --pyargs mlx_fused_optim $(ARGS)
+	$(RUN)/python -m pytest $(SPLIT) tests/ --doctest-modules --pyargs mlx_fused_optim $(ARGS)
+
+# Plants bugs, one after another, and asks that each is caught. ARGS: see the program.
+mutants: $(VENV)/installed
+	$(RUN)/python tests/mutation $(ARGS)
 
 lint: $(VENV)/tools
 	$(RUN)/ruff check .

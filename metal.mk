@@ -1,16 +1,12 @@
 # The Metal backend, on Linux: see docs/metal.md. Included by the Makefile.
-.PHONY: metal-check metal-check-if-possible metal-mutants mac-wheel
+.PHONY: metal-check metal-check-if-possible mac-wheel
 
 metal-check: $(VENV)/installed
-	PYTHON=$(RUN)/python tools/metal_check.sh
+	PYTHON=$(RUN)/python tools/metal_check.sh $(SPLIT)
 
 metal-check-if-possible:
 	@if command -v clang++-19 > /dev/null; then $(MAKE) metal-check; else \
-	  echo "Metal is not checked: clang++-19 is not installed (tools/apt-packages)"; fi
-
-# Plants bugs, one after another, and asks that each is caught: some 20 minutes.
-metal-mutants: $(VENV)/installed
-	$(RUN)/python tests/metal_on_cpu/mutants.py $(ARGS)
+	  echo "METAL IS NOT CHECKED: CLANG++-19 IS NOT INSTALLED"; fi # pytest's summary says it again
 
 mac-wheel: $(VENV)/tools
 	PYTHON=$(RUN)/python tools/mac_wheel.sh

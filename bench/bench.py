@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         **timing.header(chosen.device),
         "device": chosen.device,
         "dtype": chosen.dtype,
+        "import_ms": timing.import_ms(),
         "options": {
             "momentum": options.momentum,
             "weight_decay": options.weight_decay,
@@ -170,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         "results": [],
     }
     console.print(f"{run['machine']}\n{run['versions']}\n{chosen.device}, {chosen.dtype}")
+    console.print(f"import, beside mlx.optimizers: {run['import_ms']:.1f} ms")
     for path in (chosen.json, chosen.png):
         path.parent.mkdir(parents=True, exist_ok=True)
     for name in chosen.shapes:

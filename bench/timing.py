@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -116,3 +118,17 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def import_ms(processes: int = 5) -> float:
+    """What importing the package takes (ms of one thread's time) after mlx.optimizers, which
+    it is used with: the median of fresh processes."""
+    code = (
+        "import time, mlx.optimizers; start = time.thread_time(); import mlx_fused_optim; "
+        "print(1e3 * (time.thread_time() - start))"
+    )
+    command = [sys.executable, "-c", code]
+    times = (
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout for _ in range(processes)
+    )
+    return statistics.median(map(float, times))

@@ -8,10 +8,13 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "composed.h"
 #include "errors.h"
 #include "prepared.h"
 #include "sgd.h"
+#include "tracing.h"
 #include "tree.h"
 
 namespace nb = nanobind;
@@ -29,6 +32,32 @@ nb::tuple shape_tuple(const mx::Shape& shape) {
   return nb::tuple(lengths);
 }
 
+/// A path crosses as a tuple: text and (number,) for keys of dicts, a number for a place in a list.
+nb::tuple path_tuple(std::string_view path) {
+  nb::list keys;
+  while (!path.empty()) {
+    const size_t end = std::find_if(path.begin() + 1, path.end(), is_path_key) - path.begin();
+    nb::object key = nb::str(path.data() + 1, end - 1);
+    if (path[0] != kTextKey) {
+      key = nb::int_(key);
+    }
+    keys.append(path[0] == kNumberKey ? nb::object(nb::make_tuple(key)) : key);
+    path.remove_prefix(end);
+  }
+  return nb::tuple(keys);
+}
+
+std::string path_text(nb::handle keys) {
+  std::string path;
+  for (auto key : nb::cast<nb::sequence>(keys)) {
+    const bool is_text = nb::isinstance<nb::str>(key), is_place = nb::isinstance<nb::int_>(key);
+    path += is_text ? kTextKey : is_place ? kPlaceKey : kNumberKey;
+    const nb::object number = is_text || is_place ? nb::borrow(key) : nb::object(key[0]);
+    path += nb::cast<std::string>(nb::str(number));
+  }
+  return path;
+}
+
 Layout layout_from_rows(nb::list rows) {
   std::vector<TensorSpec> specs;
   for (auto item : rows) {
@@ -37,7 +66,7 @@ Layout layout_from_rows(nb::list rows) {
     for (auto length : nb::borrow<nb::tuple>(row[1])) {
       shape.push_back(nb::cast<int>(length));
     }
-    specs.push_back({nb::cast<std::string>(row[0]), shape, nb::cast<mx::Dtype>(row[2])});
+    specs.push_back({path_text(row[0]), shape, nb::cast<mx::Dtype>(row[2])});
   }
   return make_layout(std::move(specs));
 }
@@ -45,7 +74,7 @@ Layout layout_from_rows(nb::list rows) {
 nb::list layout_rows(const Layout& layout) {
   nb::list rows;
   for (auto& spec : layout.tensors) {
-    rows.append(nb::make_tuple(spec.path, shape_tuple(spec.shape), spec.dtype));
+    rows.append(nb::make_tuple(path_tuple(spec.path), shape_tuple(spec.shape), spec.dtype));
   }
   return rows;
 }
@@ -155,8 +184,8 @@ nb::tuple step_of_tree(
   return nb::make_tuple(
       tree.unflatten(std::move(result.parameters)),
       result.slots,
-      result.counters[0],
-      result.counters[1],
+      result.next,
+      result.used,
       measured[0],
       measured[1]);
 }
@@ -253,6 +282,12 @@ NB_MODULE(_ext, m) {
       .def("__len__", [](const Tree& tree) { return tree.parameters().size(); })
       .def_prop_ro(
           "parameters", [](const Tree& tree) { return std::vector<mx::array>(tree.parameters()); })
+      .def_prop_ro(
+          "has_placeholders",
+          [](const Tree& tree) {
+            return has_placeholders(tree.parameters()) || has_placeholders(tree.gradients());
+          },
+          "Whether it is part of a function that is being compiled or vectorised.")
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/layout.h.")
@@ -270,6 +305,12 @@ NB_MODULE(_ext, m) {
           &layout_arenas,
           "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
 
+  m.def("is_tracing", &is_tracing, "Whether a function is being traced.");
+  m.def(
+      "has_placeholders",
+      &has_placeholders,
+      "arrays"_a,
+      "Whether arrays depend on an input of a function that is being compiled or vectorised.");
   m.def(
       "arena_view",
       [](const mx::array& arena, std::vector<int> lengths, size_t offset, mx::StreamOrDevice s) {
@@ -281,6 +322,34 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       "A tensor of a flat arena, without a copy.");
+
+  m.def(
+      "arena_views",
+      [](const mx::array& arena, const Layout& layout, size_t number) {
+        return arena_tensors(arena, layout.arenas.at(number));
+      },
+      "arena"_a,
+      "layout"_a,
+      "number"_a,
+      "All tensors of an arena of a layout.");
+  m.def(
+      "pack_slot",
+      [](const std::vector<std::optional<mx::array>>& tensors,
+         const Layout& layout,
+         size_t number,
+         std::optional<mx::Dtype> dtype) {
+        auto& arena = *layout.arenas.at(number);
+        if (tensors.size() != arena.shapes.size()) {
+          throw nb::index_error("[pack_slot] one tensor, or None, for each of the arena.");
+        }
+        return pack_slot(tensors, arena, dtype);
+      },
+      "tensors"_a,
+      "layout"_a,
+      "number"_a,
+      "dtype"_a.none(),
+      "The way back, in new memory: zeros where a tensor is None; without a dtype, that which\n"
+      "all of them can be promoted to.");
 
   nb::class_<SgdGroups>(m, "Groups", "Tensors that differ from the others: see csrc/sgd.h.")
       .def(
@@ -322,8 +391,9 @@ NB_MODULE(_ext, m) {
       "group_numbers"_a.none(),
       "skipped"_a.none(),
       "stream"_a = nb::none(),
-      "One step of every tensor: (parameters, slots, step, used scalars, measured or None,\n"
-      "steps skipped or None). Each of learning_rate, momentum, weight_decay and grad_scale is\n"
+      "One step of every tensor: (parameters, slots, step, used scalars or None where all are\n"
+      "constant, measured or None, steps skipped or None). Each of learning_rate, momentum, "
+      "weight_decay and grad_scale is\n"
       "a float, a Schedule or a scalar array.");
 
   nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")
@@ -332,6 +402,7 @@ NB_MODULE(_ext, m) {
           [](PreparedStep* self,
              nb::object layout,
              std::string key,
+             size_t entries,
              const Number& learning_rate,
              double momentum,
              double weight_decay,
@@ -355,10 +426,11 @@ NB_MODULE(_ext, m) {
                 ema_decay,
                 seed,
                 momentum_dtype);
-            new (self) PreparedStep(std::move(layout), std::move(key), std::move(options));
+            new (self) PreparedStep(std::move(layout), std::move(key), entries, std::move(options));
           },
           "layout"_a,
           "key"_a,
+          "entries"_a,
           nb::kw_only(),
           "learning_rate"_a,
           "momentum"_a,

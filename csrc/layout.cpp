@@ -1,5 +1,6 @@
 #include "layout.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <limits>
 
@@ -11,6 +12,12 @@ size_t element_count(const mx::Shape& shape) {
     count *= length;
   }
   return count;
+}
+
+std::string path_name(std::string_view path) {
+  std::string name(path.empty() ? path : path.substr(1));
+  std::replace_if(name.begin(), name.end(), is_path_key, '.');
+  return name;
 }
 
 mx::Shape arena_shape(const Arena& arena) {

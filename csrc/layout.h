@@ -24,8 +24,22 @@ constexpr size_t kArenaAlignment = 256;
 /// time, not a second model.
 constexpr size_t kArenaBytes = size_t(128) << 20;
 
+/// A path is the keys on the way to a tensor, each behind a byte that says what it is and that
+/// no UTF-8 has. So "a.b" is not "b" in "a", nor the key "0" the first place of a list.
+enum PathKey : char {
+  kTextKey = '\xf8', // of a dict
+  kNumberKey = '\xf9', // of a dict, an integer
+  kPlaceKey = '\xfa' // in a list
+};
+inline bool is_path_key(char byte) {
+  return byte == kTextKey || byte == kNumberKey || byte == kPlaceKey;
+}
+
+/// As mlx.utils.tree_flatten names it, for people to read: "layers.0.weight".
+std::string path_name(std::string_view path);
+
 struct TensorSpec {
-  std::string path; // as in mlx.utils.tree_flatten: "layers.0.weight"
+  std::string path;
   mx::Shape shape;
   mx::Dtype dtype;
 };

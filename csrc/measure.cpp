@@ -39,6 +39,28 @@ mx::array sum_of_squares(const mx::array& x, mx::Stream s) {
   return mx::sum(values, s);
 }
 
+/// A sum of squares of what was divided by a power of two (see csrc/math/norm.h).
+struct ScaledSum {
+  mx::array sum;
+  mx::array scale; // the power of two
+};
+
+/// A tensor's, at the scale of its largest magnitude; at 1 where that is not finite.
+ScaledSum scaled_sum(const mx::array& x, mx::Stream s) {
+  auto scale = mx::array(0x1p-126f);
+  if (x.size() > 0) {
+    const auto peak = mx::stop_gradient(mx::max(mx::abs(x, s), s), s);
+    const auto exponent =
+        mx::bitwise_and(mx::view(peak, mx::uint32, s), mx::array(0x7f800000u, mx::uint32), s);
+    // Both ends have a reciprocal that is a normal number.
+    const auto power = mx::maximum(mx::view(exponent, mx::float32, s), scale, s);
+    scale = mx::minimum(power, mx::array(0x1p126f), s);
+    scale = mx::where(mx::isfinite(peak, s), scale, mx::array(1.0f), s);
+  }
+  const auto factor = mx::divide(mx::array(1.0f), scale, s);
+  return {sum_of_squares(mx::multiply(x, factor, s), s), scale};
+}
+
 /// 0, infinity and NaN are their own roots, and as such have a derivative.
 mx::array root(const mx::array& x, mx::Stream s) {
   const auto ordinary = mx::logical_and(mx::greater(x, mx::array(0.0f), s), mx::isfinite(x, s), s);
@@ -69,54 +91,62 @@ std::vector<mx::array> measure_composed(
   const uint32_t flags = plan.control.flags;
   auto unscale = mx::array(1.0f);
   if (flags & kGradScale) {
-    const auto scale = composed_scalar(plan.control, kGradScaleFactor, *in.step, in.given, s);
-    unscale = mx::divide(unscale, scale, s);
+    unscale = composed_unscale(plan.control, in.step, in.given, s);
   }
 
-  const auto squares = [&](mx::array g) {
-    if (flags & kGradScale) {
-      g = mx::multiply(g, unscale, s);
-    }
+  const auto clipped = [&](mx::array g) {
     if (flags & kClipValue) {
       const auto limit = mx::array(plan.control.clip_value);
       const auto least = mx::negative(limit, s);
       g = mx::where(mx::greater(g, limit, s), limit, g, s);
       g = mx::where(mx::less(g, least, s), least, g, s);
     }
-    return sum_of_squares(g, s);
+    return g;
   };
-  auto total = mx::array(0.0f);
   auto finite = mx::array(true);
-  std::vector<mx::array> sums; // of squares, for each tensor: gradient and parameter
+  std::vector<ScaledSum> sums; // of every gradient
   for (size_t i = 0; i < plan.gradient_count; ++i) {
     const auto g = mx::astype(in.arrays[i], mx::float32, s);
-    const auto is_finite = mx::all(mx::isfinite(g, s), s);
+    const auto unscaled = mx::multiply(g, unscale, s);
+    const auto is_finite = mx::all(mx::isfinite(unscaled, s), s);
     finite = mx::logical_and(finite, is_finite, s);
-    auto sum = squares(g);
+    auto sum = scaled_sum(clipped(unscaled), s);
     if (flags & kSkipNonfinite) {
       // A skipped step is the identity: infinities have no way into its derivatives.
-      const auto harmless = squares(mx::where(is_finite, g, mx::array(0.0f), s));
-      sum = mx::where(is_finite, harmless, mx::stop_gradient(sum, s), s);
+      const auto factor = mx::where(is_finite, unscale, mx::array(1.0f), s);
+      const auto harmless = mx::where(is_finite, g, mx::array(0.0f), s);
+      const auto other = scaled_sum(clipped(mx::multiply(harmless, factor, s)), s);
+      sum = {
+          mx::where(is_finite, other.sum, mx::stop_gradient(sum.sum, s), s),
+          mx::where(is_finite, other.scale, sum.scale, s)};
     }
-    total = mx::add(total, sum, s);
-    if (plan.has_parameters) {
-      sums.push_back(sum);
-      const auto& parameter = in.arrays[plan.gradient_count + i];
-      sums.push_back(sum_of_squares(mx::astype(parameter, mx::float32, s), s));
-    }
+    sums.push_back(sum);
   }
-  const auto norm = root(total, s);
+  auto scale = mx::array(0x1p-126f);
+  for (auto& sum : sums) {
+    scale = mx::maximum(scale, sum.scale, s);
+  }
+  auto total = mx::array(0.0f);
+  for (auto& sum : sums) {
+    const auto ratio = mx::divide(sum.scale, scale, s);
+    total = mx::add(total, mx::multiply(mx::multiply(sum.sum, ratio, s), ratio, s), s);
+  }
+  const auto norm_of = [&](const ScaledSum& x) { return mx::multiply(root(x.sum, s), x.scale, s); };
+  const auto norm = norm_of({total, scale});
   if (flags & kClipNorm) {
     finite = mx::logical_and(finite, mx::isfinite(norm, s), s);
   }
   const auto apply = flags & kSkipNonfinite ? finite : mx::array(true);
 
-  // In front of the tensors' norms: the root of 1 and of 0 is itself.
-  sums.insert(sums.begin(), {total, mx::astype(apply, mx::float32, s)});
-  const auto measured = root(mx::stack(sums, 0, s), s);
+  std::vector<mx::array> measured = {norm, mx::astype(apply, mx::float32, s)};
+  for (size_t i = 0; plan.has_parameters && i < plan.gradient_count; ++i) {
+    const auto& parameter = in.arrays[plan.gradient_count + i];
+    measured.push_back(norm_of(sums[i]));
+    measured.push_back(norm_of(scaled_sum(mx::astype(parameter, mx::float32, s), s)));
+  }
   const auto skipped =
       mx::add(*in.skipped, mx::astype(mx::logical_not(apply, s), mx::uint64, s), s);
-  return {measured, skipped};
+  return {mx::stack(measured, 0, s), skipped};
 }
 
 std::vector<mx::array> MeasureGradients::jvp(

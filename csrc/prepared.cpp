@@ -3,6 +3,8 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include "tracing.h"
+
 namespace mlx_fused_optim {
 
 namespace {
@@ -76,10 +78,11 @@ nb::dict copy_of(nb::handle dict) {
 
 } // namespace
 
-PreparedStep::PreparedStep(nb::object layout, std::string key, SgdOptions options)
+PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, SgdOptions options)
     : held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),
+      entries_(entries),
       options_(std::move(options)) {
   auto& rate = options_.scalars[fused_math::kLearningRate];
   if (std::holds_alternative<mx::array>(rate)) {
@@ -92,16 +95,18 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     nb::handle state,
     nb::handle learning_rate,
     mx::StreamOrDevice stream) const {
-  if (!PyDict_CheckExact(state.ptr())) {
+  if (!PyDict_Check(state.ptr()) || is_tracing()) {
     return {};
   }
   auto* step = as_scalar(lookup(state, names().step));
   auto* last_rate = as_scalar(lookup(state, names().learning_rate));
   const auto entries = dict_at(state, names().arenas);
   const auto entry = entries ? dict_at(entries, key_) : nb::handle();
-  // With nothing else in the state, nothing that an earlier step kept is to be forgotten.
-  const bool is_empty = nb::len(state) == 2;
-  if (!tree.fits(layout_) || !step || !last_rate || !(entry || is_empty)) {
+  // What else is in the state, somebody has put there for a step to take in; and without an
+  // entry nothing that an earlier step kept is to be forgotten.
+  const bool is_own =
+      entry ? nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;
+  if (!tree.fits(layout_) || !step || !last_rate || !is_own) {
     return {};
   }
   const std::optional<SgdSlots> slots = entry ? slots_of(entry) : SgdSlots{};
@@ -137,10 +142,16 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     next_entries[key_] = next_entry;
     next[names().arenas] = next_entries;
   }
-  next[names().step] = nb::cast(taken.counters[0]);
-  next[names().learning_rate] = is_given
-      ? nb::borrow(learning_rate)
-      : nb::cast(arena_tensor(taken.counters[1], {}, fused_math::kLearningRate, stream));
+  next[names().step] = nb::cast(*taken.next);
+  if (is_given) {
+    next[names().learning_rate] = nb::borrow(learning_rate);
+  } else if (taken.used) {
+    next[names().learning_rate] =
+        nb::cast(arena_tensor(*taken.used, {}, fused_math::kLearningRate, stream));
+  } else {
+    next[names().learning_rate] =
+        nb::cast(mx::array(static_cast<float>(first_value(std::get<Schedule>(rate)))));
+  }
   return std::pair<nb::object, StateDict>(
       tree.unflatten(std::move(taken.parameters)), std::move(next));
 }

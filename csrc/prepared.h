@@ -13,9 +13,9 @@ using StateDict = nb::typed<nb::dict, nb::str, nb::object>;
 /// all of this.
 class PreparedStep {
  public:
-  /// `key` is the layout's in state["arenas"]. Of `options`, the learning rate counts
-  /// only if it is a schedule.
-  PreparedStep(nb::object layout, std::string key, SgdOptions options);
+  /// `key` is the layout's in state["arenas"], which has `entries` in all. Of `options`, the
+  /// learning rate counts only if it is a schedule.
+  PreparedStep(nb::object layout, std::string key, size_t entries, SgdOptions options);
 
   /// The updated parameters and the next state, or nothing where something is not as it
   /// was when the step was prepared: then Python has to look, and to say what is wrong.
@@ -29,6 +29,7 @@ class PreparedStep {
   nb::object held_; // keeps layout_
   const Layout& layout_;
   nb::str key_;
+  size_t entries_;
   SgdOptions options_;
 };
 

@@ -19,6 +19,9 @@ using fused_math::Schedule;
 
 /// The same value at every step.
 Schedule constant(double value);
+inline bool is_constant(const Schedule& schedule) {
+  return schedule.count == 1 && schedule.segments[0].kind == fused_math::kConstant;
+}
 
 /// init * decay_rate ^ (transitions), transitions = (step - transition_begin) /
 /// transition_steps, as in optax.exponential_decay.

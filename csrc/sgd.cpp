@@ -164,6 +164,15 @@ std::pair<SgdControl, std::vector<mx::array>> make_control(
   return {control, values};
 }
 
+/// step + 1 where no kernel counts: on the host if it knows the step, so that a loop which
+/// never looks at the counter builds no chain of sums.
+mx::array next_counter(mx::array step, mx::Stream stream) {
+  if (step.is_available() && !step.is_tracer()) {
+    return mx::array(step.item<uint64_t>() + 1, mx::uint64);
+  }
+  return mx::add(step, mx::array(uint64_t(1), mx::uint64), stream);
+}
+
 std::vector<mx::array> measure(
     const SgdControl& control,
     const std::vector<mx::array>& given,
@@ -190,6 +199,7 @@ SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
       whole(plan.whole),
       gradients(arrays.data() + plan.parameter_inputs()),
       slots{},
+      step(nullptr),
       given(nullptr),
       measured(nullptr),
       groups(nullptr) {
@@ -197,7 +207,7 @@ SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
   for (int slot = 0; slot < kSlots; ++slot) {
     slots[slot] = plan.has(slot) ? next++ : nullptr;
   }
-  step = next++;
+  step = plan.reads_step() ? next++ : nullptr;
   given = plan.control.given ? next++ : nullptr;
   measured = plan.is_measured() ? next++ : nullptr;
   groups = plan.flags() & fused_math::kGroups ? next++ : nullptr;
@@ -216,6 +226,15 @@ SgdOutputs::SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays)
     step = next++;
     used = next++;
   }
+}
+
+bool SgdPlan::reads_step() const {
+  for (int i = 0; i < fused_math::kScalars; ++i) {
+    if (!(control.given >> i & 1) && !is_constant(control.schedules[i])) {
+      return true;
+    }
+  }
+  return flags() & (fused_math::kStochastic | fused_math::kSkipNonfinite);
 }
 
 std::vector<mx::Shape> SgdPlan::output_shapes() const {
@@ -271,14 +290,18 @@ SgdStep sgd_step(
     result.measured = measure(control, given, parameters, gradients, step, options.skipped, stream);
   }
 
-  // With no tensor at all, an empty arena still counts the step.
+  // With no tensor at all, an empty arena still evaluates schedules.
   static const auto no_tensors = std::make_shared<const Arena>(Arena{mx::float32});
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
   std::array<size_t, kSlots> used_slots{};
   for (size_t a = 0; a < arenas; ++a) {
     const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
     const auto whole = whole_arena(*arena, parameters);
-    const auto plan = make_plan(arena, options, control, a == 0, whole.has_value());
+    auto plan = make_plan(arena, options, control, false, whole.has_value());
+    plan.writes_step = a == 0 && plan.reads_step();
+    if (plan.output_shapes().empty()) {
+      continue;
+    }
     const auto& tensors = arena->tensors;
 
     std::vector<mx::array> inputs;
@@ -298,7 +321,9 @@ SgdStep sgd_step(
         inputs.push_back(slots[slot][used_slots[slot]++]);
       }
     }
-    inputs.push_back(step);
+    if (plan.reads_step()) {
+      inputs.push_back(step);
+    }
     inputs.insert(inputs.end(), given.begin(), given.end());
     if (plan.is_measured()) {
       inputs.push_back(result.measured[0]);
@@ -315,8 +340,7 @@ SgdStep sgd_step(
                                   inputs);
     SgdOutputs out(plan, outputs);
     if (out.parameters) {
-      auto views = composed ? composed_tensors(*out.parameters, *plan.arena, stream)
-                            : arena_views(*out.parameters, plan.arena, stream);
+      auto views = arena_tensors(*out.parameters, plan.arena, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
         result.parameters[tensors[i]] = std::move(views[i]);
       }
@@ -327,8 +351,12 @@ SgdStep sgd_step(
       }
     }
     if (plan.writes_step) {
-      result.counters = {*out.step, *out.used};
+      result.next = *out.step;
+      result.used = *out.used;
     }
+  }
+  if (!result.next) {
+    result.next = next_counter(step, stream);
   }
   return result;
 }
@@ -340,6 +368,14 @@ mx::array arena_tensor(
     mx::StreamOrDevice s) {
   return composed_is_asked_for() ? composed_tensor(arena, shape, offset, mx::to_stream(s))
                                  : arena_view(arena, shape, offset, s);
+}
+
+std::vector<mx::array> arena_tensors(
+    const mx::array& arena,
+    const std::shared_ptr<const Arena>& layout,
+    mx::StreamOrDevice s) {
+  return composed_is_asked_for() ? composed_tensors(arena, *layout, mx::to_stream(s))
+                                 : arena_views(arena, layout, s);
 }
 
 std::vector<mx::Shape> FusedSGD::output_shapes(const std::vector<mx::array>& inputs) {

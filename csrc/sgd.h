@@ -29,7 +29,7 @@ struct SgdPlan {
   std::shared_ptr<const SgdGroups> groups; // null without kGroups
   SgdControl control; // its flags are those that this arena's dtype has a use for
   mx::Dtype velocity_dtype;
-  bool writes_step; // the next counter and the numbers used are outputs too
+  bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
 
   size_t tensor_count() const { return arena->tensors.size(); }
@@ -43,6 +43,10 @@ struct SgdPlan {
     return !(flags() & ~fused_math::kPlainFlags) && velocity_dtype == arena->dtype;
   }
   bool is_measured() const { return flags() & fused_math::kMeasuredFlags; }
+  /// Whether something depends on the step counter: a number, a random bit, or the next
+  /// counter on what was measured. A kernel for which nothing does is not given it, so that
+  /// nobody has to know it: a compiled step need not capture it then, as with mlx.optimizers.
+  bool reads_step() const;
   /// Whether this arena has a slot: one without tensors has none.
   bool has(int slot) const {
     using namespace fused_math;
@@ -62,7 +66,7 @@ struct SgdPlan {
 };
 
 /// Names for the positions in a primitive's inputs and outputs:
-/// inputs  = parameters... (or one arena), gradients..., [slots...], step, [given scalars],
+/// inputs  = parameters... (or one arena), gradients..., [slots...], [step], [given scalars],
 ///           [measured], [group numbers]
 /// outputs = [parameter arena, slots...], [step, used scalars]
 struct SgdInputs {
@@ -73,7 +77,7 @@ struct SgdInputs {
   bool whole;
   const mx::array* gradients;
   std::array<const mx::array*, kSlots> slots; // null where the arena has none
-  const mx::array* step; // uint64
+  const mx::array* step; // uint64; null unless plan.reads_step()
   const mx::array* given; // float32, see SgdControl; null when nothing is given
   const mx::array* measured; // float32, see SgdMeasured; null without kMeasuredFlags
   const mx::array* groups; // float32 {groups, kGroupNumbers}; null without kGroups
@@ -112,7 +116,8 @@ using SgdSlots = std::array<std::vector<mx::array>, kSlots>;
 struct SgdStep {
   std::vector<mx::array> parameters; // views into the new arenas
   SgdSlots slots;
-  std::vector<mx::array> counters; // step + 1 (uint64) and the scalars used (float32 {4})
+  std::optional<mx::array> next; // the counter, uint64
+  std::optional<mx::array> used; // the scalars, float32 {kScalars}; none if all are constant
   // With kMeasuredFlags: see SgdMeasured, and steps skipped so far (uint64).
   std::vector<mx::array> measured;
 };
@@ -171,6 +176,12 @@ mx::array arena_tensor(
     size_t offset,
     mx::StreamOrDevice s = {});
 
+/// All of them.
+std::vector<mx::array> arena_tensors(
+    const mx::array& arena,
+    const std::shared_ptr<const Arena>& layout,
+    mx::StreamOrDevice s = {});
+
 /// The same step in MLX operations: what FusedSGD differentiates and vectorises.
 std::vector<mx::array> sgd_step_composed(
     const SgdPlan& plan,
@@ -190,7 +201,13 @@ std::vector<mx::array> composed_tensors(
 mx::array composed_scalar(
     const SgdControl& control,
     fused_math::SgdScalar i,
-    const mx::array& step,
+    const mx::array* step,
+    const mx::array* given,
+    mx::Stream stream);
+/// fused_math::sgd_unscale of the step's scale.
+mx::array composed_unscale(
+    const SgdControl& control,
+    const mx::array* step,
     const mx::array* given,
     mx::Stream stream);
 

@@ -68,7 +68,7 @@ class ComposedStep {
 };
 
 mx::array ComposedStep::scalar(SgdScalar i) const {
-  return composed_scalar(control_, i, *in_.step, in_.given, s_);
+  return composed_scalar(control_, i, in_.step, in_.given, s_);
 }
 
 Numbers ComposedStep::numbers() const {
@@ -80,7 +80,10 @@ Numbers ComposedStep::numbers() const {
       number(1),
       number(1)};
   if (plan_.flags() & kGradScale) {
-    n.unscale = mx::divide(number(1), scalar(kGradScaleFactor), s_);
+    n.unscale = composed_unscale(control_, in_.step, in_.given, s_);
+    if (plan_.flags() & kSkipNonfinite) {
+      n.unscale = mx::where(applies(), n.unscale, number(1), s_);
+    }
   }
   if (plan_.flags() & kClipNorm) {
     const auto least = add(norm(kMeasuredNorm), number(1e-6f));
@@ -113,7 +116,8 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
     // What is not chosen must not divide by zero either: its derivative would be NaN.
     const auto ratio =
         mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s_), s_);
-    n.trust_ratio = mx::where(both, ratio, number(1), s_);
+    const auto counts = mx::logical_and(both, mx::isfinite(ratio, s_), s_);
+    n.trust_ratio = mx::where(counts, ratio, number(1), s_);
   }
   return n;
 }
@@ -277,7 +281,10 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
     }
     return count;
   }();
-  std::vector<int> step_out;
+  std::vector<int> step_in, step_out;
+  if (plan.reads_step()) {
+    step_in.push_back(int(plan.parameter_inputs() + plan.tensor_count()) + slots);
+  }
   if (plan.writes_step) {
     step_out.push_back((plan.tensor_count() > 0) + slots);
   }
@@ -285,7 +292,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
       [&plan, s](const std::vector<mx::array>& inputs) {
         return sgd_step_composed(plan, inputs, s);
       },
-      {int(plan.parameter_inputs() + plan.tensor_count()) + slots},
+      step_in,
       step_out};
 }
 
@@ -294,18 +301,28 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
 mx::array composed_scalar(
     const SgdControl& control,
     SgdScalar i,
-    const mx::array& step,
+    const mx::array* step,
     const mx::array* given,
     mx::Stream s) {
   if (!(control.given >> i & 1)) {
     auto& schedule = control.schedules[i];
-    if (schedule.count == 1 && schedule.segments[0].kind == kConstant) {
-      return number(schedule_value(schedule, 0));
-    }
-    return evaluate_schedule(schedule, step, s);
+    return is_constant(schedule) ? number(schedule_value(schedule, 0))
+                                 : evaluate_schedule(schedule, *step, s);
   }
   // A scalar alone, or one of several.
   return given->ndim() == 0 ? *given : mx::take(*given, int(i), 0, s);
+}
+
+mx::array composed_unscale(
+    const SgdControl& control,
+    const mx::array* step,
+    const mx::array* given,
+    mx::Stream s) {
+  const auto scale = composed_scalar(control, kGradScaleFactor, step, given, s);
+  const auto inverts =
+      mx::logical_and(mx::greater_equal(scale, number(0x1p-126f), s), mx::isfinite(scale, s), s);
+  const auto reciprocal = mx::divide(number(1), mx::where(inverts, scale, number(1), s), s);
+  return mx::where(inverts, reciprocal, number(NAN), s);
 }
 
 mx::array composed_tensor(

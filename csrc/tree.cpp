@@ -18,19 +18,27 @@ std::string_view text_of(nb::handle string) {
 /// Extends a path for as long as it lives: "layers" -> "layers.0".
 class Descend {
  public:
-  Descend(std::string& path, std::string_view key) : path_(path), length_(path.size()) {
-    if (length_ > 0) {
-      path_ += '.';
-    }
-    path_ += key;
+  Descend(std::string& path, size_t place) : path_(path), length_(path.size()) {
+    path_ += kPlaceKey;
+    path_ += std::to_string(place);
   }
-  Descend(std::string& path, size_t index) : Descend(path, std::to_string(index)) {}
-  /// The key of a dict, as str() has it.
-  Descend(std::string& path, nb::handle key)
-      : Descend(path, text_of(PyUnicode_Check(key.ptr()) ? nb::borrow(key) : nb::str(key))) {}
+  /// The key of a dict; what is neither text nor an integer counts as its str().
+  Descend(std::string& path, nb::handle key) : path_(path), length_(path.size()) {
+    if (PyUnicode_Check(key.ptr())) {
+      add(kTextKey, key);
+    } else if (PyIndex_Check(key.ptr())) {
+      add(kNumberKey, nb::str(nb::steal(PyNumber_Index(key.ptr()))));
+    } else {
+      add(kTextKey, nb::str(key));
+    }
+  }
   ~Descend() { path_.resize(length_); }
 
  private:
+  void add(PathKey kind, nb::handle text) {
+    path_ += kind;
+    path_ += text_of(text);
+  }
   std::string& path_;
   size_t length_;
 };
@@ -69,8 +77,14 @@ bool is_array(nb::handle object) {
   return object.type().ptr() == array_type && nb::inst_ready(object);
 }
 
+/// Of an array: integers are data, such as the weights of a quantized layer.
+bool is_integer(nb::handle array) {
+  const auto dtype = nb::inst_ptr<mx::array>(array)->dtype();
+  return dtype == mx::bool_ || mx::issubdtype(dtype, mx::integer);
+}
+
 std::string described(std::string_view path) {
-  return path.empty() ? "the tree itself" : "'" + std::string(path) + "'";
+  return path.empty() ? "the tree itself" : "'" + path_name(path) + "'";
 }
 
 /// A step begins when the caches have forgotten the tree: the last step took milliseconds.
@@ -108,21 +122,26 @@ void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
   throw std::logic_error("[Tree] the tree of gradients was changed while a step was made of it.");
 }
 
-nb::object rebuild(nb::handle tree, std::vector<mx::array>& leaves, size_t& next) {
+nb::object rebuild(
+    nb::handle tree,
+    std::vector<mx::array>& leaves,
+    size_t& next,
+    bool skips_integers) {
   if (is_array(tree)) {
-    return nb::cast(std::move(leaves.at(next++)));
+    return skips_integers && is_integer(tree) ? nb::borrow(tree)
+                                              : nb::cast(std::move(leaves.at(next++)));
   }
   if (nb::isinstance<nb::dict>(tree)) {
     nb::dict result;
     for (auto [key, child] : nb::borrow<nb::dict>(tree)) {
-      result[key] = rebuild(child, leaves, next);
+      result[key] = rebuild(child, leaves, next, skips_integers);
     }
     return result;
   }
   if (is_sequence(tree)) {
     nb::list items;
     for (auto child : tree) {
-      items.append(rebuild(child, leaves, next));
+      items.append(rebuild(child, leaves, next, skips_integers));
     }
     auto type = nb::borrow(tree.type());
     if (type.is(nb::handle((PyObject*)&PyList_Type))) {
@@ -144,7 +163,10 @@ nb::handle lookup(nb::handle dict, nb::handle key) {
 }
 
 Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exact)
-    : structure_(gradients), op_(std::move(op)), exact_(exact) {
+    : structure_(gradients),
+      op_(std::move(op)),
+      exact_(exact),
+      skips_integers_(!exact && gradients.is(parameters)) {
   Walk found;
   try {
     walk(gradients, parameters, found);
@@ -176,6 +198,9 @@ void Tree::take(const Walk& found) {
 void Tree::walk(nb::handle gradients, nb::handle parameters, Walk& walk) {
   Recursion guard; // the other walks follow the same structure
   if (is_array(gradients)) {
+    if (skips_integers_ && is_integer(gradients)) {
+      return;
+    }
     walk.paths += walk.path;
     walk.leaves.push_back({nb::borrow(gradients), nb::borrow(parameters), walk.paths.size()});
   } else if (nb::isinstance<nb::dict>(gradients)) {
@@ -216,9 +241,9 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
     if (!parameter) {
       refuse(
           op_,
-          "a gradient without a parameter: got a gradient at '",
-          walk.path,
-          "', allowed only paths that the parameters have.");
+          "a gradient without a parameter: got a gradient at ",
+          described(walk.path),
+          ", allowed only paths that the parameters have.");
     }
     this->walk(own_gradient, parameter, walk);
   }
@@ -228,9 +253,9 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
         Descend down(walk.path, key);
         refuse(
             op_,
-            "a parameter without a gradient: got none at '",
-            walk.path,
-            "', allowed the same structure for both.");
+            "a parameter without a gradient: got none at ",
+            described(walk.path),
+            ", allowed the same structure for both.");
       }
     }
   }
@@ -311,13 +336,16 @@ void Tree::take(const Leaf& leaf, std::string_view path) {
 
 nb::object Tree::unflatten(std::vector<mx::array> leaves) const {
   size_t next = 0;
-  return rebuild(structure_, leaves, next);
+  return rebuild(structure_, leaves, next, skips_integers_);
 }
 
 std::vector<TensorSpec> Tree::specs() const {
   std::vector<TensorSpec> specs;
   std::string path;
-  for_each_leaf(structure_, path, [&](const std::string& name, nb::handle) {
+  for_each_leaf(structure_, path, [&](const std::string& name, nb::handle leaf) {
+    if (skips_integers_ && is_array(leaf) && is_integer(leaf)) {
+      return;
+    }
     if (specs.size() == parameters_.size()) {
       refuse_change();
     }

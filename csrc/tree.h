@@ -59,6 +59,7 @@ class Tree {
   nb::object structure_;
   std::string op_; // for error messages
   bool exact_; // every parameter must have a gradient
+  bool skips_integers_; // of parameters alone, which may have data that nobody trains
   std::vector<mx::array> gradients_;
   std::vector<mx::array> parameters_;
   Fingerprint fingerprint_;

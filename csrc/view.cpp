@@ -1,6 +1,7 @@
 #include "view.h"
 
 #include <algorithm>
+#include <map>
 
 namespace mlx_fused_optim {
 
@@ -69,10 +70,16 @@ mx::array pack_arena(
     size_t size,
     mx::StreamOrDevice s) {
   std::vector<mx::array> pieces;
+  std::map<size_t, mx::array> gaps; // few sizes, many places
   size_t at = 0;
   auto skip_to = [&](size_t next) {
     if (next > at) {
-      pieces.push_back(mx::zeros({static_cast<int>(next - at)}, tensors[0].dtype(), s));
+      auto gap = gaps.find(next - at);
+      if (gap == gaps.end()) {
+        auto zeros = mx::zeros({static_cast<int>(next - at)}, tensors[0].dtype(), s);
+        gap = gaps.emplace(next - at, std::move(zeros)).first;
+      }
+      pieces.push_back(gap->second);
     }
   };
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -81,7 +88,31 @@ mx::array pack_arena(
     at = offsets[i] + tensors[i].size();
   }
   skip_to(size);
+  if (pieces.size() == 1) { // which concatenate would return as it is
+    pieces.push_back(mx::zeros({0}, tensors[0].dtype(), s));
+  }
   return mx::concatenate(pieces, 0, s);
+}
+
+mx::array pack_slot(
+    const std::vector<std::optional<mx::array>>& tensors,
+    const Arena& layout,
+    std::optional<mx::Dtype> dtype,
+    mx::StreamOrDevice s) {
+  std::vector<mx::array> kept;
+  std::vector<size_t> offsets;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i]) {
+      kept.push_back(dtype ? mx::astype(*tensors[i], *dtype, s) : *tensors[i]);
+      offsets.push_back(layout.offsets[i]);
+    }
+  }
+  const auto shape = arena_shape(layout);
+  if (kept.empty()) {
+    return mx::zeros(shape, dtype.value_or(layout.dtype), s);
+  }
+  const bool is_too_long = shape.size() > 1; // for one axis; then the tensor is alone
+  return mx::reshape(is_too_long ? kept[0] : pack_arena(kept, offsets, layout.size, s), shape, s);
 }
 
 void ArenaViews::eval(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

@@ -1,6 +1,7 @@
 // Tensors of an arena, without a copy.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "layout.h"
@@ -65,11 +66,19 @@ mx::array arena_view(
     mx::StreamOrDevice s = {});
 
 /// The way back: the tensors in one flat array of `size` elements, with zeros
-/// between them. All have the dtype of the arena.
+/// between them. All have the dtype of the arena. New memory, even of one tensor.
 mx::array pack_arena(
     const std::vector<mx::array>& tensors,
     const std::vector<size_t>& offsets,
     size_t size,
+    mx::StreamOrDevice s = {});
+
+/// An arena of a slot: zeros for tensors that are not given. Without a dtype, that which all
+/// of them can be promoted to.
+mx::array pack_slot(
+    const std::vector<std::optional<mx::array>>& tensors,
+    const Arena& layout,
+    std::optional<mx::Dtype> dtype,
     mx::StreamOrDevice s = {});
 
 } // namespace mlx_fused_optim

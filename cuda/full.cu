@@ -63,7 +63,7 @@ __device__ void compute_numbers(
     return;
   }
   const SgdControl& control = common.control;
-  const uint64_t step = *common.step;
+  const uint64_t step = common.step ? *common.step : 0;
   if (threadIdx.x < kScalars) {
     const float scalar = sgd_full_scalar(control, threadIdx.x, step, common.given);
     scalars.of[threadIdx.x] = scalar;

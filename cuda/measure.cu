@@ -12,7 +12,8 @@ using namespace fused_math;
 
 constexpr uint32_t kRows = kChunk / kLanes; // of a chunk: an element for each lane
 constexpr uint32_t kRowsAtATime = 8; // that are loaded before the first is used
-static_assert(kRows % kRowsAtATime == 0 && kLanes == kWarp * kQuad);
+constexpr uint32_t kRowsAgain = 2; // likewise, of a chunk in the cache: few registers
+static_assert(kRows % kRowsAtATime == 0 && kRows % kRowsAgain == 0 && kLanes == kWarp * kQuad);
 
 /// One thread computes the gradients' scale. Not to be used before the next barrier.
 __device__ void compute_numbers(const MeasureCommon& common, SgdHyper& shared) {
@@ -27,9 +28,23 @@ struct Lanes {
   uint32_t peak;
 };
 
-__device__ void add_square(Lanes& lanes, int k, float x, const SgdHyper& hyper, uint32_t flags) {
-  lanes.peak = peak_of(lanes.peak, x);
-  x = sgd_gradient(x, hyper, flags);
+/// What happens to an element before it is squared.
+struct Scaling {
+  SgdHyper hyper;
+  uint32_t flags;
+  float factor; // of the chunk's peak; 1 as long as nobody knows it
+};
+
+template <bool again>
+__device__ void add_square(Lanes& lanes, int k, float x, const Scaling& scaling) {
+  x = sgd_unscaled(x, scaling.hyper, scaling.flags);
+  if (!again) {
+    lanes.peak = peak_of(lanes.peak, x);
+  }
+  x = sgd_clipped(x, scaling.hyper, scaling.flags);
+  if (again) {
+    x = x * scaling.factor;
+  }
   lanes.sums[k] = lanes.sums[k] + x * x;
 }
 
@@ -40,20 +55,21 @@ __device__ uint32_t count_at(const Dense& array, uint64_t at) {
   return left < kQuad ? static_cast<uint32_t>(left) : kQuad;
 }
 
-/// The lanes of a warp are added in halves, the last two of them in a thread.
-__device__ void finish_chunk(const MeasureCommon& common, uint32_t chunk, Lanes lanes) {
+/// The lanes of a warp are added in halves, the last two of them in a thread. Every
+/// thread knows the chunk's peak.
+__device__ void finish_chunk(Squares& chunk, Lanes lanes, const Scaling& scaling) {
 #pragma unroll
   for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       lanes.sums[k] = lanes.sums[k] + __shfl_down_sync(~0u, lanes.sums[k], half);
     }
-    lanes.peak = max(lanes.peak, __shfl_down_sync(~0u, lanes.peak, half));
   }
   if (threadIdx.x % kWarp == 0) {
     const float even = lanes.sums[0] + lanes.sums[2];
     const float odd = lanes.sums[1] + lanes.sums[3];
-    common.chunks[chunk] = {even + odd, lanes.peak};
+    const uint32_t peak = sgd_clipped_peak(lanes.peak, scaling.hyper, scaling.flags);
+    chunk = {{even + odd, 0.0f}, scale_of(peak), lanes.peak};
   }
 }
 
@@ -69,67 +85,47 @@ __device__ Chunk find_chunk(const Dense& array) {
   return {number, uint64_t(number) * kChunk, threadIdx.x % kWarp};
 }
 
-template <typename Known>
-__device__ void run(const Launch<Dense>& launch) {
-  __shared__ SgdHyper shared;
-  const MeasureCommon& common = launch.common;
-  const Dense& array = find_tensor(launch);
-  compute_numbers(common, shared);
-  __syncthreads();
-  const SgdHyper hyper = shared;
-  const Chunk chunk = find_chunk(array);
-  if (chunk.first >= array.size) {
-    return; // all of the warp
-  }
+/// The elements of a chunk, in a thread's lanes.
+template <typename Known, bool again>
+__device__ Lanes add_elements(const Dense& array, const Chunk& chunk, const Scaling& scaling) {
   const uint32_t format = format_of<Known::kGradients>(array.type);
-  const uint32_t flags = array.is_gradient ? Known::kFlags : 0;
+  constexpr uint32_t kAtATime = again ? kRowsAgain : kRowsAtATime;
   Lanes lanes = {};
 #pragma unroll 1
-  for (uint32_t row = 0; row < kRows; row += kRowsAtATime) {
-    Quad quads[kRowsAtATime] = {};
+  for (uint32_t row = 0; row < kRows; row += kAtATime) {
+    Quad quads[kAtATime] = {};
     const uint64_t first = chunk.first + row * kLanes + chunk.thread * kQuad;
-    const uint64_t last = chunk.first + (row + kRowsAtATime) * kLanes;
+    const uint64_t last = chunk.first + (row + kAtATime) * kLanes;
     if (last <= array.size && array.aligned) {
 #pragma unroll
-      for (uint32_t i = 0; i < kRowsAtATime; ++i) {
+      for (uint32_t i = 0; i < kAtATime; ++i) {
         load<true>(quads[i], array.data, format, first + i * kLanes);
       }
     } else {
 #pragma unroll
-      for (uint32_t i = 0; i < kRowsAtATime; ++i) {
+      for (uint32_t i = 0; i < kAtATime; ++i) {
         const uint64_t at = first + i * kLanes;
         load<false>(quads[i], array.data, format, at, 1, count_at(array, at));
       }
     }
 #pragma unroll
-    for (uint32_t i = 0; i < kRowsAtATime; ++i) {
+    for (uint32_t i = 0; i < kAtATime; ++i) {
       float x[kQuad];
       widen(quads[i], format, x);
       const uint32_t count = count_at(array, first + i * kLanes);
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
         if (k < count) {
-          add_square(lanes, k, x[k], hyper, flags);
+          add_square<again>(lanes, k, x[k], scaling);
         }
       }
     }
   }
-  finish_chunk(common, array.first_chunk + chunk.number, lanes);
+  return lanes;
 }
 
-template <typename Known>
-__device__ void run(const Launch<Sparse>& launch) {
-  __shared__ SgdHyper shared;
-  const MeasureCommon& common = launch.common;
-  const Sparse& array = find_tensor(launch);
-  compute_numbers(common, shared);
-  __syncthreads();
-  const SgdHyper hyper = shared;
-  const Chunk chunk = find_chunk(array);
-  if (chunk.first >= array.size) {
-    return;
-  }
-  const uint32_t flags = array.is_gradient ? Known::kFlags : 0;
+template <typename Known, bool again>
+__device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Scaling& scaling) {
   Lanes lanes = {};
 #pragma unroll 1
   for (uint32_t row = 0; row < kRows; ++row) {
@@ -146,30 +142,62 @@ __device__ void run(const Launch<Sparse>& launch) {
       }
       with_type<Known::kGradients>(array.type, [&](auto type) {
         const float x = to_float(static_cast<const decltype(type)*>(array.data)[at]);
-        add_square(lanes, k, x, hyper, flags);
+        add_square<again>(lanes, k, x, scaling);
       });
     }
   }
-  finish_chunk(common, array.first_chunk + chunk.number, lanes);
+  return lanes;
+}
+
+template <typename Known, typename Array>
+__device__ void measure(const Launch<Array>& launch) {
+  __shared__ SgdHyper shared;
+  const MeasureCommon& common = launch.common;
+  const Array& array = find_tensor(launch);
+  compute_numbers(common, shared);
+  __syncthreads();
+  const Chunk chunk = find_chunk(array);
+  if (chunk.first >= array.size) {
+    return; // all of the warp
+  }
+  Scaling scaling = {shared, array.is_gradient ? Known::kFlags : 0, 1.0f};
+  Lanes lanes = add_elements<Known, false>(array, chunk, scaling);
+#pragma unroll
+  for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
+    lanes.peak = max(lanes.peak, __shfl_xor_sync(~0u, lanes.peak, half));
+  }
+  scaling.factor = factor_of(sgd_clipped_peak(lanes.peak, scaling.hyper, scaling.flags));
+  if (scaling.factor != 1.0f) { // for all of the warp, and rarely
+    const uint32_t peak = lanes.peak;
+    lanes = add_elements<Known, true>(array, chunk, scaling);
+    lanes.peak = peak;
+  }
+  finish_chunk(common.chunks[array.first_chunk + chunk.number], lanes, scaling);
+}
+
+template <typename Known>
+__device__ void run(const Launch<Dense>& launch) {
+  measure<Known>(launch);
+}
+
+template <typename Known>
+__device__ void run(const Launch<Sparse>& launch) {
+  measure<Known>(launch);
 }
 
 // ---- Folding --------------------------------------------------------------------
 
-__device__ ArraySum join(ArraySum a, ArraySum b) {
-  return {fold(a.sum, b.sum), max(a.peak, b.peak)};
-}
-
 /// Of kFoldLanes lanes, one a thread; those from `n` on have nothing but zeros. The
 /// result is thread 0's.
-__device__ ArraySum fold_lanes(ArraySum mine, uint32_t n) {
-  __shared__ ArraySum lanes[kFoldLanes];
+__device__ Squares fold_lanes(Squares mine, uint32_t n) {
+  __shared__ Squares lanes[kFoldLanes];
   const uint32_t lane = threadIdx.x;
   lanes[lane] = mine;
   for (uint32_t half = kFoldLanes / 2; half > 0; half /= 2) {
     if (half < n) { // else only zeros would be added
       __syncthreads();
       if (lane < half) {
-        lanes[lane] = join(lanes[lane], lanes[lane + half]);
+        lanes[lane] = fold(lanes[lane], lanes[lane + half]);
       }
     }
   }
@@ -181,10 +209,9 @@ template <typename Known>
 __device__ void run(const FoldLaunch& launch) {
   const uint32_t begin = launch.first_chunk[blockIdx.x];
   const uint32_t n = launch.first_chunk[blockIdx.x + 1] - begin;
-  ArraySum mine = {};
+  Squares mine = {};
   for (uint32_t i = threadIdx.x; i < n; i += kFoldLanes) {
-    const ChunkSum chunk = launch.chunks[begin + i];
-    mine = join(mine, {{chunk.sum, 0.0f}, chunk.peak});
+    mine = fold(mine, launch.chunks[begin + i]);
   }
   mine = fold_lanes(mine, n);
   if (threadIdx.x == 0) {
@@ -193,7 +220,7 @@ __device__ void run(const FoldLaunch& launch) {
     if (launch.norms) {
       const bool is_parameter = array >= launch.gradient_count;
       const uint64_t tensor = is_parameter ? array - launch.gradient_count : array;
-      launch.norms[2 * tensor + is_parameter] = sgd_norm(mine.sum);
+      launch.norms[2 * tensor + is_parameter] = norm_of(mine);
     }
   }
 }
@@ -201,14 +228,14 @@ __device__ void run(const FoldLaunch& launch) {
 /// One block.
 template <typename Known>
 __device__ void run(const FinishLaunch& launch) {
-  ArraySum mine = {};
+  Squares mine = {};
   for (uint32_t i = threadIdx.x; i < launch.gradient_count; i += kFoldLanes) {
-    mine = join(mine, launch.sums[i]);
+    mine = fold(mine, launch.sums[i]);
   }
   mine = fold_lanes(mine, launch.gradient_count);
   if (threadIdx.x == 0) {
-    const float norm = sgd_norm(mine.sum);
-    const bool apply = sgd_applies(launch.flags, mine.peak, norm);
+    const float norm = norm_of(mine);
+    const bool apply = sgd_applies(launch.flags, mine, norm);
     launch.measured[kMeasuredNorm] = norm;
     launch.measured[kMeasuredApply] = apply ? 1.0f : 0.0f;
     *launch.skipped_out = *launch.skipped + !apply;

@@ -17,7 +17,7 @@ constexpr uint32_t kTile = tile_elements(sizeof(T));
 /// used before the next barrier.
 __device__ void compute_numbers(const Common& common, SgdHyper& shared) {
   if (threadIdx.x == 0) {
-    const uint64_t step = *common.step;
+    const uint64_t step = common.step ? *common.step : 0;
     shared = fused_math::sgd_hyper(common.control, step, common.given);
     if (common.step_out && blockIdx.x == 0) {
       *common.step_out = step + 1;

@@ -25,7 +25,7 @@ constant bool has_average = (full_flags & kAverage) != 0;
     constant SgdControl& control [[buffer(kControlBuffer)]],
     constant SgdTable& table [[buffer(kTableBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
-    constant float* given [[buffer(kGivenBuffer)]],
+    device const float* given [[buffer(kGivenBuffer)]],
     device const float* measured [[buffer(kMeasuredBuffer)]],
     device const float* groups [[buffer(kGroupsBuffer)]],
     device char* parameters_out [[buffer(kFullParameterOutBuffer)]],
@@ -43,6 +43,9 @@ constant bool has_average = (full_flags & kAverage) != 0;
     uint32_t block [[threadgroup_position_in_grid]],
     uint32_t lane [[thread_position_in_threadgroup]],
     uint32_t lanes [[threads_per_threadgroup]]) {
+  threadgroup float scalars[kScalars];
+  const SgdScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
+
   constant SgdTensor& tensor = table.tensors[tensor_of_block(table, block)];
   block -= tensor.first_block;
 
@@ -56,7 +59,7 @@ constant bool has_average = (full_flags & kAverage) != 0;
   // With groups, a tensor may be without some of what the step has.
   const uint32_t flags = full_flags & kGroups ? uint32_t(tensor.flags) : full_flags;
   const SgdHyper hyper = sgd_tensor_hyper(
-      sgd_full_hyper(control, step[0], given, measured),
+      sgd_full_hyper_of(control, step[0], all, measured),
       control.trust_coefficient,
       flags,
       groups + uint64_t(tensor.group) * kGroupNumbers,
@@ -87,7 +90,7 @@ constant bool has_average = (full_flags & kAverage) != 0;
     if (has_average) {
       a = load_quad_of(kFloat32, averages, at, 1, count, wide);
     }
-    for (uint32_t i = 0; i < kQuad; ++i) {
+    UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
       const SgdFullElement before = {p[i], v[i], m[i], c[i], a[i]};
       const SgdFullElement e = sgd_full_element(
           before, g[i], uint32_t(at) + i, hyper, flags, parameter_format, velocity_format);

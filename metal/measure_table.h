@@ -29,12 +29,6 @@ enum MeasureBuffer : uint32_t {
   kSkippedOutBuffer = 6,
 };
 
-/// A sum of squares, and the largest magnitude: of a chunk, of an array, of all.
-struct Measure {
-  fused_math::Real sum;
-  uint32_t peak; // see peak_of
-};
-
 /// One array of a dispatch; its elements are neighbours.
 struct MeasuredArray {
   uint64_t size; // elements

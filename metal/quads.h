@@ -1,13 +1,15 @@
 // Where a thread works, and its loads and stores: kQuad neighbours of a tensor at once.
 #pragma once
 
-#include "math/rounding.h"
+#include "math/sgd.h"
 #include "table.h"
 
 using namespace fused_math;
 using namespace fused_metal;
 
 // ---- Where a thread works ------------------------------------------------------
+
+constant uint32_t tile_columns [[function_constant(7)]];
 
 /// The last tensor that starts at or before `block`.
 inline uint32_t tensor_of_block(constant SgdTable& table, uint32_t block) {
@@ -45,10 +47,11 @@ inline Piece piece_of_thread(
         int64_t(first) * tensor.column_stride,
         left < kQuad ? uint32_t(left) : uint32_t(kQuad)};
   }
-  const uint32_t tiles = (tensor.columns + kTileColumns - 1) / kTileColumns;
-  const uint32_t column = block % tiles * kTileColumns + lane % kTileLanes * kQuad;
+  const uint32_t tile_lanes = tile_columns / kQuad; // threads for one row of a tile
+  const uint32_t tiles = (tensor.columns + tile_columns - 1) / tile_columns;
+  const uint32_t column = block % tiles * tile_columns + lane % tile_lanes * kQuad;
   const uint64_t row =
-      (uint64_t(block / tiles) * kPasses + pass) * (lanes / kTileLanes) + lane / kTileLanes;
+      (uint64_t(block / tiles) * kPasses + pass) * (lanes / tile_lanes) + lane / tile_lanes;
   const uint64_t first = row * tensor.columns + column;
   if (column >= tensor.columns || first >= tensor.size) {
     return {0, 0, 0};
@@ -60,7 +63,28 @@ inline Piece piece_of_thread(
       left < kQuad ? left : uint32_t(kQuad)};
 }
 
+// ---- The numbers of a step ------------------------------------------------------
+
+/// The scalars of a step, which may be schedules: evaluated once a threadgroup, one by each
+/// of its first threads, into `scalars`. Every thread calls it, once.
+inline SgdScalars scalars_of_threadgroup(
+    constant SgdControl& control,
+    uint64_t step,
+    device const float* given,
+    threadgroup float* scalars,
+    uint32_t lane) {
+  if (lane < kScalars) {
+    scalars[lane] = sgd_full_scalar(control, lane, step, given);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return {{scalars[0], scalars[1], scalars[2], scalars[3]}};
+}
+
 // ---- Memory --------------------------------------------------------------------
+//
+// Loops over a quad have kQuad turns, conditions inside, and are unrolled: a vector that
+// no variable indexes stays in registers.
+#define UNROLLED _Pragma("clang loop unroll(full)")
 
 /// `count` elements as float32, in one access where `wide`; the rest are zero.
 template <typename T>
@@ -68,12 +92,12 @@ inline float4 load_quad(device const T* from, int64_t stride, uint32_t count, bo
   float4 values = float4(0.0f);
   if (wide) {
     const vec<T, 4> quad = *(device const vec<T, 4>*)from;
-    for (uint32_t i = 0; i < kQuad; ++i) {
-      values[i] = float(quad[i]);
-    }
+    UNROLLED for (uint32_t i = 0; i < kQuad; ++i) { values[i] = float(quad[i]); }
   } else {
-    for (uint32_t i = 0; i < count; ++i) {
-      values[i] = float(from[int64_t(i) * stride]);
+    UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
+      if (i < count) {
+        values[i] = float(from[int64_t(i) * stride]);
+      }
     }
   }
   return values;
@@ -84,13 +108,13 @@ template <typename T>
 inline void store_quad(device T* to, float4 values, uint32_t count, bool wide) {
   if (wide) {
     vec<T, 4> quad;
-    for (uint32_t i = 0; i < kQuad; ++i) {
-      quad[i] = T(values[i]);
-    }
+    UNROLLED for (uint32_t i = 0; i < kQuad; ++i) { quad[i] = T(values[i]); }
     *(device vec<T, 4>*)to = quad;
   } else {
-    for (uint32_t i = 0; i < count; ++i) {
-      to[i] = T(values[i]);
+    UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
+      if (i < count) {
+        to[i] = T(values[i]);
+      }
     }
   }
 }

@@ -30,7 +30,7 @@ template <typename T, typename G>
     constant SgdControl& control [[buffer(kControlBuffer)]],
     constant SgdTable& table [[buffer(kTableBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
-    constant float* given [[buffer(kGivenBuffer)]],
+    device const float* given [[buffer(kGivenBuffer)]],
     device T* parameters_out [[buffer(kParameterOutBuffer)]],
     device const T* velocities [[buffer(kVelocityBuffer), function_constant(has_momentum)]],
     device T* velocities_out [[buffer(kVelocityOutBuffer), function_constant(has_momentum)]],
@@ -40,6 +40,10 @@ template <typename T, typename G>
     uint32_t block [[threadgroup_position_in_grid]],
     uint32_t lane [[thread_position_in_threadgroup]],
     uint32_t lanes [[threads_per_threadgroup]]) {
+  threadgroup float scalars[kScalars];
+  const SgdHyper hyper =
+      sgd_hyper_of(control, scalars_of_threadgroup(control, step[0], given, scalars, lane));
+
   constant SgdTensor& tensor = table.tensors[tensor_of_block(table, block)];
   block -= tensor.first_block;
 
@@ -53,7 +57,6 @@ template <typename T, typename G>
   device T* parameter_out = parameters_out + tensor.offset;
 
   const uint32_t flags = sgd_flags();
-  const SgdHyper hyper = sgd_hyper(control, step[0], given);
   for (uint32_t pass = 0; pass < kPasses; ++pass) {
     const Piece piece = piece_of_thread(tensor, block, pass, lane, lanes);
     if (piece.count == 0) {
@@ -69,7 +72,7 @@ template <typename T, typename G>
     if (has_momentum) {
       v = load_quad(velocities + tensor.offset + piece.first, 1, piece.count, wide);
     }
-    for (uint32_t i = 0; i < kQuad; ++i) {
+    UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
       const SgdElement e = sgd_element({p[i], v[i]}, g[i], hyper, flags);
       p[i] = e.parameter;
       v[i] = e.velocity;
@@ -91,16 +94,21 @@ template <typename T, typename G>
   }
 }
 
-/// One thread, once a step, plain or full: the next counter, and the numbers used.
+/// One threadgroup, once a step, plain or full: the next counter, and the numbers used.
 [[kernel]] void sgd_finish(
     constant SgdControl& control [[buffer(kControlBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
-    constant float* given [[buffer(kGivenBuffer)]],
+    device const float* given [[buffer(kGivenBuffer)]],
     device const float* measured [[buffer(kMeasuredBuffer)]],
     device uint64_t* step_out [[buffer(kStepOutBuffer)]],
-    device float* used_out [[buffer(kUsedOutBuffer)]]) {
-  const SgdHyper hyper = sgd_full_hyper(control, step[0], given, measured);
-  sgd_counters(control, hyper, step[0], given, step_out, used_out);
+    device float* used_out [[buffer(kUsedOutBuffer)]],
+    uint32_t lane [[thread_position_in_threadgroup]]) {
+  threadgroup float scalars[kScalars];
+  const SgdScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
+  if (lane == 0) {
+    const SgdHyper hyper = sgd_full_hyper_of(control, step[0], all, measured);
+    sgd_counters(control, hyper, step[0], given, step_out, used_out);
+  }
 }
 
 /// A schedule at many steps.

@@ -22,11 +22,12 @@ enum : uint32_t {
   // search of the table and the learning rate, so it should have work to do.
   kQuad = 4,
   kPasses = 4,
-  // A gradient that is a transposed matrix (that of every nn.Linear) is read
-  // in tiles this wide and a threadgroup high, so that cache lines are used
-  // whole in both directions: its own, and that of the parameter.
+  // A gradient that is a transposed matrix (that of every nn.Linear) is read in tiles,
+  // so that cache lines are used whole in both directions: its own, and that of the
+  // parameter. So wide, and as high as a threadgroup has threads for; a function
+  // constant, so that a benchmark can try others. A SIMD group has whole rows.
   kTileColumns = 16,
-  kTileLanes = kTileColumns / kQuad, // threads for one row of a tile
+  kMostTileColumns = kSimdWidth * kQuad,
 };
 
 /// Buffer slots of the kernels.

@@ -1,6 +1,8 @@
 """Settings for the whole suite."""
 
 import os
+import shutil
+import sys
 
 import mlx.core as mx
 import pytest
@@ -19,6 +21,25 @@ if number := os.environ.get("MLX_FUSED_OPTIM_TEST_GPU"):
     mx.set_default_device(device)
     mx.set_default_stream(mx.new_stream(device))
     mx.set_cache_limit(0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """What `make test` left out, where it is read: right before pytest's last line."""
+    yield
+    if sys.platform == "linux" and not shutil.which("clang++-19"):
+        terminalreporter.section("METAL IS NOT CHECKED", red=True)
+        terminalreporter.line(
+            "CLANG++-19 IS NOT INSTALLED (TOOLS/APT-PACKAGES LISTS WHAT IS NEEDED)."
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(tmp_path_factory):
+    """Where the processes that share a suite leave what only one of them must compute."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent
+        os.environ["MLX_FUSED_OPTIM_TEST_SHARED"] = str(folder)
 
 
 @pytest.fixture(autouse=True)

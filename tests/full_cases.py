@@ -323,13 +323,16 @@ def _cases() -> list[FullCase]:
     cases.append(FullCase("many", measured, ("float32",), "float16", shapes=MANY, steps=1))
     # Finite gradients, but a norm beyond float32; and one below it.
     overflow = Full(clip_norm=1.3, skip_nonfinite=True, momentum=0.9)
-    cases.append(FullCase("overflow", overflow, ("float32",), "float32", scale=1e20))
+    cases.append(FullCase("overflow", overflow, ("float32",), "float32", scale=5e37))
+    cases.append(FullCase("large", overflow, ("float32",), "float32", scale=1e20))
     cases.append(
         FullCase("overflow_scaled", replace(overflow, grad_scale=2.0**40), ("float16",),
                  "bfloat16", scale=1e20)
     )  # fmt: skip
     infinite = Full(clip_norm=1.3, trust_coefficient=0.003, weight_decay=0.01)
-    cases.append(FullCase("infinite", infinite, ("float32",), "float32", scale=1e20))
+    cases.append(FullCase("infinite", infinite, ("float32",), "float32", scale=5e37))
+    beyond = Full(trust_coefficient=1e30, skip_nonfinite=True)  # a ratio that is
+    cases.append(FullCase("ratio_beyond", beyond, ("float32",), "float32", scale=1e-20))
     small = Full(clip_norm=5e-5)  # of a norm that an epsilon of 1e-6 changes
     cases.append(FullCase("small_norm", small, ("float32",), "float32", scale=1e-6))
     underflow = Full(clip_norm=1.3, trust_coefficient=0.003)

@@ -122,38 +122,60 @@ def round_to_nearest(x: np.ndarray, dtype: str) -> np.ndarray:
 # ---- Norms ---------------------------------------------------------------------------
 
 
-def _fold(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of 1024 lanes one after another, then halves of the lanes, in two float32."""
+class Sum(NamedTuple):
+    """Sums of squares in two float32, at a scale: an integer e stands for 2^(2 (e - 127))."""
 
-    def add(a, b):
+    high: np.ndarray
+    low: np.ndarray
+    scale: np.ndarray
+
+    def at(self, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Twice, as float32 has no number for the square of it.
+        factor = np.ldexp(np.float32(1), np.maximum(self.scale - scale, -126)).astype(np.float32)
+        return self.high * factor * factor, self.low * factor * factor
+
+    def __add__(self, other: Sum) -> Sum:  # type: ignore[override]
+        scale = np.maximum(self.scale, other.scale)
+        (a, a_low), (b, b_low) = self.at(scale), other.at(scale)
         # Knuth's sum: `total` and its rounding error.
-        total = a[0] + b[0]
-        there = total - a[0]
-        error = (a[0] - (total - there)) + (b[0] - there)
-        return total, (a[1] + b[1]) + error
+        total = a + b
+        there = total - a
+        error = (a - (total - there)) + (b - there)
+        return Sum(total, (a_low + b_low) + error, scale)
 
-    rows = max(1, -(-high.size // 1024))
-    high, low = (
-        np.pad(part, (0, rows * 1024 - part.size)).reshape(rows, 1024) for part in (high, low)
-    )
-    lanes = (np.zeros(1024, np.float32),) * 2
+    def part(self, index: Any) -> Sum:
+        return Sum(*(field[index] for field in self))
+
+    @property
+    def norm(self) -> np.float32:
+        high, low, scale = (field.reshape(-1)[0] for field in self)
+        root = np.sqrt(high + low if np.isfinite(high) else high)
+        return np.ldexp(root, int(scale) - 127).astype(np.float32)
+
+
+def fold(sums: Sum) -> Sum:
+    """Rows of 1024 lanes one after another, then halves of the lanes."""
+    rows = max(1, -(-sums.high.size // 1024))
+    sums = Sum(*(np.pad(f, (0, rows * 1024 - f.size)).reshape(rows, 1024) for f in sums))
+    lanes = Sum(np.zeros(1024, np.float32), np.zeros(1024, np.float32), np.zeros(1024, np.int64))
     for row in range(rows):
-        lanes = add(lanes, (high[row], low[row]))
+        lanes = lanes + sums.part(row)
     half = 512
     while half:
-        lanes = add([part[:half] for part in lanes], [part[half:] for part in lanes])
+        lanes = lanes.part(slice(half)) + lanes.part(slice(half, None))
         half //= 2
     return lanes
 
 
-def _folded(high: np.ndarray, low: np.ndarray) -> np.float32:
-    return high[0] if not np.isfinite(high[0]) else high[0] + low[0]
-
-
-def sum_of_squares(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of float32 numbers in order: chunks of 2048 in 128 lanes, and their sums folded."""
+def sum_of_squares(x: np.ndarray) -> Sum:
+    """Of float32 numbers in order: chunks of 2048 in 128 lanes, each chunk at the scale of its
+    largest magnitude if that is not within 2^-40 to 2^41, and their sums folded."""
     chunks = max(1, -(-x.size // 2048))
-    squares = np.pad(x, (0, chunks * 2048 - x.size)).reshape(chunks, 16, 128)
+    x = np.pad(x, (0, chunks * 2048 - x.size)).reshape(chunks, 2048)
+    exponent = np.abs(x).max(axis=1).view(np.int32).astype(np.int64) >> 23
+    ordinary = (exponent >= 127 - 40) & (exponent <= 127 + 40)
+    scale = np.where(ordinary, 127, np.minimum(exponent, 253))
+    squares = (x * np.ldexp(np.float32(1), 127 - scale)[:, None]).reshape(chunks, 16, 128)
     squares = squares * squares
     lanes = np.zeros((chunks, 128), np.float32)
     for row in range(16):
@@ -162,7 +184,7 @@ def sum_of_squares(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     while half:
         lanes = lanes[:, :half] + lanes[:, half:]
         half //= 2
-    return _fold(lanes[:, 0], np.zeros(chunks, np.float32))
+    return fold(Sum(lanes[:, 0], np.zeros(chunks, np.float32), scale))
 
 
 def measured_float32(
@@ -171,26 +193,29 @@ def measured_float32(
     """The norm of all gradients, whether to do the step, and the norms of every tensor: of
     float32 numbers in the order in which they are summed."""
     with np.errstate(all="ignore"):
-        ready = [_clipped_by_value(_unscaled(g, options, scale), options) for g in gradients]
-        sums = [sum_of_squares(g) for g in ready]
-        total = _folded(*_fold(*(np.concatenate(part) for part in zip(*sums, strict=True))))
-        norm = np.sqrt(total)
+        unscaled = [_unscaled(g, options, scale) for g in gradients]
+        sums = [sum_of_squares(_clipped_by_value(g, options)) for g in unscaled]
+        norm = fold(
+            Sum(*(np.concatenate([f[:1] for f in part]) for part in zip(*sums, strict=True)))
+        ).norm
         apply = True
         if options.skip_nonfinite:
-            apply = all(np.isfinite(g).all() for g in gradients)
+            apply = all(np.isfinite(g).all() for g in unscaled)
             if options.clip_norm is not None:
                 apply = apply and bool(np.isfinite(norm))
         numbers = [norm, np.float32(apply)]
         if options.trust_coefficient is not None:
             for own, parameter in zip(sums, parameters, strict=True):
-                numbers += [np.sqrt(_folded(*own)), np.sqrt(_folded(*sum_of_squares(parameter)))]
+                numbers += [own.norm, sum_of_squares(parameter).norm]
     return np.array(numbers, np.float32)
 
 
 def _unscaled(g: np.ndarray, options: Full, scale: Any) -> np.ndarray:
     if options.grad_scale is None:
         return g
-    return g * (np.float32(1) / np.float32(scale))
+    scale = np.float32(scale)
+    inverts = 2.0**-126 <= scale < np.inf
+    return g * (np.float32(1) / scale if inverts else np.float32(np.nan))
 
 
 def _clipped_by_value(g: np.ndarray, options: Full) -> np.ndarray:
@@ -332,7 +357,8 @@ def full_step_float32(
                 below = of_gradient * factor
                 if has("weight_decay") and coupled and not wrong.trust_ratio_without_decay:
                     below = below + own.weight_decay * of_parameter
-                g = g * ((own.trust_coefficient * of_parameter) / below)
+                ratio = (own.trust_coefficient * of_parameter) / below
+                g = g * ratio if np.isfinite(ratio) else g
 
         new: Element = {}
         random = None
@@ -504,7 +530,9 @@ def full_step_float64(
         if decays and not decoupled:
             below = below + own.weight_decay * np.float64(of_parameter)
         if of_gradient * factor.value > 0 and of_parameter > 0:
-            g = g * (own.trust_coefficient * np.float64(of_parameter) / below)
+            ratio = own.trust_coefficient * np.float64(of_parameter) / below
+            if ratio.value <= np.finfo(np.float32).max:
+                g = g * ratio
 
     new: dict[str, Bounded] = {}
     update = g

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from bits import EPSILON, TINIEST, narrowed, widened
+from bits import EPSILON, TINIEST, flushed, narrowed, widened
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,31 @@ def step_float32(
     rate: np.float32,
     hyper,
     broken: Broken = NOTHING,
+    flushes: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits in, bits out; ``dtype`` is that of the parameter and the velocity."""
-    w, g, v = widened(parameter, dtype), widened(gradient, gradient_dtype), widened(velocity, dtype)
+    """Bits in, bits out; ``dtype`` is that of the parameter and the velocity. ``flushes``:
+    on a device whose float32 has no subnormal numbers."""
+    seen = flushed if flushes else np.asarray
+    w, g, v = (
+        seen(widened(parameter, dtype)),
+        seen(widened(gradient, gradient_dtype)),
+        seen(widened(velocity, dtype)),
+    )
     mu, decay = np.float32(hyper.momentum), np.float32(hyper.weight_decay)
     # 1 - dampening is formed in float64, as Python does for mlx.optimizers.
     weight = np.float32(1.0 if broken.no_dampening else 1.0 - hyper.dampening)
     if broken.rate_narrowed:
         rate = widened(narrowed(rate, "bfloat16"), "bfloat16")
     if hyper.weight_decay and not broken.no_decay:
-        g = _fused(decay, w, g) if broken.contracted else g + decay * w
+        g = _fused(decay, w, g) if broken.contracted else seen(g + seen(decay * w))
     update = g
     if hyper.momentum:
-        v = (np.float32(0) if broken.no_momentum else mu) * v + weight * g
+        v = seen(seen((np.float32(0) if broken.no_momentum else mu) * v) + seen(weight * g))
         if broken.velocity_narrowed_early:
             v = widened(narrowed(v, "bfloat16"), "bfloat16")
-        update = g + mu * v if hyper.nesterov and not broken.no_nesterov else v
+        update = seen(g + seen(mu * v)) if hyper.nesterov and not broken.no_nesterov else v
     with np.errstate(over="ignore", invalid="ignore"):
-        w = w - rate * update
+        w = seen(w - seen(rate * update))
     new = narrowed(w, dtype).reshape(parameter.shape)
     new_velocity = narrowed(v, dtype).reshape(parameter.shape)
     if broken.last_element_skipped and parameter.size:

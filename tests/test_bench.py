@@ -1,5 +1,6 @@
 """The benchmark: its data, its verification, its files, and that the report is current."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -191,10 +192,11 @@ def test_quick_run_writes_json_and_png(tmp_path):
         (["--seconds", "0"], "--seconds: got 0.0, allowed more than 0"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    result = bench(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("bench").main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("load", "told"), [(0.9, False), (1.1, True)])

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import mlx.core as mx
 import pytest
@@ -17,13 +16,9 @@ def same_device():
 
 
 def test_all_held(capsys):
-    start = time.process_time()
     assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
     assert out.count("| yes |") == 5 and "| no |" not in out and "All held, in" in out
-    # Less than half a minute, of which the timings take 3 s for each model. The
-    # processor's time: what else the machine does is not counted.
-    assert time.process_time() - start < 20
     assert "| mlx | 0.32.4 |" in out and "| device | Device(cpu, 0)" in out
 
 

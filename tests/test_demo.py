@@ -1,5 +1,6 @@
 """The demo runs, with few steps, and says what it saw."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,17 @@ def test_demo_takes_any_schedule(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_refuses_what_is_no_schedule():
-    result = run("--schedule", "cosine_decay(0.1")
-    assert result.returncode == 2
-    assert "[parse_schedule]" in result.stderr
-
-
-def test_demo_refuses_no_epochs():
-    result = run("--epochs", 0)
-    assert result.returncode == 2
-    assert "--epochs too small: got 0, allowed 1 or more" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule", "cosine_decay(0.1"], "[parse_schedule]"),
+        (["--epochs", "0"], "--epochs too small: got 0, allowed 1 or more"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_demo_refuses(arguments, message, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("demo").main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -279,10 +279,8 @@ def test_norms_are_close_to_float64(backend, case):
         for a, b in zip(np.delete(got, 1), norms, strict=True):
             if not np.isfinite(b):
                 assert not np.isfinite(a)
-            elif b * b > 3.4e38:  # a square beyond float32
+            elif b > np.finfo(np.float32).max:
                 assert a == np.inf
-            elif b * b < 1e-35 and b:  # squares below it
-                assert a <= b * (1 + 1e-6)
             else:
                 # A sum in MLX's order promises less.
                 assert abs(a - b) <= (1e-5 if composed else 1e-6) * b

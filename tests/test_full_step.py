@@ -17,6 +17,7 @@ from bits import DTYPES, EPSILON, TINIEST, dtype_name, narrowed, of_mlx, same, t
 from conformance import Options
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ids import spelled
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_fused_optim import reference
 from references import step_float64
@@ -519,9 +520,9 @@ def test_a_norm_that_is_infinite_skips():
     optimizer = optim.SGD(0.1, skip_nonfinite=True, clip_norm=1.0)
     assert optimizer.apply_gradients(g, w)["w"].tolist() == [1.0] * 4
     assert (optimizer.skipped.item(), optimizer.grad_norm.item()) == (1, INF)
-    optimizer = optim.SGD(1e-38, skip_nonfinite=True)
+    optimizer = optim.SGD(2e-38, skip_nonfinite=True)  # normal: Apple's GPUs have no other
     new = optimizer.apply_gradients(g, w)["w"]
-    np.testing.assert_allclose(np.array(new), 1 - 3.0, rtol=1e-6)
+    np.testing.assert_allclose(np.array(new), 1 - 6.0, rtol=1e-6)
     assert optimizer.skipped.item() == 0
 
 
@@ -545,7 +546,7 @@ def test_counters_before_the_first_step():
     "scale",
     [8.0, 8, mx.array(8.0), mx.array(8, mx.int32), mx.array(8.0, mx.float16),
      optim.constant(8.0), lambda step: 8.0, lambda step: mx.array(8.0)],
-    ids=repr,
+    ids=spelled,
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["option", "call"])
 def test_a_scale_of_any_kind(scale, how):
@@ -1007,8 +1008,8 @@ def test_an_infinite_clip_norm_measures_and_changes_nothing():
     """Not even where the norm overflows: a factor of inf / inf would be NaN."""
     for options in ({}, {"skip_nonfinite": True}):
         gradients, parameters = {"w": mx.array([3e38, 1.0])}, {"w": mx.array([1.0, 1.0])}
-        plain = optim.SGD(1e-38).apply_gradients(gradients, parameters)
-        optimizer = optim.SGD(1e-38, clip_norm=INF, **options)
+        plain = optim.SGD(2e-38).apply_gradients(gradients, parameters)
+        optimizer = optim.SGD(2e-38, clip_norm=INF, **options)
         measured = optimizer.apply_gradients(gradients, parameters)
         assert measured["w"].tolist() == plain["w"].tolist()
         assert optimizer.grad_norm.item() == INF

@@ -209,6 +209,23 @@ def test_the_functions_know_their_groups_again():
     assert not same(after["one"]["weight"], w["one"]["weight"])
 
 
+@pytest.mark.parametrize(
+    "rate",
+    [mx.array, lambda value: optim.constant(value), lambda value: lambda step: mx.array(value)],
+    ids=["array", "schedule", "callable"],
+)
+def test_groups_of_functions_that_differ_in_one_value(rate):
+    """Of which only the identity is known: the groups of the step before are others."""
+    w = {"bias": mx.ones(1)}
+    state = optim.fused_sgd_init(w)
+    kept = []  # no identity comes twice
+    for value in (0.5, 0.25):
+        kept.append(rate(value))
+        groups = [(bias, {"learning_rate": kept[-1]})]
+        new, _ = optim.fused_sgd_step(w, w, state, learning_rate=0.0, groups=groups)
+        assert new["bias"].item() == 1.0 - value
+
+
 def test_many_groups_of_functions_are_forgotten():
     from mlx_fused_optim import _groups
 
@@ -218,7 +235,7 @@ def test_many_groups_of_functions_are_forgotten():
         groups = [(lambda path, array: True, {"learning_rate": float(number)})]
         new, _ = optim.fused_sgd_step(w, w, state, learning_rate=0.0, groups=groups)
         assert new["a"].item() == 1.0 - number
-    assert len(_groups._known) <= _groups._MOST_KNOWN
+    assert len(_groups._known) <= _groups._known.most
 
 
 def test_layouts_that_change():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from bits import of_mlx, same
 from mlx.utils import tree_flatten, tree_map
+from waiting import comes_true, let_go
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": ()}
 OPTIONS = {"momentum": 0.9, "weight_decay": 0.01}
@@ -35,6 +36,7 @@ class Run:
             # No local variable, here or in a caller, may hold the old parameters.
             self.parameters = self.optimizer.apply_gradients(gradients(), self.parameters)
             mx.eval(self.parameters, self.optimizer.state)
+            let_go()
 
 
 def gradients():
@@ -224,11 +226,14 @@ def test_leaves_swapped_mid_run():
     assert all(same(parameters[k], want[k]) for k in want)
 
 
-def test_a_pending_slow_operation_on_a_second_stream():
+@pytest.mark.parametrize("device", ["default", "cpu"])
+def test_a_pending_slow_operation_on_a_second_stream(device):
     """It still reads the old parameter while the step wants to write."""
+    if device == "cpu" and mx.cuda.is_available() and mx.default_device().type == mx.gpu:
+        pytest.skip("MLX 0.32.4 can deadlock where the GPU waits for a CPU stream: docs/cuda.md")
     run = Run()
     expected = of_mlx(Run().parameters["b"])
-    second = mx.new_stream(mx.cpu)
+    second = mx.new_stream(mx.cpu if device == "cpu" else mx.default_device())
     with mx.stream(second):
         slow = mx.random.normal((700, 700))
         for _ in range(6):
@@ -648,7 +653,7 @@ def test_memory_does_not_grow_over_many_steps():
     run.step(2)
     before = mx.get_active_memory()
     run.step(200)
-    assert mx.get_active_memory() - before < 4096
+    assert comes_true(lambda: mx.get_active_memory() - before < 4096)
 
 
 def test_everything_is_freed():
@@ -661,8 +666,7 @@ def test_everything_is_freed():
         mx.eval(parameters, optimizer.state)
     del parameters, grads, optimizer
     gc.collect()
-    mx.synchronize()
-    assert mx.get_active_memory() - before < SLACK
+    assert comes_true(lambda: mx.get_active_memory() - before < SLACK)
 
 
 def test_holding_from_another_thread():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from bits import DTYPES, of_mlx
 from full_step import SLOTS, Full, State, first_state, full_step
+from waiting import let_go
 
 SIZES = (700, 33, 1)
 OPTIONS = {
@@ -50,6 +51,7 @@ class Run:
             self.options, self.parameters, gradients, self.state, 0.1
         )
         mx.eval(self.parameters, [x for x in self.state if x is not None])
+        let_go()
 
     def arrays(self) -> dict[str, mx.array]:
         pairs = zip(SLOTS, self.state.slots, strict=True)

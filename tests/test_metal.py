@@ -15,6 +15,8 @@ import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from bits import DTYPES, same
+from full_references import measured_float32
+from full_step import Full
 from mlx_fused_optim import _ext
 
 double = ctypes.CDLL(_ext.__file__)
@@ -26,6 +28,7 @@ SOURCES = 24  # buffers for parameters and gradients in a dispatch
 FULL_SOURCES = 16  # likewise, of a full step
 CHUNK = 2048  # elements that are summed together
 THREADS = 256
+TILE = 16  # columns, unless set
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +275,7 @@ def test_options_are_specialised_and_named():
         training = Training([(5,)], momentum=momentum, nesterov=bool(nesterov), weight_decay=decay)
         log = dispatches(training.step)
         bits = f"{int(momentum > 0)}{nesterov}{int(decay > 0)}"
-        assert log[0]["pipeline"] == f"sgd_step_float32_float32_{bits}"
+        assert log[0]["pipeline"] == f"sgd_step_float32_float32_{bits}_{TILE}"
         pipelines.add(log[0]["pipeline"])
         assert ("velocities" in str(log[0]["traffic"])) == (momentum > 0)
     assert len(pipelines) == 5
@@ -353,51 +356,6 @@ def test_measuring_reads_each_gradient_once():
     np.testing.assert_allclose(measured[2::2], np.sqrt(squares), rtol=7.5e-7)
 
 
-def two_sum(a, b):
-    total = a + b
-    seen = total - a
-    return total, (a - (total - seen)) + (b - seen)
-
-
-def fold_of(high, low):
-    """csrc/math/norm.h in NumPy: the sum of numbers in two parts."""
-    rows = math.ceil(len(high) / 1024)
-    high, low = (
-        np.pad(part, (0, rows * 1024 - len(part))).reshape(rows, 1024) for part in (high, low)
-    )
-
-    def fold(a, b):
-        total, rest = two_sum(a[0], b[0])
-        return total, (a[1] + b[1]) + rest
-
-    zero = np.zeros(1024, np.float32)
-    total = zero, zero
-    for row in range(rows):
-        total = fold(total, (high[row], low[row]))
-    half = 512
-    while half:
-        total = fold([t[:half] for t in total], [t[half:] for t in total])
-        half //= 2
-    return total
-
-
-def sum_of_squares(x):
-    chunks = math.ceil(len(x) / CHUNK)
-    x = np.pad(x, (0, chunks * CHUNK - len(x))).reshape(chunks, 16, 128)
-    sums = np.zeros((chunks, 128), np.float32)
-    for row in range(16):
-        sums += x[:, row] * x[:, row]
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    return fold_of(sums[:, 0], np.zeros(chunks, np.float32))
-
-
-def norm_of(sums):
-    high, low = fold_of(*(np.concatenate(part) for part in zip(*sums, strict=True)))
-    return np.sqrt(high + low)[0]
-
-
 @pytest.mark.parametrize(
     ("threads", "order"), [(256, "forward"), (256, "reverse"), (96, "shuffled"), (32, "reverse")]
 )
@@ -417,10 +375,16 @@ def test_norms_have_their_bits_whatever_the_threads(monkeypatch, threads, order)
     mx.eval(training.gradients)
     parameters = [np.array(p).ravel() for p in training.parameters]
     training.step()
-    gradients = [sum_of_squares(np.clip(g * np.float32(0.25), -0.7, 0.7)) for g in memory]
-    pairs = zip(gradients, map(sum_of_squares, parameters), strict=True)
-    expected = [norm_of(gradients), 1, *(norm_of([s]) for pair in pairs for s in pair)]
-    np.testing.assert_array_equal(np.array(training.measured), np.array(expected, np.float32))
+    options = Full(clip_norm=1.0, trust_coefficient=1.0, grad_scale=4.0, clip_value=0.7)
+    expected = measured_float32(options, memory, parameters, 4.0)
+    np.testing.assert_array_equal(np.array(training.measured), expected)
+    # Chunks that need a scale beside some that need none.
+    memory = [np.ldexp(g, -100 + 30 * i) for i, g in enumerate(memory)]
+    training.gradients = [mx.array(g.reshape(s)) for g, s in zip(memory, shapes, strict=True)]
+    parameters = [np.array(p).ravel() for p in training.parameters]
+    training.step()
+    expected = measured_float32(options, memory, parameters, 4.0)
+    np.testing.assert_array_equal(np.array(training.measured), expected)
 
 
 def test_unaligned_memory_of_a_full_step_is_read_element_by_element():
@@ -484,7 +448,8 @@ def test_variants_are_compiled_for_options_and_dtypes_and_for_nothing_else():
             pipelines += [d["pipeline"] for d in dispatches(training.step) if d["pipeline"]]
     flags = sum(_ext.FLAGS[name] for name in ("momentum", "weight_decay", "groups"))
     # Its flags, and the formats of parameter, gradient and velocity.
-    assert set(pipelines) == {f"sgd_full_{flags}_{p}_{g}_{p}" for p in range(3) for g in range(3)}
+    formats = [(p, g) for p in range(3) for g in range(3)]
+    assert set(pipelines) == {f"sgd_full_{flags}_{p}_{g}_{p}_{TILE}" for p, g in formats}
 
 
 @pytest.mark.parametrize(("held", "at"), [(False, 0), (True, 5), (False, 14)])

@@ -9,6 +9,7 @@ import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from bits import of_mlx, same
+from ids import spelled
 from mlx_fused_optim import cosine_decay
 from test_bad_input import Untouched, assert_refused
 
@@ -61,9 +62,9 @@ OUT_OF_RANGE = [
         "two learning rates",
     ),
     (
-        {"groups": [(any_tensor, {}), (any_tensor, {"learning_rate": -0.1})]},
+        {"groups": [(any_tensor, {}), (any_tensor, {"learning_rate": -1e39})]},
         "learning_rate of group 1",
-        "-0.1",
+        "-1e+39",
     ),
     ({"groups": [(any_tensor, {"learning_rate": mx.ones(2)})]}, "of group 0", "(2,)"),
     ({"groups": [(any_tensor, {"learning_rate_factor": NAN})]}, "of group 0", "nan"),
@@ -101,7 +102,7 @@ CASES = [(o, w, ValueError) for o, *w in OUT_OF_RANGE] + [
 ]
 
 
-@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=str)
+@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=spelled)
 def test_options_that_make_no_sense(options, words, error):
     assert_refused(lambda: optim.SGD(0.1, **options), "SGD", *words, error=error)
     w = {"a": mx.ones(3)}
@@ -117,7 +118,7 @@ def test_options_that_make_no_sense(options, words, error):
     assert state["step"].item() == 0
 
 
-@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=str)
+@pytest.mark.parametrize(("options", "words", "error"), CASES, ids=spelled)
 def test_options_that_are_set_later(options, words, error):
     """Refused at once; the old ones stay."""
     check = Untouched(momentum=0.9)
@@ -152,7 +153,7 @@ def test_options_that_are_set_later(options, words, error):
         {"groups": [(any_tensor, {"trust_coefficient": None, "momentum": lambda step: 0.5})]},
         {"groups": [(any_tensor, {"learning_rate": mx.array(0.5), "weight_decay": 0})]},
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_options_that_do(options):
     optimizer = optim.SGD(0.1, **options)
@@ -172,7 +173,7 @@ def test_options_that_do(options):
         (lambda step: mx.ones(2), ("(2,)",), ValueError),
         (lambda step: "2", ("str",), TypeError),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_a_scale_of_one_call(scale, words, error):
     check = Untouched(momentum=0.9, skip_nonfinite=True)
@@ -233,9 +234,10 @@ def test_a_predicate_that_goes_wrong():
 
 
 BAD_SLOTS = {
-    "no slot": (lambda e: {"table": e["table"]}, ("incomplete", "'ema'")),
-    "a number for a slot": (lambda e: {**e, "ema": 3}, ("'ema'", "int")),
-    "numbers in a slot": (lambda e: {**e, "master": [1.0]}, ("'master'", "list")),
+    "no slot": (lambda e: {"table": e["table"]}, ("without slots", "'ema'")),
+    "a slot of another rule": (lambda e: {**e, "m": e["ema"]}, ("'m'", "'ema'")),
+    "a number for a slot": (lambda e: {**e, "ema": 3}, ("ema of 'a' and 1 more", "int")),
+    "numbers in a slot": (lambda e: {**e, "master": [1.0]}, ("master of 'a'", "list")),
     "an arena too many": (lambda e: {**e, "master": e["master"] * 2}, ("master", "2")),
     "an arena too few": (lambda e: {**e, "ema": e["ema"][:1]}, ("ema", "1", "2")),
     "a master in bfloat16": (
@@ -269,11 +271,10 @@ def test_states_with_bad_slots(name):
     [
         ("grad_norm", mx.ones(2), ("(2,)",)),
         ("grad_norm", mx.array(1, mx.int32), ("int32",)),
-        ("grad_norm", {"weight": {"v": mx.ones(2)}}, ("dict",)),
         ("skipped", mx.array(1.0), ("float32",)),
         ("skipped", mx.zeros(1, mx.uint64), ("(1,)",)),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_states_with_bad_counters(name, value, words):
     options = {"clip_norm": 1.0, "skip_nonfinite": True}
@@ -285,8 +286,6 @@ def test_states_with_bad_counters(name, value, words):
         optim.fused_sgd_step(w, w, bad, learning_rate=0.1, **options)
     loaded = optim.SGD(0.1, **options)
     loaded.state = bad
-    if isinstance(value, dict):
-        return  # there it is a tensor that the model lacks
     assert_refused(lambda: loaded.apply_gradients(w, w), "SGD", name, *words)
 
 
@@ -329,7 +328,7 @@ def test_one_dict_of_options_for_both_functions():
     assert state.keys() == optim.fused_sgd_init(w, momentum=0.9, ema_decay=0.5).keys()
     optim.fused_sgd_step(w, w, state, learning_rate=0.1, **options)
     assert_refused(lambda: optim.fused_sgd_init(w, nesterov=True), "fused_sgd_init", "nesterov")
-    assert_refused(lambda: optim.fused_sgd_init(w, weight_decay=-1), "fused_sgd_init", "-1")
+    assert_refused(lambda: optim.fused_sgd_init(w, weight_decay=-1e39), "fused_sgd_init", "-1e+39")
 
 
 def test_averages_that_nobody_keeps():

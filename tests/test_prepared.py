@@ -212,10 +212,14 @@ def test_a_schedule_of_a_subclass(calls):
 
 WRONG = {
     "no step": lambda state: state.pop("step"),
-    "a step of another dtype": lambda state: state.update(step=mx.array(1)),
-    "a step that is a number": lambda state: state.update(step=1),
+    "a step that is no integer": lambda state: state.update(step=mx.array(1.0)),
+    "a step that is text": lambda state: state.update(step="1"),
+    "a step below 0": lambda state: state.update(step=-1),
+    "a slot that nobody knows": lambda state: next(iter(state["arenas"].values())).update(
+        m=[mx.zeros(64)]
+    ),
     "no rate": lambda state: state.pop("learning_rate"),
-    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5])),
+    "a rate with a shape": lambda state: state.update(learning_rate=mx.array([0.5, 0.5])),
     "a rate that is a number of bits": lambda state: state.update(learning_rate=mx.array(True)),
     "arenas that are a list": lambda state: state.update(arenas=[]),
     "an entry that is a list": lambda state: state["arenas"].update(
@@ -254,7 +258,7 @@ def test_what_an_earlier_option_kept_is_forgotten(calls):
     kept.init(parameters)
     optimizer.state["arenas"] = kept.state["arenas"]
     optimizer.apply_gradients(tree(3), parameters)
-    assert calls == ["SGD"] * 2 and not optimizer.state["arenas"]
+    assert calls == ["SGD"] * 2 and "arenas" not in optimizer.state
 
 
 # ---- The function -------------------------------------------------------------------
@@ -280,6 +284,17 @@ def test_numbers_that_are_new_objects_leave_nothing_behind(calls):
     assert len(calls) == 100 and len(functional._prepared) <= 16
 
 
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="MLX has a GPU here")
+def test_the_stream_is_that_of_each_call():
+    """One that is not there tells that it was looked at."""
+    parameters = {"w": mx.ones(3)}
+    state = optim.fused_sgd_init(parameters)
+    for _ in range(2):
+        optim.fused_sgd_step(parameters, parameters, state, learning_rate=0.5)
+    with pytest.raises(ValueError, match="gpu"):
+        optim.fused_sgd_step(parameters, parameters, state, learning_rate=0.5, stream=mx.gpu)
+
+
 def test_a_wrong_argument_is_refused_after_a_right_one():
     parameters = {"w": mx.ones(3)}
     state = optim.fused_sgd_init(parameters, momentum=0.9)
@@ -290,7 +305,7 @@ def test_a_wrong_argument_is_refused_after_a_right_one():
 
     step()
     for change in (
-        dict(learning_rate=-1.0),
+        dict(learning_rate=-1e39),
         dict(momentum=-1.0),
         dict(learning_rate=mx.ones(2)),
         dict(clip_value=0.0),

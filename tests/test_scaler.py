@@ -22,10 +22,11 @@ SETTINGS = [
 
 
 class Torch:
-    """torch.amp.GradScaler, of _amp_update_scale_ in ATen/native/cuda/AmpKernels.cu."""
+    """torch.amp.GradScaler, of _amp_update_scale_ in ATen/native/cuda/AmpKernels.cu; its first
+    scale is 65536."""
 
     def __init__(
-        self, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000
+        self, init_scale=32768.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000
     ):
         self.scale, self.tracker = np.float32(init_scale), 0
         self.growth_factor, self.backoff_factor = growth_factor, backoff_factor
@@ -106,7 +107,7 @@ def test_torch_itself():
     """Where torch is installed: the model above is its behaviour."""
     torch = pytest.importorskip("torch")
     for settings in SETTINGS:
-        ours = Torch(**settings)
+        ours = Torch(**{"init_scale": 65536.0, **settings})
         theirs = torch.amp.GradScaler("cpu", **settings)
         parameter = torch.nn.Parameter(torch.ones(3))
         optimizer = torch.optim.SGD([parameter], lr=0.0)
@@ -180,6 +181,152 @@ def test_an_update_without_a_step_changes_nothing():
     assert scaler.state["growth_tracker"].item() == 0
 
 
+def test_an_update_without_a_step_keeps_the_count():
+    """Two good steps, and updates between and behind them: the third one grows."""
+    model, optimizer, scaler = make({"init_scale": 8.0, "growth_interval": 3})
+    gradients = {"w": mx.ones(7), "b": mx.array(1.0)}
+    for count in (1, 2, 0):
+        scaler.step(optimizer, model, gradients)
+        for _ in range(3):
+            scaler.update()
+            assert scaler.state["growth_tracker"].item() == count
+    assert scaler.state["scale"].item() == 16.0
+
+
+# ---- The floor -----------------------------------------------------------------------------
+
+
+def sunk(scaler, optimizer, model, times):
+    bad = {"w": mx.full((7,), math.nan), "b": mx.array(1.0)}
+    for _ in range(times):
+        scaler.step(optimizer, model, bad)
+        scaler.update()
+        mx.eval(scaler.state, optimizer.state)
+    return scaler.state["scale"].item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "floor"),
+    [
+        ({}, 2.0**-24),
+        ({"min_scale": 1.0}, 1.0),
+        ({"min_scale": 3.0, "init_scale": 3.0}, 3.0),
+        ({"init_scale": 2.0**-30}, 2.0**-30),
+        ({"min_scale": 2.0**-126}, 2.0**-126),
+        ({"backoff_factor": 0.3}, 2.0**-24),
+    ],
+    ids=str,
+)
+def test_no_series_of_bad_batches_takes_the_scale_below_its_floor(settings, floor):
+    model, optimizer, scaler = make({"growth_interval": 2, **settings}, momentum=0.0)
+    assert sunk(scaler, optimizer, model, 220) == floor
+    assert optimizer.skipped.item() == 220
+    # The first good one trains again, and the scale recovers.
+    for _ in range(2):
+        gradients = {"w": scaler.scale(mx.ones(7)), "b": scaler.scale(mx.array(0.25))}
+        scaler.step(optimizer, model, gradients)
+        scaler.update()
+    assert optimizer.skipped.item() == 220
+    assert model.b.item() == pytest.approx(0.5 - 2 * 0.01 * 0.25, rel=1e-6)
+    assert scaler.state["scale"].item() == 2 * floor
+
+
+@pytest.mark.parametrize("scale", [0.0, -8.0, math.inf, math.nan, 1e-40])
+def test_a_state_with_a_scale_that_is_none(scale):
+    """Loaded, or made by hand: its step is skipped, and the next one has a scale."""
+    model, optimizer, scaler = make({})
+    scaler.state = {**scaler.state, "scale": mx.array(np.float32(scale))}
+    gradients = {"w": mx.ones(7), "b": mx.array(1.0)}
+    before = of_mlx(model.w), of_mlx(model.b)
+    scaler.step(optimizer, model, gradients)
+    scaler.update()
+    assert same(mx.array(before[1]), model.b) and np.array_equal(before[0], of_mlx(model.w))
+    assert optimizer.skipped.item() == 1
+    assert scaler.state["scale"].item() == 2.0**-24
+    scaler.step(optimizer, model, gradients)
+    assert optimizer.skipped.item() == 1
+
+
+# ---- A loss in float16 -----------------------------------------------------------------------
+
+
+def test_the_first_scale_is_one_that_a_float16_loss_can_have():
+    """The backward pass of a float16 loss begins with the scale as a float16 number."""
+
+    def gradients(scaler):
+        def loss_fn(w):
+            return scaler.scale(mx.mean(w))  # of float16
+
+        return mx.grad(loss_fn)(mx.ones(8, mx.float16))
+
+    assert mx.array_equal(gradients(optim.GradScaler()), mx.full(8, 4096.0))
+    assert mx.isinf(gradients(optim.GradScaler(65536.0))).all()
+
+
+# ---- Several optimizers in one ------------------------------------------------------------------
+
+
+def multi(**options):
+    options = {"skip_nonfinite": True, **options}
+    parts = [optim.SGD(0.5, momentum=0.9, **options), optim.SGD(0.25, **options)]
+    return optim.MultiOptimizer(parts, [lambda path, _: path == "w"]), parts
+
+
+def test_a_multi_optimizer_steps_as_its_optimizers():
+    (optimizer, _), model, twin = multi(), Weights(mx.float32), Weights(mx.float32)
+    scaler, alone = optim.GradScaler(8.0), multi()[0]
+    gradients = {"w": mx.arange(7.0), "b": mx.array(3.0)}
+    for _ in range(3):
+        scaler.step(optimizer, model, {k: scaler.scale(g) for k, g in gradients.items()})
+        scaler.update()
+        alone.update(twin, gradients)
+    assert same(model.w, twin.w) and same(model.b, twin.b)
+    assert scaler.state["growth_tracker"].item() == 3
+
+
+@pytest.mark.parametrize("bad", ["w", "b", "both"])
+def test_each_of_a_multi_optimizer_skips_by_its_own_gradients(bad):
+    (optimizer, parts), model, scaler = multi(), Weights(mx.float32), optim.GradScaler(8.0)
+    before = {"w": mx.array(model.w), "b": mx.array(model.b)}
+    gradients = {
+        "w": mx.full(7, math.nan if bad in ("w", "both") else 8.0),
+        "b": mx.array(math.inf if bad in ("b", "both") else 8.0),
+    }
+    scaler.step(optimizer, model, gradients)
+    scaler.update()
+    for name, part in zip("wb", parts, strict=True):
+        is_bad = bad in (name, "both")
+        assert part.skipped.item() == is_bad
+        assert same(before[name], model[name]) == is_bad
+    assert scaler.state["scale"].item() == 4.0
+
+
+def test_a_multi_optimizer_of_which_one_has_nothing():
+    (optimizer, parts), model, scaler = multi(), Weights(mx.float32), optim.GradScaler(8.0)
+    scaler.step(optimizer, model, {"b": mx.array(8.0)})
+    scaler.update()
+    assert model.b.item() == 0.25
+    assert [p.skipped.item() for p in parts] == [0, 0]
+    assert scaler.state["growth_tracker"].item() == 1
+
+
+def test_multi_optimizers_that_cannot():
+    model, scaler = Weights(), optim.GradScaler()
+    gradients = {"w": mx.ones(7), "b": mx.array(1.0)}
+    with_adam = optim.MultiOptimizer([optim.SGD(0.1, skip_nonfinite=True), optim.Adam(0.1)],
+                                     [lambda path, _: path == "w"])  # fmt: skip
+    assert_refused(
+        lambda: scaler.step(with_adam, model, gradients),
+        "GradScaler", "Adam", "MultiOptimizer", error=TypeError,
+    )  # fmt: skip
+    assert_refused(
+        lambda: scaler.step(multi(skip_nonfinite=False)[0], model, gradients),
+        "GradScaler", "skip_nonfinite", "MultiOptimizer",
+    )  # fmt: skip
+    assert of_mlx(model.w).tobytes() == of_mlx(Weights().w).tobytes()
+    assert scaler.state["found_inf"].item() == -1
+
+
 def test_scale_of_a_tree():
     scaler = optim.GradScaler(4.0)
     one, (two, three) = scaler.scale([mx.array(1.5), (mx.array([2.0]), mx.array(3.0, mx.float16))])
@@ -202,7 +349,7 @@ def test_the_state_is_saved_and_goes_on(tmp_path):
                 loaded = tree_unflatten(list(mx.load(path).items()))
                 model.update(loaded[0])
                 optimizer.state, scaler.state = loaded[1:]
-            w = mx.full((7,), math.inf if found_inf else 2.0**16 * 0.25)
+            w = mx.full((7,), math.inf if found_inf else 2.0**15 * 0.25)
             scaler.step(optimizer, model, {"w": w, "b": mx.array(1.0)})
             scaler.update()
         runs.append(dict(tree_flatten([model.parameters(), optimizer.state, scaler.state])))
@@ -230,7 +377,7 @@ def test_nothing_waits_for_the_device():
         return scaler.state["scale"], optimizer.skipped
 
     scale, skipped = mx.compile(body)(mx.ones(7, mx.float16))
-    assert (scale.item(), skipped.item()) == (2.0**17, 0)
+    assert (scale.item(), skipped.item()) == (2.0**16, 0)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +397,11 @@ def test_nothing_waits_for_the_device():
         ({"growth_interval": 0}, ("growth_interval", "0"), ValueError),
         ({"growth_interval": 1.5}, ("growth_interval", "1.5"), ValueError),
         ({"growth_interval": "3"}, ("growth_interval", "str"), TypeError),
+        ({"min_scale": 0.0}, ("min_scale", "0.0"), ValueError),
+        ({"min_scale": 1e-40}, ("min_scale", "1e-40"), ValueError),
+        ({"min_scale": math.nan}, ("min_scale", "nan"), ValueError),
+        ({"min_scale": 4.0, "init_scale": 2.0}, ("min_scale", "4.0", "2.0"), ValueError),
+        ({"min_scale": "1"}, ("min_scale", "str"), TypeError),
     ],
     ids=str,
 )

@@ -198,6 +198,8 @@ BAD = [
     (step_decay, (0.1, 0.9, 0)),
     (step_decay, (0.1, 0.0, 10)),
     (step_decay, (0.1, 0.9, 2.5)),
+    (cosine_decay, (0.1, 0.5)),
+    (linear_schedule, (0.1, 0.0, math.inf)),
     (linear_schedule, (0.1, NAN, 10)),
     (linear_schedule, (0.1, 0.0, -1)),
     (linear_schedule, (0.1, 0.0, "ten")),
@@ -249,7 +251,6 @@ BAD = [
     (join_schedules, ([constant(1)] * 3, [10, 5])),
     (join_schedules, ([constant(1)] * 2, [NAN])),
     (join_schedules, ([constant(1), 0.1], [10])),
-    (warmup, (constant(1), 0)),
     (warmup, (constant(1), -1)),
     (warmup, (constant(1), 10, NAN)),
     (warmup, (0.1, 10)),
@@ -273,6 +274,13 @@ def test_bad_arguments_raise(make, arguments):
     positional = arguments[: len(arguments) - bool(keywords)]
     with pytest.raises((ValueError, TypeError), match=rf"^\[{make.__name__}\] .*: got .*, allowed"):
         make(*positional, **keywords)
+
+
+def test_large_limits_are_said_in_words():
+    with pytest.raises(ValueError, match=r"got 0, allowed 1 to 2\*\*60\.$"):
+        cosine_decay(0.1, 0)
+    with pytest.raises(ValueError, match=r"got -1, allowed 0 to 2\*\*64 - 1\.$"):
+        cosine_decay(0.1, 10)(-1)
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, 2**64, "one", None, mx.array(1.0), mx.array(True)])
@@ -318,6 +326,38 @@ def test_what_is_never_seen_takes_no_segment():
     both = join_schedules([tail, tail], [15])
     assert both.in_kernel  # 2 + 5 of the 10 segments
     assert both(mx.array([0, 14, 15, 24, 25, 60])).tolist() == [0, 1, 0, 0, 1, 4]
+
+
+@pytest.mark.parametrize("power", [1.0, 2.5])
+def test_a_length_that_is_not_whole(power):
+    """As in mlx.optimizers; MLX operations evaluate it, in float32."""
+    steps = np.array([0, 1, 50, 99, 100, 1000, 2**40], np.uint64)
+    progress = np.minimum(steps / 99.9, 1)
+    line = linear_schedule(0.25, 0.75, 99.9)
+    wave = cosine_decay(1.0, 99.9, end=0.5, exponent=power)
+    left = (0.5 * (1 + np.cos(np.pi * progress))) ** power
+    # Six float32 operations on numbers below 1, and the cosine's and the power's own errors.
+    for schedule, want in ((line, 0.25 + 0.5 * progress), (wave, 0.5 + 0.5 * left)):
+        np.testing.assert_allclose(np.array(schedule(mx.array(steps))), want, atol=2**-20)
+        assert not schedule.in_kernel
+        assert repr(schedule).endswith("because its length is not a whole number>")
+        assert pickle.loads(pickle.dumps(schedule)) == schedule
+        assert schedule(10**6).item() == want[-1]  # reached exactly
+    assert cosine_decay(1.0, 99.0) == cosine_decay(1.0, 99)
+    theirs = mlx.optimizers.cosine_decay(0.1, 99.9)
+    optimizer = optim.SGD(cosine_decay(0.1, 99.9))
+    w = {"w": mx.ones(2)}
+    for step in range(3):
+        w = optimizer.apply_gradients({"w": mx.ones(2)}, w)
+        want = theirs(mx.array(step)).item()
+        assert optimizer.learning_rate.item() == pytest.approx(want, rel=2**-20)
+
+
+def test_a_warmup_without_a_step():
+    schedule = cosine_decay(0.5, 10)
+    assert warmup(schedule, 0) is schedule
+    assert warmup(halving, 0, start=0.25)(mx.array([0, 1, 2])).tolist() == [1, 0.5, 0.25]
+    assert pickle.loads(pickle.dumps(warmup(halving, 0))) == warmup(halving, 0)
 
 
 def test_a_python_function_as_a_member():

@@ -312,13 +312,15 @@ DEPARTURES = {
     },
     "A length of zero is an error; peers skip the part, stay at its start for ever, or divide "
     "by zero.": {
-        "constant_warmup-s02": RAISES,
         "constant_warmup-s06": RAISES,
         "exponential_decay-s15": RAISES,
         "linear-s11": RAISES,
         "polynomial-s15": RAISES,
         "warmup_cosine-s08": RAISES,
         "wsd-s07": RAISES,
+    },
+    "A warm-up without a step is none; optax stays at its start for ever.": {
+        "constant_warmup-s02": 0,
     },
     "A negative begin is an error; optax takes it for 0.": {
         "exponential_decay-s19": RAISES,
@@ -351,7 +353,7 @@ DEPARTURES = {
     "A cosine starts at its first step; transformers' warmup_lr_rate variant with at most one "
     "step of warm-up starts one step in.": {
         "warmup_cosine-s14": RAISES,
-        "warmup_cosine-s15": RAISES,
+        "warmup_cosine-s15": 0,
     },
 }
 

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import pytest
+from ids import spelled
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_fused_optim import (
     SGD,
@@ -78,7 +79,7 @@ def expected(rate, momentum, weight_decay, steps, nesterov=False):
         yield w, {"learning_rate": eta, "momentum": mu, "weight_decay": decay}
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, in_python], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, in_python], ids=spelled)
 def test_any_schedule_for_any_hyperparameter(schedule):
     """Bit for bit the composed step with the schedule's values."""
     value = of_int(schedule) if schedule is in_python else schedule
@@ -139,7 +140,7 @@ def test_momentum_may_pass_through_zero():
     assert seen == [1.0, 2.0, 3.5, 5.25, 6.25, 7.25]
 
 
-@pytest.mark.parametrize("momentum", [linear_schedule(0.0, 0.9, 9), in_python], ids=str)
+@pytest.mark.parametrize("momentum", [linear_schedule(0.0, 0.9, 9), in_python], ids=spelled)
 def test_compiled_steps_follow_the_schedule(momentum):
     plain = SGD(cosine_decay(0.1, 9), momentum=momentum, weight_decay=linear_schedule(0, 0.1, 5))
     traced = SGD(cosine_decay(0.1, 9), momentum=momentum, weight_decay=linear_schedule(0, 0.1, 5))
@@ -201,7 +202,7 @@ def test_a_saved_state_goes_on(tmp_path):
 
 
 def test_modules_may_be_called_momentum():
-    """Their momentum is in the arenas; only apart from these is there no place for it."""
+    """Their momentum is in arenas; only unpacked there is no place for it."""
     optimizer = SGD(0.1, momentum=linear_schedule(0.5, 0.9, 4))
     w = {"momentum": {"w": mx.ones(2)}, "rest": mx.ones(2)}
     for _ in range(3):
@@ -210,9 +211,9 @@ def test_modules_may_be_called_momentum():
     message = r"^\[SGD\] a module has the name of an entry of the state: got .*, allowed"
     with pytest.raises(ValueError, match=message):
         optimizer.unpacked_state()
-    with pytest.raises(ValueError, match=message):  # frozen, it would be unpacked
-        optimizer.apply_gradients({"rest": mx.ones(2)}, w)
-    assert optimizer.state["step"].item() == 3
+    optimizer.apply_gradients({"rest": mx.ones(2)}, w)  # frozen, it has arenas of its own
+    w = optimizer.apply_gradients(w, w)
+    assert optimizer.state["step"].item() == 5
 
     unscheduled = SGD(0.1, momentum=0.5)
     w = {"momentum": {"w": mx.ones(2)}, "rest": mx.ones(2)}
@@ -225,7 +226,7 @@ def test_modules_may_be_called_momentum():
     [
         ({"momentum": lambda step: mx.ones(2)}, ValueError, r"momentum must be a scalar"),
         ({"weight_decay": lambda step: "x"}, TypeError, r"weight_decay must be a scalar"),
-        ({"weight_decay": lambda step: -1.0}, ValueError, r"weight_decay is out of range"),
+        ({"weight_decay": lambda step: -1e39}, ValueError, r"weight_decay is out of range"),
         ({"momentum": "0.9"}, TypeError, r"momentum must be a number"),
         ({"dampening": constant(0.5), "momentum": 0.9}, TypeError, r"dampening must be a number"),
         (

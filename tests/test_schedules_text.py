@@ -104,6 +104,11 @@ def test_anything_else_is_refused(text):
     assert len(str(raised.value)) < 500
 
 
+def test_arguments_in_a_dict_are_refused_for_what_they_are():
+    with pytest.raises(ValueError, match=r"^\[parse_schedule\] \*\* is not allowed: write"):
+        parse_schedule("constant(**{'value': 1})")
+
+
 def test_only_text_is_parsed():
     with pytest.raises(TypeError, match=r"^\[parse_schedule\] text must be a string: got float"):
         parse_schedule(0.1)

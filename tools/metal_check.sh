@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Proves the Metal backend as far as Linux can (docs/metal.md):
-#   tools/metal_check.sh [build]
+#   tools/metal_check.sh [build | PYTEST_OPTIONS...]
 # checks the kernels' source, builds the extension on the double of Metal, plainly and
 # under AddressSanitizer, and (without "build") runs the tests that need it. PYTHON has
 # the package and its test requirements installed. Debian packages: clang-19
@@ -28,8 +28,8 @@ build metal_on_cpu_asan -DCMAKE_CXX_COMPILER=clang++-19 \
 [ "${1:-}" = build ] && exit
 
 # What the double alone can tell, and what is held or given away.
-PYTHONPATH=build/metal_on_cpu/package "$python" -m pytest -q \
+PYTHONPATH=build/metal_on_cpu/package "$python" -m pytest -q "$@" \
   tests/test_metal.py tests/test_holding.py tests/test_schedules_step.py tests/test_check.py
 # The conformance tables: Metal's rows, against the CPU's bits.
-METAL_ON_CPU=build "$python" -m pytest -q tests/test_conformance.py \
+METAL_ON_CPU=build "$python" -m pytest -q "$@" tests/test_conformance.py \
   tests/test_full_conformance.py -k metal

@@ -55,13 +55,6 @@ struct Formats {
   uint32_t parameter, velocity; // fused_math::Format
 };
 
-/// The sum of the squares of a chunk, in the order of csrc/math/norm.h, and the largest
-/// magnitude.
-struct Chunk {
-  float sum;
-  uint32_t peak;
-};
-
 /// The kernels for one instruction set.
 struct Kernels {
   /// Updates the elements [begin, end) of a tensor.
@@ -80,9 +73,9 @@ struct Kernels {
       uint32_t flags,
       Formats formats);
 
-  /// The elements [begin, begin + n) of an array, n <= fused_math::kChunk; a gradient
-  /// goes through sgd_gradient with these `flags`.
-  Chunk (*measure)(
+  /// A chunk of csrc/math/norm.h: the elements [begin, begin + n) of an array. A gradient
+  /// is unscaled and clipped by value with these `flags`; its peak is between the two.
+  fused_math::Squares (*measure)(
       const Source& source,
       size_t begin,
       size_t n,
@@ -94,11 +87,12 @@ struct Kernels {
 #define KERNEL_NAME(name, isa) name##_##isa
 #define KERNEL_OF(name, isa) KERNEL_NAME(name, isa)
 #define KERNEL(name) KERNEL_OF(name, ISA)
-#define DECLARE_KERNELS(isa)                                                          \
-  void update_##isa(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t);   \
-  void update_full_##isa(                                                             \
-      const FullTensor&, size_t, size_t, fused_math::SgdHyper, uint32_t, Formats);    \
-  Chunk measure_##isa(const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t); \
+#define DECLARE_KERNELS(isa)                                                        \
+  void update_##isa(const Tensor&, size_t, size_t, fused_math::SgdHyper, uint32_t); \
+  void update_full_##isa(                                                           \
+      const FullTensor&, size_t, size_t, fused_math::SgdHyper, uint32_t, Formats);  \
+  fused_math::Squares measure_##isa(                                                \
+      const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t);               \
   constexpr Kernels kKernels_##isa = {update_##isa, update_full_##isa, measure_##isa};
 DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -16,20 +16,19 @@ namespace {
 
 using fused_math::kChunk;
 using fused_math::kFoldLanes;
-using fused_math::Real;
+using fused_math::Squares;
 
 // Chunks a thread must have to be worth waking.
 constexpr size_t kGrain = 32;
 
-/// value(0), ..., value(count - 1), folded.
-template <typename Value>
-Real fold_all(size_t count, Value value) {
-  Real lanes[kFoldLanes];
+/// values[0], ..., values[count - 1], folded.
+Squares fold_all(const Squares* values, size_t count) {
+  Squares lanes[kFoldLanes];
   const size_t used = std::min<size_t>(count, kFoldLanes);
   for (size_t lane = 0; lane < used; ++lane) {
-    lanes[lane] = {0, 0};
+    lanes[lane] = {};
     for (size_t i = lane; i < count; i += kFoldLanes) {
-      lanes[lane] = fused_math::fold(lanes[lane], value(i));
+      lanes[lane] = fused_math::fold(lanes[lane], values[i]);
     }
   }
   // Lanes from `used` on are zeros, which change nothing.
@@ -38,7 +37,7 @@ Real fold_all(size_t count, Value value) {
       lanes[lane] = fused_math::fold(lanes[lane], lanes[lane + half]);
     }
   }
-  return used > 0 ? lanes[0] : Real{0, 0};
+  return used > 0 ? lanes[0] : Squares{};
 }
 
 struct Task {
@@ -57,7 +56,7 @@ struct Task {
   void run() const {
     auto& control = plan.control;
     const auto hyper = fused_math::sgd_gradient_hyper(control, *step, given);
-    std::vector<cpu::Chunk> chunks(first_chunks.back());
+    std::vector<Squares> chunks(first_chunks.back());
     cpu::parallel_for(chunks.size(), kGrain, [&](size_t begin, size_t end) {
       size_t a = std::upper_bound(first_chunks.begin(), first_chunks.end(), begin) -
           first_chunks.begin() - 1;
@@ -73,26 +72,20 @@ struct Task {
       }
     });
 
-    std::vector<Real> sums(arrays.size());
+    std::vector<Squares> sums(arrays.size());
     for (size_t a = 0; a < arrays.size(); ++a) {
-      const auto* own = chunks.data() + first_chunks[a];
-      sums[a] = fold_all(
-          first_chunks[a + 1] - first_chunks[a], [&](size_t i) { return Real{own[i].sum, 0}; });
+      const size_t first = first_chunks[a];
+      sums[a] = fold_all(chunks.data() + first, first_chunks[a + 1] - first);
     }
-    const auto total = fold_all(plan.gradient_count, [&](size_t a) { return sums[a]; });
-    uint32_t peak = 0;
-    for (size_t c = 0; c < first_chunks[plan.gradient_count]; ++c) {
-      peak = std::max(peak, chunks[c].peak);
-    }
-
-    const float norm = fused_math::sgd_norm(total);
-    const bool apply = fused_math::sgd_applies(control.flags, peak, norm);
+    const auto total = fold_all(sums.data(), plan.gradient_count);
+    const float norm = fused_math::norm_of(total);
+    const bool apply = fused_math::sgd_applies(control.flags, total, norm);
     measured[fused_math::kMeasuredNorm] = norm;
     measured[fused_math::kMeasuredApply] = apply;
     for (size_t t = 0; plan.has_parameters && t < plan.gradient_count; ++t) {
       float* norms = measured + fused_math::kMeasuredTensors + 2 * t;
-      norms[0] = fused_math::sgd_norm(sums[t]);
-      norms[1] = fused_math::sgd_norm(sums[plan.gradient_count + t]);
+      norms[0] = fused_math::norm_of(sums[t]);
+      norms[1] = fused_math::norm_of(sums[plan.gradient_count + t]);
     }
     *skipped_out = *skipped + !apply;
   }

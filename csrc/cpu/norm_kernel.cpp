@@ -10,8 +10,8 @@ using fused_math::kLanes;
 
 static_assert(kLanes % kWidth == 0);
 
-/// What is squared of `n` elements, with zeros behind them, up to whole rows of lanes.
-/// The largest magnitude is of the elements as they were.
+/// What is squared of `n` elements, with zeros behind them, up to whole rows of lanes:
+/// multiplied by the factor of their peak. Returns the peak before clipping by value.
 uint32_t prepare(
     const Source& source,
     size_t begin,
@@ -23,10 +23,14 @@ uint32_t prepare(
   const float* from = read(source, begin, n, buffer);
   uint32_t peak = 0;
   for (size_t i = 0; i < n; ++i) {
-    peak = fused_math::peak_of(peak, from[i]);
+    peak = fused_math::peak_of(peak, fused_math::sgd_unscaled(from[i], hyper, flags));
   }
   for (size_t i = 0; i < n; ++i) {
-    values[i] = fused_math::sgd_gradient(from[i], hyper, flags);
+    values[i] = fused_math::sgd_clipped(fused_math::sgd_unscaled(from[i], hyper, flags), hyper, flags);
+  }
+  const float factor = fused_math::factor_of(fused_math::sgd_clipped_peak(peak, hyper, flags));
+  for (size_t i = 0; factor != 1.0f && i < n; ++i) {
+    values[i] = values[i] * factor;
   }
   for (size_t i = n; i < (n + kLanes - 1) / kLanes * kLanes; ++i) {
     values[i] = 0.0f;
@@ -36,7 +40,7 @@ uint32_t prepare(
 
 } // namespace
 
-Chunk KERNEL(measure)(
+fused_math::Squares KERNEL(measure)(
     const Source& source,
     size_t begin,
     size_t n,
@@ -59,7 +63,10 @@ Chunk KERNEL(measure)(
       lanes[lane] = lanes[lane] + lanes[lane + half];
     }
   }
-  return {lanes[0], peak};
+  return {
+      {lanes[0], 0.0f},
+      fused_math::scale_of(fused_math::sgd_clipped_peak(peak, hyper, flags)),
+      peak};
 }
 
 } // namespace mlx_fused_optim::cpu

@@ -48,7 +48,7 @@ struct Task {
 
 Task::Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
     : control(plan.control),
-      step(in.step->data<uint64_t>()),
+      step(in.step ? in.step->data<uint64_t>() : nullptr),
       given(in.given ? in.given->data<float>() : nullptr),
       measured(in.measured ? in.measured->data<float>() : nullptr),
       step_out(out.step ? out.step->data<uint64_t>() : nullptr),
@@ -83,11 +83,12 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
 }
 
 void Task::run() const {
+  const uint64_t counter = step ? *step : 0;
   const auto hyper = control.flags & ~fused_math::kPlainFlags
-      ? fused_math::sgd_full_hyper(control, *step, given, measured)
-      : fused_math::sgd_hyper(control, *step, given);
+      ? fused_math::sgd_full_hyper(control, counter, given, measured)
+      : fused_math::sgd_hyper(control, counter, given);
   if (step_out) {
-    fused_math::sgd_counters(control, hyper, *step, given, step_out, used_out);
+    fused_math::sgd_counters(control, hyper, counter, given, step_out, used_out);
   }
   for (auto [begin, bytes] : gaps) {
     std::memset(begin, 0, bytes);

@@ -40,7 +40,7 @@ constexpr uint32_t kGenericFlags = ~0u;
 /// What all tensors of a full step share.
 struct FullCommon {
   fused_math::SgdControl control;
-  const uint64_t* step;
+  const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
   const float* measured; // null when nothing was measured
   const float* groups; // rows of kGroupNumbers; null without groups

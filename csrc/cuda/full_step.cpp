@@ -20,7 +20,7 @@ SlotArena slot_arena(const mx::array& in, const mx::array& out) {
 FullCommon common_arguments(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) {
   FullCommon common{};
   common.control = plan.control;
-  common.step = mx::gpu_ptr<uint64_t>(*in.step);
+  common.step = pointer<uint64_t>(in.step);
   common.given = pointer<float>(in.given);
   common.measured = pointer<float>(in.measured);
   common.groups = pointer<float>(in.groups);

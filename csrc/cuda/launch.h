@@ -41,7 +41,7 @@ constexpr uint32_t kGranule = 256;
 /// element i is read and written by one thread, in this order.
 struct Common {
   fused_math::SgdControl control;
-  const uint64_t* step;
+  const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
   uint64_t* step_out; // null but in one launch of a step
   float* used_out;

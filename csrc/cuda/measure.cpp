@@ -14,10 +14,9 @@ namespace mlx_fused_optim::cuda {
 namespace {
 
 /// Sums on their way; the encoder keeps them until the kernels are done.
-template <typename T>
 mx::array temporary(size_t count, mx::Stream stream) {
-  const auto words = static_cast<int>(sizeof(T) / sizeof(uint32_t));
-  mx::array sums({static_cast<int>(std::max<size_t>(count, 1)), words}, mx::uint32, nullptr, {});
+  constexpr int kWords = sizeof(Squares) / sizeof(uint32_t);
+  mx::array sums({static_cast<int>(std::max<size_t>(count, 1)), kWords}, mx::uint32, nullptr, {});
   sums.set_data(allocate(sums.nbytes(), stream));
   return sums;
 }
@@ -69,7 +68,7 @@ void launch_chunks(
   common.control = plan.control;
   common.step = mx::gpu_ptr<uint64_t>(*in.step);
   common.given = pointer<float>(in.given);
-  common.chunks = mx::gpu_ptr<ChunkSum>(chunks);
+  common.chunks = mx::gpu_ptr<Squares>(chunks);
   auto nothing = [] {};
   side_by_side(encoder, batches.launches(), [&] {
     launch_batches(encoder, kernels.dense, kThreads, batches.dense, common, nothing);
@@ -88,8 +87,8 @@ void launch_folds(
   set_inputs(encoder, {&chunks});
   set_outputs(encoder, {&sums, &measured});
   auto folds = std::make_unique<FoldLaunch>();
-  folds->chunks = mx::gpu_ptr<ChunkSum>(chunks);
-  folds->sums = mx::gpu_ptr<ArraySum>(sums);
+  folds->chunks = mx::gpu_ptr<Squares>(chunks);
+  folds->sums = mx::gpu_ptr<Squares>(sums);
   folds->norms =
       plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
@@ -117,7 +116,7 @@ void launch_finish(
   set_inputs(encoder, {&sums, in.skipped});
   set_outputs(encoder, {&measured, &skipped});
   FinishLaunch finish{
-      mx::gpu_ptr<ArraySum>(sums),
+      mx::gpu_ptr<Squares>(sums),
       mx::gpu_ptr<uint64_t>(*in.skipped),
       mx::gpu_ptr<float>(measured),
       mx::gpu_ptr<uint64_t>(skipped),
@@ -146,8 +145,8 @@ void measure(const Measurement& measurement) {
   // All memory before anything is changed.
   auto measured_memory = allocate(measurement.measured.nbytes(), stream);
   auto skipped_memory = allocate(measurement.skipped.nbytes(), stream);
-  auto chunks = temporary<ChunkSum>(batches.chunks(), stream);
-  auto sums = temporary<ArraySum>(batches.arrays(), stream);
+  auto chunks = temporary(batches.chunks(), stream);
+  auto sums = temporary(batches.arrays(), stream);
   measurement.measured.set_data(std::move(measured_memory));
   measurement.skipped.set_data(std::move(skipped_memory));
   encoder.add_temporary(chunks);

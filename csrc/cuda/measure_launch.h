@@ -10,23 +10,13 @@ constexpr uint32_t kWarp = 32;
 constexpr uint32_t kChunksPerBlock = kThreads / kWarp;
 static_assert(fused_math::kLanes == 4 * kWarp);
 
-/// The sum of a chunk's squares, and the largest magnitude as bits.
-struct ChunkSum {
-  float sum;
-  uint32_t peak;
-};
-
-/// Likewise of an array.
-struct ArraySum {
-  fused_math::Real sum;
-  uint32_t peak;
-};
+using fused_math::Squares;
 
 struct MeasureCommon {
   fused_math::SgdControl control;
   const uint64_t* step;
   const float* given; // null when nothing is given
-  ChunkSum* chunks;
+  Squares* chunks;
   uint32_t count; // of arrays
 };
 
@@ -55,8 +45,8 @@ static_assert(sizeof(Launch<Sparse>) <= kArgumentBytes);
 /// A block for each array, which folds its chunks.
 struct FoldLaunch {
   static constexpr uint32_t kCapacity = 8000;
-  const ChunkSum* chunks;
-  ArraySum* sums; // of all arrays
+  const Squares* chunks;
+  Squares* sums; // of all arrays
   float* norms; // pairs, gradient and parameter; null where nobody asks for them
   uint32_t gradient_count; // the arrays behind these are parameters
   uint32_t first_array;
@@ -67,7 +57,7 @@ static_assert(sizeof(FoldLaunch) <= kArgumentBytes);
 
 /// One block, which folds the gradients.
 struct FinishLaunch {
-  const ArraySum* sums;
+  const Squares* sums;
   const uint64_t* skipped;
   float* measured;
   uint64_t* skipped_out;

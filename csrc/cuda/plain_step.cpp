@@ -10,7 +10,7 @@ namespace {
 Common common_arguments(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) {
   Common common{};
   common.control = plan.control;
-  common.step = mx::gpu_ptr<uint64_t>(*in.step);
+  common.step = pointer<uint64_t>(in.step);
   common.given = pointer<float>(in.given);
   common.step_out = pointer<uint64_t>(out.step);
   common.used_out = pointer<float>(out.used);

@@ -35,9 +35,10 @@ using namespace metal;
 namespace fused_math {
 
 #if defined(__METAL_VERSION__)
-MATH_FN float fma_float(float a, float b, float c) { return metal::fma(a, b, c); }
-MATH_FN float rint_float(float x) { return metal::rint(x); }
-MATH_FN float divide_float(float a, float b) { return a / b; }
+// Metal promises of `/` and of sqrt what the caller's options say; of these, what they are.
+MATH_FN float fma_float(float a, float b, float c) { return precise::fma(a, b, c); }
+MATH_FN float rint_float(float x) { return precise::rint(x); }
+MATH_FN float divide_float(float a, float b) { return precise::divide(a, b); }
 MATH_FN float sqrt_float(float x) { return precise::sqrt(x); }
 MATH_FN float bits_to_float(uint32_t bits) { return as_type<float>(bits); }
 MATH_FN uint32_t float_to_bits(float x) { return as_type<uint32_t>(x); }

@@ -107,13 +107,11 @@ enum SgdMeasured : uint32_t {
   kMeasuredTensors = 2,
 };
 
-/// The norm of a sum of squares.
-MATH_FN float sgd_norm(Real sum) { return sqrt_float(folded(sum)); }
-
-/// Whether the step is to be done: `peak` is of all gradients as they were given.
-MATH_FN bool sgd_applies(uint32_t flags, uint32_t peak, float norm) {
+/// Whether the step is to be done: `total` is of all gradients, `norm` its norm. Its peak
+/// is of the unscaled gradients, before clipping by value hides an infinity.
+MATH_FN bool sgd_applies(uint32_t flags, Squares total, float norm) {
   return !(flags & kSkipNonfinite) ||
-      (is_finite_peak(peak) && (!(flags & kClipNorm) || is_finite_peak(peak_of(0, norm))));
+      (is_finite_peak(total.peak) && (!(flags & kClipNorm) || is_finite_peak(peak_of(0, norm))));
 }
 
 /// The numbers of a group of tensors, a row of float32: each scalar of the step times
@@ -180,12 +178,20 @@ MATH_FN void sgd_counters(
       control.flags & kGradScale ? sgd_scalar(control, kGradScaleFactor, step, given) : 1.0f;
 }
 
+/// What gradients of this scale are multiplied by. NaN where it cannot be inverted: 0,
+/// negative, infinite, NaN, or subnormal, which a GPU may take for 0. So the gradients
+/// of such a scale are NaN too, and not finite.
+MATH_FN float sgd_unscale(float scale) {
+  const bool inverts = scale >= power_of_two(-126) && is_finite_peak(float_to_bits(scale));
+  return inverts ? divide_float(1.0f, scale) : bits_to_float(0x7fc00000u);
+}
+
 /// What the measurement of the gradients needs: their scale.
 template <typename Given>
 MATH_FN SgdHyper sgd_gradient_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
   SgdHyper hyper = {};
   hyper.unscale = control.flags & kGradScale
-      ? divide_float(1.0f, sgd_scalar(control, kGradScaleFactor, step, given))
+      ? sgd_unscale(sgd_scalar(control, kGradScaleFactor, step, given))
       : 1.0f;
   hyper.clip_value = control.clip_value;
   return hyper;
@@ -218,7 +224,7 @@ MATH_FN SgdHyper sgd_full_hyper_of(
     SgdScalars scalars,
     Measured measured) {
   SgdHyper hyper = sgd_hyper_of(control, scalars);
-  hyper.unscale = divide_float(1.0f, scalars.of[kGradScaleFactor]);
+  hyper.unscale = sgd_unscale(scalars.of[kGradScaleFactor]);
   hyper.clip_value = control.clip_value;
   hyper.clip_factor = control.flags & kClipNorm
       ? sgd_clip_factor(control.clip_norm, measured[kMeasuredNorm])
@@ -263,9 +269,11 @@ MATH_FN SgdHyper sgd_tensor_hyper(
     const float parameter = norms[1];
     const float decay =
         (flags & kWeightDecay) && !(flags & kDecoupled) ? hyper.weight_decay * parameter : 0.0f;
-    // What has vanished, or was clipped from infinity, has no direction to scale.
-    if (gradient > 0.0f && parameter > 0.0f) {
-      hyper.trust_ratio = divide_float(trust_coefficient * parameter, gradient + decay);
+    // What has vanished, or was clipped from infinity, has no direction to scale; nor has
+    // what is so small that the ratio is beyond float32.
+    const float ratio = divide_float(trust_coefficient * parameter, gradient + decay);
+    if (gradient > 0.0f && parameter > 0.0f && is_finite_peak(peak_of(0, ratio))) {
+      hyper.trust_ratio = ratio;
     }
   }
   return hyper;
@@ -311,18 +319,28 @@ MATH_FN SgdElements<T> sgd_element(SgdElements<T> e, T gradient, SgdHyper hyper,
 
 // ---- The full element --------------------------------------------------------
 
-/// The gradient that is measured: unscaled, then clipped by value.
+/// The gradient whose peak is measured: an infinity in it counts.
 template <typename T>
-MATH_FN T sgd_gradient(T gradient, SgdHyper hyper, uint32_t flags) {
-  if (flags & kGradScale) {
-    gradient = gradient * hyper.unscale;
-  }
+MATH_FN T sgd_unscaled(T gradient, SgdHyper hyper, uint32_t flags) {
+  return flags & kGradScale ? gradient * hyper.unscale : gradient;
+}
+
+/// An unscaled gradient that is squared: clipped by value.
+template <typename T>
+MATH_FN T sgd_clipped(T gradient, SgdHyper hyper, uint32_t flags) {
   if (flags & kClipValue) {
     const T limit = T() + hyper.clip_value;
     gradient = gradient > limit ? limit : gradient; // NaN stays
     gradient = gradient < -limit ? -limit : gradient;
   }
   return gradient;
+}
+
+/// The peak of what is squared, from that of the unscaled gradients.
+MATH_FN uint32_t sgd_clipped_peak(uint32_t peak, SgdHyper hyper, uint32_t flags) {
+  const uint32_t limit = float_to_bits(hyper.clip_value);
+  const bool clips = (flags & kClipValue) && peak > limit && peak <= 0x7f800000u;
+  return clips ? limit : peak; // NaN stays
 }
 
 /// Everything that is kept of an element. What a step does not have is left as it is.
@@ -359,7 +377,7 @@ MATH_FN SgdFullElements<T> sgd_full_element(
   if (flags & kMaximize) {
     gradient = -gradient;
   }
-  gradient = sgd_gradient(gradient, hyper, flags);
+  gradient = sgd_clipped(sgd_unscaled(gradient, hyper, flags), hyper, flags);
   if (flags & kClipNorm) {
     gradient = gradient * hyper.clip_factor;
   }

@@ -30,13 +30,13 @@ std::vector<std::pair<int64_t, int64_t>> merged_dimensions(const mx::array& a) {
 }
 
 /// Threadgroups that cover a tensor: see piece_of_thread in metal/sgd.metal.
-size_t block_count(const SgdTensor& tensor, uint32_t threads) {
+size_t block_count(const SgdTensor& tensor, Threadgroups groups) {
   if (tensor.columns == 0) {
-    return ceil_div(tensor.size, size_t(threads) * kQuad * kPasses);
+    return ceil_div(tensor.size, groups.threads * kQuad * kPasses);
   }
   const size_t rows = tensor.size / tensor.columns;
-  return ceil_div(tensor.columns, kTileColumns) *
-      ceil_div(rows, size_t(threads / kTileLanes) * kPasses);
+  const size_t tile_rows = groups.threads / (groups.tile_columns / kQuad) * kPasses;
+  return ceil_div(tensor.columns, groups.tile_columns) * ceil_div(rows, tile_rows);
 }
 
 } // namespace
@@ -66,7 +66,7 @@ bool Dispatch::add(
     const mx::array& parameter,
     const mx::array& gradient,
     size_t most_sources,
-    uint32_t threads) {
+    Threadgroups groups) {
   const auto known = sources.size();
   tensor.parameter_source = sources.of(parameter);
   tensor.gradient_source = sources.of(gradient);
@@ -75,7 +75,7 @@ bool Dispatch::add(
     return false;
   }
   tensor.first_block = blocks;
-  blocks += block_count(tensor, threads);
+  blocks += block_count(tensor, groups);
   table.tensors[table.count++] = tensor;
   return true;
 }
@@ -87,7 +87,7 @@ std::vector<Dispatch> make_dispatches(
     bool arena_is_aligned,
     bool gaps,
     size_t most_sources,
-    uint32_t threads) {
+    Threadgroups groups) {
   const Arena& arena = *plan.arena;
   std::vector<Dispatch> dispatches;
   for (auto dtype : {mx::float32, mx::float16, mx::bfloat16}) {
@@ -121,9 +121,9 @@ std::vector<Dispatch> make_dispatches(
           gradient.offset() % (kQuad * gradient.itemsize()) == 0) {
         tensor.wide |= kWideGradient;
       }
-      if (!has_room || !dispatches.back().add(tensor, parameter, gradient, most_sources, threads)) {
+      if (!has_room || !dispatches.back().add(tensor, parameter, gradient, most_sources, groups)) {
         dispatches.push_back(Dispatch(dtype));
-        dispatches.back().add(tensor, parameter, gradient, most_sources, threads);
+        dispatches.back().add(tensor, parameter, gradient, most_sources, groups);
         has_room = true;
       }
     }

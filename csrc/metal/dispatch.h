@@ -25,6 +25,12 @@ std::optional<MatrixView> matrix_view(const mx::array& a);
 /// Whether element i is at i: what parameters and slots must be.
 bool is_contiguous(const mx::array& a);
 
+/// The threadgroups of a step: how many threads each has, and how wide its tiles are.
+struct Threadgroups {
+  size_t threads;
+  uint32_t tile_columns;
+};
+
 /// One dispatch: its table, and the buffers that the table refers to.
 struct Dispatch {
   explicit Dispatch(mx::Dtype gradient_dtype) : gradient_dtype(gradient_dtype) {}
@@ -40,7 +46,7 @@ struct Dispatch {
       const mx::array& parameter,
       const mx::array& gradient,
       size_t most_sources,
-      uint32_t threads);
+      Threadgroups groups);
 };
 
 /// The dispatches of a step: tensors whose gradients have one dtype together, as
@@ -54,6 +60,6 @@ std::vector<Dispatch> make_dispatches(
     bool arena_is_aligned,
     bool gaps,
     size_t most_sources,
-    uint32_t threads);
+    Threadgroups groups);
 
 } // namespace mlx_fused_optim::metal

@@ -1,6 +1,7 @@
 #include "metal/library.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "math/sgd.h"
@@ -11,7 +12,9 @@ namespace mlx_fused_optim::metal {
 
 namespace {
 
-constexpr size_t kFirstFullConstant = 3; // before it are sgd_step's: see metal/*.metal
+// Function constants: see metal/*.metal. Those before are sgd_step's.
+constexpr size_t kFirstFullConstant = 3;
+constexpr size_t kTileConstant = 7;
 
 /// Calls build(), and tells a user whose Mac refuses the kernels what to do.
 template <typename Build>
@@ -45,7 +48,8 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
     const std::string& name,
-    uint32_t flags) {
+    uint32_t flags,
+    uint32_t tile_columns) {
   using namespace fused_math;
   const bool values[] = {
       (flags & kMomentum) != 0, (flags & kNesterov) != 0, (flags & kWeightDecay) != 0};
@@ -56,6 +60,8 @@ MTL::ComputePipelineState* step_kernel(
     constants.emplace_back(&values[i], MTL::DataType::DataTypeBool, i);
     specialised += values[i] ? '1' : '0';
   }
+  constants.emplace_back(&tile_columns, MTL::DataType::DataTypeUInt, kTileConstant);
+  specialised += "_" + std::to_string(size_t(tile_columns));
   return explained(
       [&] { return device.get_kernel(name, library(device), specialised, constants); });
 }
@@ -65,8 +71,11 @@ MTL::ComputePipelineState* full_kernel(
     uint32_t flags,
     uint32_t parameter_format,
     uint32_t gradient_format,
-    uint32_t velocity_format) {
-  const uint32_t values[] = {flags, parameter_format, gradient_format, velocity_format};
+    uint32_t velocity_format,
+    uint32_t tile_columns) {
+  const uint32_t values[] = {
+      flags, parameter_format, gradient_format, velocity_format, tile_columns};
+  static_assert(kFirstFullConstant + std::size(values) == kTileConstant + 1);
   mx::metal::MTLFCList constants;
   std::string specialised = "sgd_full";
   for (size_t i = 0; i < std::size(values); ++i) {
@@ -76,6 +85,23 @@ MTL::ComputePipelineState* full_kernel(
   }
   return explained(
       [&] { return device.get_kernel("sgd_full", library(device), specialised, constants); });
+}
+
+uint32_t tile_columns() {
+  const char* value = std::getenv("MLX_FUSED_OPTIM_METAL_TILE");
+  if (!value || !*value) {
+    return fused_metal::kTileColumns;
+  }
+  const std::string given = value;
+  for (size_t columns = fused_metal::kQuad; columns <= fused_metal::kMostTileColumns;
+       columns *= 2) {
+    if (given == std::to_string(columns)) {
+      return columns;
+    }
+  }
+  throw std::invalid_argument(
+      "[fused_sgd_step] MLX_FUSED_OPTIM_METAL_TILE is not the width of a tile: got '" + given +
+      "', allowed 4, 8, 16, 32, 64 or 128.");
 }
 
 size_t threads_for(MTL::ComputePipelineState* kernel) {

@@ -18,7 +18,8 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
     const std::string& name,
-    uint32_t flags);
+    uint32_t flags,
+    uint32_t tile_columns);
 
 /// The kernel of the full step, specialised for its options and for what is in memory
 /// (fused_math::Format).
@@ -27,7 +28,12 @@ MTL::ComputePipelineState* full_kernel(
     uint32_t flags,
     uint32_t parameter_format,
     uint32_t gradient_format,
-    uint32_t velocity_format);
+    uint32_t velocity_format,
+    uint32_t tile_columns);
+
+/// How wide the tiles of transposed gradients are: MLX_FUSED_OPTIM_METAL_TILE, for
+/// benchmarks, or kTileColumns.
+uint32_t tile_columns();
 
 /// How many threads a threadgroup of it has. Throws where a GPU has too few.
 size_t threads_for(MTL::ComputePipelineState* kernel);

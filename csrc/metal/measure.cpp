@@ -80,7 +80,7 @@ std::vector<uint32_t> first_chunks_of(const std::vector<const mx::array*>& array
 
 /// Memory for `count` sums, until they are read.
 mx::array scratch(CommandEncoder& encoder, size_t count) {
-  const int bytes = std::max<size_t>(count, 1) * sizeof(Measure);
+  const int bytes = std::max<size_t>(count, 1) * sizeof(fused_math::Squares);
   mx::array sums({bytes}, mx::uint8, nullptr, std::vector<mx::array>{});
   sums.set_data(mx::allocator::malloc(sums.nbytes()));
   encoder.add_temporary(sums);

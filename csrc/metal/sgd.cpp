@@ -33,17 +33,18 @@ struct StepKernels {
 
   std::map<mx::Dtype::Val, MTL::ComputePipelineState*> step; // by the gradient's dtype
   MTL::ComputePipelineState* finish = nullptr; // if the plan writes the step
-  size_t threads = kMostThreads;
+  metal::Threadgroups groups{kMostThreads, metal::tile_columns()};
 };
 
 MTL::ComputePipelineState* kernel_for(
     mx::metal::Device& device,
     const SgdPlan& plan,
-    mx::Dtype gradient) {
+    mx::Dtype gradient,
+    uint32_t tile_columns) {
   const auto parameter = plan.arena->dtype;
   if (plan.is_plain()) {
     const auto types = metal::name_of(parameter) + "_" + metal::name_of(gradient);
-    return metal::step_kernel(device, "sgd_step_" + types, plan.flags());
+    return metal::step_kernel(device, "sgd_step_" + types, plan.flags(), tile_columns);
   }
   // Where there is no velocity, its format makes no kernel of its own.
   const auto velocity = plan.has(kVelocity) ? plan.velocity_dtype : parameter;
@@ -52,7 +53,8 @@ MTL::ComputePipelineState* kernel_for(
       plan.flags(),
       metal::format_of(parameter),
       metal::format_of(gradient),
-      metal::format_of(velocity));
+      metal::format_of(velocity),
+      tile_columns);
 }
 
 StepKernels::StepKernels(mx::metal::Device& device, const SgdPlan& plan, const SgdInputs& in) {
@@ -60,8 +62,8 @@ StepKernels::StepKernels(mx::metal::Device& device, const SgdPlan& plan, const S
     const auto gradient = in.gradients[i].dtype();
     auto*& kernel = step[gradient.val()];
     if (!kernel) {
-      kernel = kernel_for(device, plan, gradient);
-      threads = std::min(threads, metal::threads_for(kernel));
+      kernel = kernel_for(device, plan, gradient, groups.tile_columns);
+      groups.threads = std::min(groups.threads, metal::threads_for(kernel));
     }
   }
   if (plan.writes_step) {
@@ -99,7 +101,7 @@ std::vector<metal::Dispatch> dispatches_of(
     const SgdInputs& in,
     const SgdOutputs& out,
     const Readable& readable,
-    size_t threads) {
+    metal::Threadgroups groups) {
   if (plan.tensor_count() == 0) {
     return {};
   }
@@ -122,7 +124,7 @@ std::vector<metal::Dispatch> dispatches_of(
       aligned,
       gaps,
       plan.is_plain() ? kSources : kFullSources,
-      threads);
+      groups);
 }
 
 /// An array that a step may be without; where it is, the kernel does not read it.
@@ -136,7 +138,11 @@ void bind_optional(CommandEncoder& encoder, const mx::array* a, int slot) {
 
 void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdInputs& in) {
   encoder.set_bytes(control, kControlBuffer);
-  encoder.set_input_array(*in.step, kStepBuffer);
+  if (in.step) {
+    encoder.set_input_array(*in.step, kStepBuffer);
+  } else {
+    encoder.set_bytes(uint64_t(0), kStepBuffer); // no number depends on it
+  }
   bind_optional(encoder, in.given, kGivenBuffer);
 }
 
@@ -186,7 +192,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
 
   // They write disjoint parts of one arena: side by side, not one after another.
   auto together = encoder.start_concurrent();
-  for (auto& dispatch : dispatches_of(plan_, in, out, readable, kernels.threads)) {
+  for (auto& dispatch : dispatches_of(plan_, in, out, readable, kernels.groups)) {
     encoder.set_compute_pipeline_state(kernels.step.at(dispatch.gradient_dtype.val()));
     bind_numbers(encoder, plan_.control, in);
     encoder.set_bytes(dispatch.table, kTableBuffer);
@@ -196,7 +202,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
       bind_full(encoder, dispatch, in, readable, out);
     }
     encoder.dispatch_threadgroups(
-        MTL::Size(dispatch.blocks, 1, 1), MTL::Size(kernels.threads, 1, 1));
+        MTL::Size(dispatch.blocks, 1, 1), MTL::Size(kernels.groups.threads, 1, 1));
   }
   if (kernels.finish) {
     encoder.set_compute_pipeline_state(kernels.finish);
@@ -204,7 +210,8 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
     bind_optional(encoder, in.measured, kMeasuredBuffer);
     encoder.set_output_array(*out.step, kStepOutBuffer);
     encoder.set_output_array(*out.used, kUsedOutBuffer);
-    encoder.dispatch_threads(MTL::Size(1, 1, 1), MTL::Size(1, 1, 1));
+    const MTL::Size size(fused_math::kScalars, 1, 1); // a thread each scalar
+    encoder.dispatch_threads(size, size);
   }
 }
 

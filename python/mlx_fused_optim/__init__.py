@@ -12,8 +12,24 @@ from ._requirements import check_extension, check_mlx
 check_mlx()
 check_extension()
 
+from . import optimizers, schedulers
+from ._describe import describe
 from .functional import fused_sgd_ema, fused_sgd_init, fused_sgd_step
-from .optimizers import SGD
+from .optimizers import (
+    SGD,
+    AdaDelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    MultiOptimizer,
+    Muon,
+    Optimizer,
+    RMSprop,
+    clip_grad_norm,
+)
 from .scaler import GradScaler
 from .schedules import (
     Schedule,
@@ -37,7 +53,7 @@ from .schedules import (
 
 
 def __getattr__(name: str) -> object:
-    """What else ``mlx.optimizers`` has (Adam, MultiOptimizer, clip_grad_norm, ...), as it is."""
+    """What ``mlx.optimizers`` has besides what it defines, such as ``tree_map``."""
     import mlx.optimizers
 
     if not name.startswith("_") and hasattr(mlx.optimizers, name):
@@ -48,11 +64,24 @@ def __getattr__(name: str) -> object:
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
+    "AdaDelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
     "GradScaler",
+    "Lion",
+    "MultiOptimizer",
+    "Muon",
+    "Optimizer",
+    "RMSprop",
     "Schedule",
+    "clip_grad_norm",
     "constant",
     "cosine_decay",
     "cosine_restarts",
+    "describe",
     "exponential_decay",
     "fused_sgd_ema",
     "fused_sgd_init",
@@ -62,9 +91,11 @@ __all__ = [
     "linear_schedule",
     "multi_step",
     "one_cycle",
+    "optimizers",
     "parse_schedule",
     "polynomial_decay",
     "scaled",
+    "schedulers",
     "step_decay",
     "triangular",
     "warmup",

@@ -18,6 +18,12 @@ Hyperparameter = float | Scheduled
 SMALLEST_FLOAT32 = 2.0**-149
 
 
+def least_of(name: str) -> float:
+    """The least value of a number of the step. A learning rate below 0 climbs, a weight decay
+    below 0 grows, as in mlx.optimizers."""
+    return 0.0 if name.startswith(("momentum", "grad_scale")) else -LARGEST_FLOAT32
+
+
 def as_float(value: Any) -> float | None:
     """A number as a float; None for what is not one, text and truth values included."""
     if isinstance(value, (bool, str, bytes)):
@@ -44,13 +50,15 @@ def checked_factor(
     name: str,
     value: Any,
     allowed: str = "a float, a schedule or a callable",
+    at_least: float = 0.0,
     at_most: float = LARGEST_FLOAT32,
 ) -> float:
-    """A float from 0 on."""
+    """A float from 0 on, or from a smaller number."""
     number = checked_number(op, name, value, allowed)
-    if not 0 <= number <= at_most:
+    if not at_least <= number <= at_most:
         raise ValueError(
-            f"[{op}] {name} is out of range: got {number}, allowed 0 to {at_most:g}, finite."
+            f"[{op}] {name} is out of range: got {number}, allowed {at_least:g} to {at_most:g}, "
+            "finite."
         )
     return number
 
@@ -81,26 +89,20 @@ def checked_flag(op: str, name: str, value: Any) -> bool:
 def checked_scalar(op: str, name: str, value: Any) -> mx.array:
     """A hyperparameter that is not a schedule, as a scalar array."""
     if not isinstance(value, mx.array):
-        number = as_float(value)
-        if number is None:
+        if as_float(value) is None:
             raise TypeError(
                 f"[{op}] {name} must be a scalar: got {type(value).__name__}, allowed a "
                 "float, a scalar array, a schedule or a callable."
             )
-        if not 0 <= number <= LARGEST_FLOAT32:
-            raise ValueError(
-                f"[{op}] {name} is out of range: got {number}, allowed 0 to "
-                f"{LARGEST_FLOAT32:g}, finite."
-            )
-        return mx.array(number)
-    if value.ndim != 0:
+        return mx.array(checked_factor(op, name, value, at_least=least_of(name)))
+    if value.size != 1:
         raise ValueError(
             f"[{op}] {name} must be a scalar: got an array of shape {value.shape}, "
-            "allowed shape ()."
+            "allowed one element."
         )
     if not mx.issubdtype(value.dtype, mx.floating) and not mx.issubdtype(value.dtype, mx.integer):
         raise ValueError(
             f"[{op}] {name} must be a real number: got {value.dtype}, "
             "allowed a floating or integer dtype."
         )
-    return value
+    return value if value.ndim == 0 else value.reshape(())

@@ -5,6 +5,9 @@ from typing import Any, overload
 
 import mlx.core as mx
 
+# To a tensor: keys of dicts, (number,) where that is an integer; a number for a place in a list.
+Path = tuple[str | int | tuple[int], ...]
+
 MAX_SEGMENTS: int
 MAX_CYCLE_FACTOR: int
 # Of a step: name -> bit, see SgdFlags in csrc/math/sgd.h; and the length of a group's row.
@@ -64,6 +67,11 @@ class Tree:
     def parameters(self) -> list[mx.array]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def has_placeholders(self) -> bool: ...
+
+def is_tracing() -> bool: ...
+def has_placeholders(arrays: Sequence[mx.array]) -> bool: ...
 
 class Layout:
     """Where each tensor lives: see csrc/layout.h."""
@@ -71,11 +79,11 @@ class Layout:
     @overload
     def __init__(self, arg: Tree, /) -> None: ...
     @overload
-    def __init__(self, arg: list[tuple[str, tuple[int, ...], mx.Dtype]], /) -> None: ...
+    def __init__(self, arg: list[tuple[Path, tuple[int, ...], mx.Dtype]], /) -> None: ...
     @property
     def fingerprint(self) -> str: ...
     @property
-    def tensors(self) -> list[tuple[str, tuple[int, ...], mx.Dtype]]: ...
+    def tensors(self) -> list[tuple[Path, tuple[int, ...], mx.Dtype]]: ...
     @property
     def arenas(self) -> list[tuple[mx.Dtype, tuple[int, ...], list[int], list[int]]]: ...
 
@@ -85,6 +93,10 @@ def arena_view(
     offset: int,
     *,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> mx.array: ...
+def arena_views(arena: mx.array, layout: Layout, number: int) -> list[mx.array]: ...
+def pack_slot(
+    tensors: Sequence[mx.array | None], layout: Layout, number: int, dtype: mx.Dtype | None
 ) -> mx.array: ...
 
 class Groups:
@@ -114,7 +126,14 @@ def sgd_step(
     group_numbers: mx.array | None,
     skipped: mx.array | None,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
-) -> tuple[Any, list[list[mx.array]], mx.array, mx.array, mx.array | None, mx.array | None]: ...
+) -> tuple[
+    Any,
+    list[list[mx.array]],
+    mx.array,
+    mx.array | None,
+    mx.array | None,
+    mx.array | None,
+]: ...
 
 class PreparedStep:
     """A step that is taken again: see csrc/prepared.h."""
@@ -123,6 +142,7 @@ class PreparedStep:
         self,
         layout: object,
         key: str,
+        entries: int,
         *,
         learning_rate: mx.array | Schedule | float,
         momentum: float,

@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from . import _ext
-from ._checks import checked_factor, checked_positive, checked_scalar
+from ._checks import checked_factor, checked_positive, checked_scalar, least_of
+from ._paths import leaves, name_of
+from ._recent import Recent
 from .schedules import Schedule
+from .schedules._of_mlx import as_ours
 
 if TYPE_CHECKING:
     from ._layout import Layout
@@ -42,17 +44,17 @@ class Groups:
         self.members = members
         # What is found once: the row of each tensor, by layout; what the kernel is given, by
         # layout and flags; the numbers, where no group has a scheduled one.
-        self.rows: dict[str, list[int]] = {}
-        self.made: dict[tuple[str, int], _ext.Groups] = {}
+        self.rows: Recent[list[int]] = Recent(16)
+        self.made: Recent[_ext.Groups] = Recent(16)
         self.numbers: dict[float | None, mx.array] = {}
 
     def given(self) -> GroupList:
         """As somebody wrote them."""
         return [(predicate, dict(overrides)) for predicate, overrides in self.members]
 
-    def __reduce__(self) -> tuple[type[Groups], tuple[tuple[Member, ...]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without what is found again."""
-        return Groups, (self.members,)
+        return _groups_of, (self.members,)
 
     @cached_property
     def added_flags(self) -> int:
@@ -74,6 +76,10 @@ def _is_term(value: Any) -> bool:
 NO_GROUPS = Groups()
 
 
+def _groups_of(members: tuple[Member, ...]) -> Groups:
+    return Groups(members) if members else NO_GROUPS
+
+
 def checked_groups(op: str, groups: Any) -> Groups:
     """``[(predicate, overrides), ...]`` checked."""
     if isinstance(groups, Groups):
@@ -84,21 +90,17 @@ def checked_groups(op: str, groups: Any) -> Groups:
             "(predicate, overrides)."
         )
     members = tuple(_checked_member(op, number, group) for number, group in enumerate(groups))
-    return Groups(members) if members else NO_GROUPS
+    return _groups_of(members)
 
 
 # The functions are given their groups at each step; what was found for them stays here.
-_known: dict[tuple[Any, ...], Groups] = {}
-_MOST_KNOWN = 16
+_known: Recent[Groups] = Recent(16)
 
 
 def known_groups(groups: Groups) -> Groups:
     """Equal groups that were here before, or these."""
     key = tuple(_identity(member) for member in groups.members)
-    groups = _known[key] = _known.pop(key, groups)
-    if len(_known) > _MOST_KNOWN:
-        del _known[next(iter(_known))]
-    return groups
+    return _known.find(key) or _known.keep(key, groups)
 
 
 def _identity(member: Member) -> tuple[Any, ...]:
@@ -148,26 +150,27 @@ def _checked_override(op: str, number: int, key: str, value: Any) -> Any:
     if key == "trust_coefficient":
         return None if value is None else checked_positive(op, name, value)
     if key == "learning_rate_factor":
-        return checked_factor(op, name, value, "a float")
+        return checked_factor(op, name, value, "a float", least_of(key))
     if callable(value):
-        return value
+        return as_ours(value)
     if isinstance(value, mx.array):
         return checked_scalar(op, name, value)
-    return checked_factor(op, name, value, "a float, a scalar array, a schedule or a callable")
+    allowed = "a float, a scalar array, a schedule or a callable"
+    return checked_factor(op, name, value, allowed, least_of(key))
 
 
 def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str) -> list[int]:
     """The row of each tensor of the layout, found once for it. ``whole`` is the tree that has
     these tensors and maybe more; of the first one each group must have a tensor, because a
     predicate that takes none is most likely misspelt."""
-    rows = groups.rows.get(layout.key)
+    rows = groups.rows.find(layout.key)
     if rows is not None:
         return rows
-    paths = [path for path, _, _ in layout.tensors]
+    paths = [name_of(path) for path, _, _ in layout.tensors]
     rows = [_row(groups, path, p) for path, p in zip(paths, tree.parameters, strict=True)]
     if not groups.rows:
-        leaves: Any = tree_flatten(whole)
-        others = (_row(groups, path, a) for path, a in leaves if isinstance(a, mx.array))
+        arrays = ((path, a) for path, a in leaves(whole) if isinstance(a, mx.array))
+        others = (_row(groups, name_of(path), a) for path, a in arrays)
         taken = {*rows, *others}
         for number in range(len(groups.members)):
             if number + 1 not in taken:
@@ -176,8 +179,7 @@ def rows_of(groups: Groups, layout: Layout, tree: _ext.Tree, whole: Any, op: str
                     f"those that no group before it takes, such as "
                     f"'{paths[0] if paths else ''}', allowed one that takes a tensor."
                 )
-    groups.rows[layout.key] = rows
-    return rows
+    return groups.rows.keep(layout.key, rows)
 
 
 def _row(groups: Groups, path: str, array: mx.array) -> int:
@@ -190,10 +192,8 @@ def _row(groups: Groups, path: str, array: mx.array) -> int:
 def for_kernel(groups: Groups, key: str, rows: list[int], flags: int) -> _ext.Groups:
     """The rows, and which terms the tensors of each row have. ``flags`` are those of the step
     without groups."""
-    made = groups.made.get((key, flags))
-    if made is None:
-        made = groups.made[key, flags] = _ext.Groups(rows, _flags_of(groups, flags))
-    return made
+    made = groups.made.find((key, flags))
+    return made or groups.made.keep((key, flags), _ext.Groups(rows, _flags_of(groups, flags)))
 
 
 def _flags_of(groups: Groups, flags: int) -> list[int]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
 from . import _ext
 from ._options import DTYPES, dtype_name
-
-# In the order of the kernel (SgdSlot in csrc/sgd.h).
-SLOTS = ("momentum", "master", "compensation", "ema")
-# Of float32 parameters nothing is lost that these could keep.
-_OF_HALF_TYPES = ("master", "compensation")
+from ._paths import Path, name_of
+from ._recent import Recent
 
 
 class Layout:
@@ -21,26 +19,43 @@ class Layout:
     def __init__(self, key: str, made: _ext.Layout):
         self.key = key
         self.made = made
-        self.tensors = made.tensors
-        self.arenas = made.arenas
-        self._halves = [i for i, (dtype, *_) in enumerate(self.arenas) if dtype != mx.float32]
-        self._all = list(range(len(self.arenas)))
 
-    def arenas_of(self, slot: str) -> list[int]:
-        """The numbers of the arenas that have a slot."""
-        return self._halves if slot in _OF_HALF_TYPES else self._all
+    @cached_property
+    def tensors(self) -> list[tuple[Path, tuple[int, ...], mx.Dtype]]:
+        return self.made.tensors
+
+    @cached_property
+    def shapes(self) -> dict[Path, tuple[int, ...]]:
+        return {path: shape for path, shape, _ in self.tensors}
+
+    @cached_property
+    def arenas(self) -> list[tuple[mx.Dtype, tuple[int, ...], list[int], list[int]]]:
+        return self.made.arenas
+
+    @cached_property
+    def halves(self) -> list[int]:
+        """The numbers of the arenas of half types."""
+        return [i for i, (dtype, *_) in enumerate(self.arenas) if dtype != mx.float32]
+
+    def __str__(self) -> str:
+        names = [f"'{name_of(path)}'" for path, _, _ in self.tensors]
+        return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
 
 
-_layouts: dict[str, Layout] = {}
+# Enough for a few optimizers and what is frozen in turn; each is hundreds of bytes a tensor.
+_layouts: Recent[Layout] = Recent(64)
 
 
 def layout_of(tree: _ext.Tree) -> Layout:
-    # The prefix keeps tree_unflatten from taking a number for a list index.
     key = f"layout_{tree.fingerprint}"
-    layout = _layouts.get(key)
-    if layout is None:
-        layout = _layouts[key] = Layout(key, _ext.Layout(tree))
-    return layout
+    return _layouts.find(key) or _layouts.keep(key, Layout(key, _ext.Layout(tree)))
+
+
+def layout_of_rows(rows: list[tuple[Path, tuple[int, ...], mx.Dtype]]) -> Layout:
+    made = _ext.Layout(rows)
+    # The prefix keeps tree_unflatten from taking a number for a list index.
+    key = f"layout_{made.fingerprint}"
+    return _layouts.find(key) or _layouts.keep(key, Layout(key, made))
 
 
 def described(value: Any) -> str:
@@ -52,16 +67,14 @@ def described(value: Any) -> str:
 def encoded(layout: Layout) -> mx.array:
     import json
 
-    rows = [[path, list(shape), dtype_name(dtype)] for path, shape, dtype in layout.tensors]
-    return mx.array(list(json.dumps(rows).encode()), mx.uint8)
+    rows = [[path, shape, dtype_name(dtype)] for path, shape, dtype in layout.tensors]
+    data: Any = memoryview(json.dumps(rows).encode())
+    return mx.array(data)  # uint8
 
 
 def layout_of_table(key: str, table: Any, op: str) -> Layout:
     """The layout of a saved entry: one that this process knows, or what its table says."""
-    layout = _layouts.get(key)
-    if layout is None:
-        layout = _layouts[key] = _decoded(key, table, op)
-    return layout
+    return _layouts.find(key) or _decoded(key, table, op)
 
 
 def _decoded(key: str, table: Any, op: str) -> Layout:
@@ -69,16 +82,16 @@ def _decoded(key: str, table: Any, op: str) -> Layout:
 
     try:
         rows = json.loads(bytes(table.tolist()))
-        made = _ext.Layout([(path, tuple(shape), DTYPES[name]) for path, shape, name in rows])
+        layout = layout_of_rows([(path, tuple(shape), DTYPES[name]) for path, shape, name in rows])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"[{op}] state['arenas']['{key}']['table'] cannot be read: got "
+            f"[{op}] the table of tensors in state['arenas'] cannot be read: got "
             f"{described(table)} ({error}), allowed the table that was saved with the state. "
             "Inside mx.compile it has no value yet: call optimizer.init(parameters) first."
         ) from error
-    if f"layout_{made.fingerprint}" != key:
+    if layout.key != key:
         raise ValueError(
-            f"[{op}] state['arenas']['{key}'] does not match its table: got the tensors of "
-            f"'layout_{made.fingerprint}', allowed those of the key."
+            f"[{op}] arenas in the state do not match their table: got the table of {layout} "
+            f"('{layout.key}') in '{key}', allowed a state as it was saved."
         )
-    return Layout(key, made)
+    return layout

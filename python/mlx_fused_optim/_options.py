@@ -19,14 +19,16 @@ from ._checks import (
 )
 from ._groups import NO_GROUPS, Groups, checked_groups
 from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
+from .schedules._of_mlx import as_ours
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Below it the reciprocal is beyond float32.
 SMALLEST_SCALE = 2.0**-126
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)
+    return _NAMES[dtype]
 
 
 class _Fields(NamedTuple):
@@ -160,7 +162,7 @@ def checked_options(op: str, **options: Any) -> Options:
 def checked_scale(op: str, value: Any) -> LearningRate:
     """What gradients were multiplied with: a float, a scalar array or a callable."""
     if callable(value):
-        return value  # type: ignore[no-any-return]
+        return as_ours(value)
     if isinstance(value, mx.array):
         return checked_scalar(op, "grad_scale", value)
     checked_number(op, "grad_scale", value, "a float, a scalar array, a schedule or a callable")

@@ -3,171 +3,204 @@
 A state is a plain tree of arrays::
 
     {"step": uint64, "learning_rate": float32,
-     "arenas": {"layout_<fingerprint>": {"table": uint8, "momentum": [flat, ...]}},
+     "arenas": {"layout_<fingerprint>": {"table": uint8, "momentum": [flat, ...]}, ...},
      ...}
 
-The fingerprint names the tensors of the arenas (paths, shapes, dtypes, in order); the
-table lists them as JSON, so that a saved state explains itself. Beside ``momentum`` are
-the other **slots** that the options ask for: ``master`` (the parameters in float32),
-``compensation`` (what their rounding has lost), ``ema`` (their moving average), each with
-an array for each arena that has a use for it.
+The fingerprint names the tensors of an entry (paths, shapes, dtypes, in order); its table
+lists them as JSON, so that a saved state explains itself. Beside ``momentum`` are the other
+**slots** that the options ask for, each with an array for each arena that has a use for it.
+An entry has every slot of every tensor it names; tensors that were trained once and are not
+in this step have entries of their own.
 
-A scheduled hyperparameter is an array beside the step, ``state["momentum"]`` or
-``state["weight_decay"]``, and so are ``state["grad_norm"]`` and ``state["skipped"]`` where
-gradients are measured (no module can have their place: that of a module is a dict).
-Everything else in the state is a tensor's momentum where ``mlx.optimizers.SGD`` keeps it,
-``state[...path...]["v"]``, with the other slots under their own names beside it: of tensors
-that no current layout holds (frozen ones), or a whole state of MLX's. The first step that
-needs such a tensor moves it into arenas.
+Other arrays at the top are no tensor's: what is scheduled, counted or was put beside them.
+Dicts and lists there are **loose**: what somebody has put in as ``mlx.optimizers`` keeps it,
+``state[...path...]["v"]``. The next step takes them into arenas, and they win.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 from . import _ext
-from ._layout import SLOTS, Layout, described, encoded, layout_of_table
+from ._layout import Layout, described, encoded, layout_of_rows, layout_of_table
 from ._options import DTYPES
+from ._paths import Path, built, leaves, name_of
 
 State = dict[str, Any]
-
-# The names at a tensor's path.
-LOOSE = dict(zip(("v", *SLOTS[1:]), SLOTS, strict=True))
-# What a step that does not keep it forgets.
-_FORGOTTEN = frozenset(SLOTS[1:])
-# What a state keeps of one tensor, by slot.
+# What a state keeps of one tensor, by the name of the slot.
 Kept = dict[str, mx.array]
+
+
+class Slot(NamedTuple):
+    """Something that is kept of each element of a parameter."""
+
+    name: str
+    key: str  # at a tensor's path, where mlx.optimizers has it
+    dtype: mx.Dtype | None = None  # by default the parameter's
+    has_own_dtype: bool = False  # the option momentum_dtype
+    of_halves: bool = False  # only half types lose what it could keep
+    begins_at_weights: bool = False  # instead of zeros
+    lasts: bool = False  # through steps that do not keep it; the others would no longer be true
+
+    def arenas_of(self, layout: Layout) -> Iterable[int]:
+        """The numbers of the arenas that have it."""
+        return layout.halves if self.of_halves else range(len(layout.arenas))
+
+
+class Rule(dict[str, Slot]):
+    """What an optimizer may keep, by name, in the order of its kernel."""
+
+    def __init__(self, *slots: Slot):
+        super().__init__((slot.name, slot) for slot in slots)
+        self.names = {slot.key: slot.name for slot in slots}
+
+
+# As SgdSlot in csrc/sgd.h.
+SGD = Rule(
+    Slot("momentum", "v", has_own_dtype=True, lasts=True),
+    Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
+    Slot("compensation", "compensation", of_halves=True),
+    Slot("ema", "ema", mx.float32, begins_at_weights=True),
+)
 
 
 class Wanted(NamedTuple):
     """The slots that a step keeps."""
 
+    rule: Rule
     slots: tuple[str, ...]
-    momentum_dtype: mx.Dtype | None = None  # by default the parameter's
+    own_dtype: mx.Dtype | None = None  # of the slots that may have one
 
-    def dtype(self, slot: str, parameter: mx.Dtype) -> mx.Dtype:
-        if slot == "momentum":
-            return self.momentum_dtype or parameter
-        return parameter if slot == "compensation" else mx.float32
+    def dtype(self, slot: Slot, parameter: mx.Dtype) -> mx.Dtype:
+        return (self.own_dtype if slot.has_own_dtype else slot.dtype) or parameter
 
 
 def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[list[mx.array]] | None:
-    """The arenas of exactly these tensors for each of SLOTS, if the state has all that are
-    wanted and momentum in the wanted dtype; [] for a slot that is not wanted.
+    """The arenas of exactly these tensors for each slot of the rule, if the state has all that
+    are wanted in their dtypes; [] for a slot that is not wanted.
 
     Their number, shapes and other dtypes are checked by the step itself.
     """
     entry = state.get("arenas", {}).get(layout.key)
-    found: list[list[mx.array]] = [[], [], [], []]
-    complete = True
-    for slot in wanted.slots:
-        numbers = layout.arenas_of(slot)
-        if not numbers:
-            continue
-        arenas = None if entry is None else _slot_arenas(layout.key, entry, slot, op)
+    kept = {} if entry is None else _slots_of(entry, layout, wanted.rule, op)
+    found: list[list[mx.array]] = []
+    for name, slot in wanted.rule.items():
+        numbers = slot.arenas_of(layout) if name in wanted.slots else ()
+        arenas = kept.get(name) if numbers else []
         if arenas is None:
-            complete = False
-            continue
-        if slot == "momentum":
+            return None
+        if slot.has_own_dtype:
             for number, arena in zip(numbers, arenas, strict=False):
-                # One that no momentum can have is refused by the step.
-                dtype = wanted.momentum_dtype or layout.arenas[number][0]
-                complete = complete and (arena.dtype == dtype or arena.dtype not in _DTYPES)
-        found[SLOTS.index(slot)] = arenas
-    return found if complete else None
+                # One that no slot can have is refused by the step.
+                if arena.dtype != wanted.dtype(slot, layout.arenas[number][0]):
+                    if arena.dtype in _DTYPES:
+                        return None
+        found.append(arenas)
+    return found
 
 
-def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout) -> State:
-    """The state after a step. What a step does not keep it forgets, because it would no
-    longer be true, but for momentum, which mlx.optimizers.SGD keeps too."""
+def is_settled(state: State, layout: Layout, wanted: Wanted, op: str) -> bool:
+    """Whether a step may leave alone what else the state has: nothing is loose, and a step that
+    keeps nothing leaves nothing of its tensors that would no longer be true."""
+    if any(_is_loose(key, value, wanted.rule) for key, value in state.items()):
+        return False
+    fleeting = {name for name, slot in wanted.rule.items() if not slot.lasts}
+    return bool(wanted.slots) or all(
+        key == layout.key
+        or not isinstance(entry, dict)
+        or fleeting.isdisjoint(entry)
+        or layout.shapes.keys().isdisjoint(_layout(key, entry, wanted.rule, op).shapes)
+        for key, entry in state.get("arenas", {}).items()
+    )
+
+
+def with_arenas(state: State, arenas: list[list[mx.array]], layout: Layout, rule: Rule) -> State:
+    """The state after a step. What a step does not keep it forgets, but for what lasts."""
     entries = state.get("arenas", {})
     old = entries.get(layout.key)
-    if not isinstance(old, dict):
+    if old is None:
         return state
-    entry = {name: old[name] for name in ("table", "momentum") if name in old}
-    for slot, arrays in zip(SLOTS, arenas, strict=True):
-        if arrays:
-            entry[slot] = arrays
-    if entry.keys().isdisjoint(SLOTS):
-        return {**state, "arenas": {k: v for k, v in entries.items() if k != layout.key}}
-    return {**state, "arenas": {**entries, layout.key: entry}}
+    entry = {name: old[name] for name, slot in rule.items() if slot.lasts and name in old}
+    entry.update((name, new) for name, new in zip(rule, arenas, strict=True) if new)
+    if entry:
+        entry = {"table": old["table"], **entry} if "table" in old else entry
+        return {**state, "arenas": {**entries, layout.key: entry}}
+    entries = {key: other for key, other in entries.items() if key != layout.key}
+    return _with_entries({k: v for k, v in state.items() if k != "arenas"}, entries)
 
 
-def packed(state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, op: str) -> State:
-    """A state that has the wanted arenas for the tensors of ``tree``.
+def packed(
+    state: State, tree: _ext.Tree, layout: Layout, wanted: Wanted, parameters: Any, op: str
+) -> State:
+    """A state that has the wanted arenas for the tensors of ``tree``, and nothing loose.
 
-    What a tensor has is taken by its path from wherever the state has it. What it lacks
-    begins: momentum and compensation as zeros, the master as the parameter, the moving
-    average as the master or the parameter. Arenas that share no tensor with the new ones
-    stay as they are.
+    What a tensor has is taken by its path from wherever the state has it, first from what is
+    loose, then from the latest entry. What it lacks begins. Entries that share no tensor with
+    this step or with what is loose stay as they are. ``parameters`` may have more tensors.
     """
-    arenas = arenas_of(state, layout, wanted, op)
-    if arenas is not None and (any(arenas) or not _is_outdated(state, layout, op)):
-        return state
-    shapes = {path: shape for path, shape, _ in layout.tensors}
-    if len(shapes) != len(layout.tensors):
-        paths = [path for path, _, _ in layout.tensors]
-        twice = next(path for path in paths if paths.count(path) > 1)
+    if len(layout.shapes) != len(layout.tensors):
+        rows = [path for path, _, _ in layout.tensors]
+        twice = next(path for path in rows if rows.count(path) > 1)
         raise ValueError(
-            f"[{op}] two tensors have the same path: got '{twice}' twice, allowed once."
+            f"[{op}] two tensors have the same path: got '{name_of(twice)}' twice, allowed once."
         )
-
-    entries, found = {}, _loose(state, op)
-    for key, entry in state.get("arenas", {}).items():
-        tensors = _of_entry(key, entry, op)
-        if shapes.keys().isdisjoint(tensors):
-            entries[key] = entry
-        else:
-            for path, kept in tensors.items():
-                found.setdefault(path, {}).update(kept)
-
-    mine = [found.pop(path, {}) for path in shapes]
-    for kept, (path, shape) in zip(mine, shapes.items(), strict=True):
-        _check_shapes(kept, path, shape, op)
-    entry = {"table": encoded(layout)}
-    for slot in wanted.slots:
-        if layout.arenas_of(slot):
-            entry[slot] = _fill_arenas(layout, slot, wanted, mine, tree.parameters)
-    if not entry.keys().isdisjoint(SLOTS):
-        entries[layout.key] = entry
-
-    # What these tensors had and the step does not keep is forgotten, but for momentum.
-    if "momentum" not in wanted.slots:
-        for path, kept in zip(shapes, mine, strict=True):
-            if "momentum" in kept:
-                found[path] = {"momentum": kept["momentum"]}
-    # Copies: a view would keep the old arena, of which it may be a small part.
-    left = {
-        path: {slot: value * mx.array(1, value.dtype) for slot, value in kept.items()}
-        for path, kept in found.items()
+    rule = wanted.rule
+    loose = _loose(state, parameters, rule, op)
+    paths = layout.shapes.keys() | loose.keys()
+    touched = {
+        key: own
+        for key, own in _layouts(state, rule, op).items()
+        if not paths.isdisjoint(own.shapes)
     }
-    return _with_loose({**_scalars(state), "arenas": entries}, left, op)
+    is_alone = touched.keys() == {layout.key} and not loose
+    if is_alone and arenas_of(state, layout, wanted, op) is not None:
+        return state
+    found, dtypes = _found(state, touched, loose, rule)
+
+    mine = [found.pop(path, {}) for path in layout.shapes]
+    for kept, (path, shape) in zip(mine, layout.shapes.items(), strict=True):
+        _check_shapes(kept, path, shape, op)
+    lasting = {name for kept in mine for name in kept if rule[name].lasts}
+    slots = [slot for name, slot in rule.items() if name in lasting or name in wanted.slots]
+    entries = {key: e for key, e in state.get("arenas", {}).items() if key not in touched}
+    entries.update(_left(found, dtypes, rule, op))
+    entry = _entry(layout, slots, wanted, mine, tree.parameters)
+    if entry:
+        entries[layout.key] = entry
+    return _with_entries(scalars(state, rule), entries)
 
 
-def unpacked(state: State, op: str) -> State:
-    """The state in the layout of ``mlx.optimizers.SGD``: no arenas, only views of them."""
-    return _with_loose(_scalars(state), _everything(state, op), op)
+def views(state: State, rule: Rule, op: str) -> State:
+    """What the state keeps of tensors, as mlx.optimizers nests it."""
+    return _as_tree(everything(state, rule, op), rule, op)
 
 
-def averages(state: State, dtype: mx.Dtype | None, op: str) -> Any:
+def unpacked(state: State, rule: Rule, op: str) -> State:
+    """The state in the layout of ``mlx.optimizers``: no arenas, only views of them."""
+    own = scalars(state, rule)
+    tree = views(state, rule, op)
+    for key in sorted((own.keys() | {"arenas"}) & tree.keys()):
+        raise ValueError(
+            f"[{op}] a module has the name of an entry of the state: got what is kept of "
+            f"'{key}', allowed other names for modules whose state is unpacked."
+        )
+    return {**own, **tree}
+
+
+def averages(state: State, dtype: mx.Dtype | None, rule: Rule, op: str) -> Any:
     """The tree of moving averages, in the parameters' dtypes if none is given."""
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(
             f"[{op}] the dtype of averages is unknown: got {dtype}, allowed None, "
             f"{', '.join('mlx.core.' + name for name in DTYPES)}."
         )
-    dtypes = {}
-    for key, entry in state.get("arenas", {}).items():
-        tensors = _checked_layout(key, entry, op).tensors
-        dtypes.update({path: own for path, _, own in tensors})
+    found, dtypes = everything(state, rule, op), _dtypes(_layouts(state, rule, op))
     flat = [
         (path, kept["ema"].astype(dtype or dtypes.get(path, mx.float32)))
-        for path, kept in _everything(state, op).items()
+        for path, kept in found.items()
         if "ema" in kept
     ]
     if not flat:
@@ -175,31 +208,79 @@ def averages(state: State, dtype: mx.Dtype | None, op: str) -> Any:
             f"[{op}] the state has no moving average: got none, allowed a state of steps with "
             "ema_decay, after the first step or init()."
         )
-    return flat[0][1] if flat[0][0] == "" else tree_unflatten(flat)
+    return built(flat, op)
 
 
-def check_state(state: State, parameters: Any, op: str) -> None:
+def without(state: State, slots: Iterable[str], rule: Rule, op: str) -> State:
+    """The state without these slots, of all tensors."""
+    slots = set(slots)
+    if unknown := sorted(slots - rule.keys()):
+        raise ValueError(
+            f"[{op}] a slot is unknown: got {unknown[0]!r}, allowed {', '.join(map(repr, rule))}."
+        )
+    loose = {
+        path: {name: value for name, value in kept.items() if name not in slots}
+        for path, kept in _loose(state, None, rule, op).items()
+    }
+    entries = {
+        key: {name: value for name, value in entry.items() if name not in slots}
+        for key, entry in state.get("arenas", {}).items()
+    }
+    entries = {key: entry for key, entry in entries.items() if entry.keys() - {"table"}}
+    return _with_entries({**scalars(state, rule), **_as_tree(loose, rule, op)}, entries)
+
+
+def of_parameters(state: State, parameters: Any, rule: Rule, op: str) -> State:
+    """The state of these parameters alone."""
+    paths = {path for path, leaf in leaves(parameters) if isinstance(leaf, mx.array)}
+    loose = _loose(state, parameters, rule, op)
+    layouts = _layouts(state, rule, op)
+    split = {key: own for key, own in layouts.items() if not own.shapes.keys() <= paths}
+    found, dtypes = _found(state, split, loose, rule)
+    entries = {key: entry for key, entry in state.get("arenas", {}).items() if key not in split}
+    found = {path: kept for path, kept in found.items() if path in paths}
+    entries.update(_left(found, dtypes, rule, op))
+    return _with_entries(scalars(state, rule), entries)
+
+
+def check_state(state: State, parameters: Any, rule: Rule, op: str) -> None:
     """Raise ValueError unless a state that was loaded fits these parameters.
 
     It may know tensors that the model no longer has, such as a layer that an adapter has
     wrapped since, but not only such.
     """
     check_scalars(state, op)
-    tensors = _everything(state, op)
-    leaves = dict(tree_flatten(parameters))
-    known = [path for path in tensors if isinstance(leaves.get(path), mx.array)]
-    if tensors and not known:
-        path = next(iter(tensors))
+    shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
+    for key, layout in _layouts(state, rule, op).items():
+        names = [name for name in rule if name in state["arenas"][key]]
+        for path, shape in layout.shapes.items():
+            shapes[path] = dict.fromkeys(names, shape)
+    for path, kept in _loose(state, parameters, rule, op).items():
+        shapes.setdefault(path, {}).update((name, a.shape) for name, a in kept.items())
+    arrays = {path: a for path, a in leaves(parameters) if isinstance(a, mx.array)}
+    known = [path for path in shapes if path in arrays]
+    if shapes and not known:
+        path = next(iter(shapes))
         raise ValueError(
-            f"[{op}] the state is of another model: got {next(iter(tensors[path]))} for "
-            f"'{path}', allowed paths that the parameters have."
+            f"[{op}] the state is of another model: got {next(iter(shapes[path]))} for "
+            f"'{name_of(path)}', allowed paths that the parameters have."
         )
     for path in known:
-        _check_shapes(tensors[path], path, leaves[path].shape, op)
+        _check_shapes(shapes[path], path, arrays[path].shape, op)
 
 
-def check_scalars(state: State, op: str) -> None:
-    """Raise ValueError unless step and learning rate are what a step needs."""
+def is_edited(state: State, known: Iterable[str], rule: Rule) -> bool:
+    """Whether somebody has put something in: what is loose, or arenas that are not ``known``."""
+    entries = state.get("arenas", {})
+    return (
+        not isinstance(entries, dict)
+        or not entries.keys() <= set(known)
+        or any(_is_loose(key, value, rule) for key, value in state.items())
+    )
+
+
+def check_is_state(state: Any, op: str) -> None:
+    """Raise ValueError unless it is a dict, with a dict of arenas or none."""
     if not isinstance(state, dict):
         raise ValueError(
             f"[{op}] the state is of the wrong type: got {described(state)}, allowed a dict."
@@ -209,18 +290,36 @@ def check_scalars(state: State, op: str) -> None:
             f"[{op}] state['arenas'] is of the wrong type: got {described(state['arenas'])}, "
             "allowed a dict."
         )
+
+
+def check_scalars(state: State, op: str) -> None:
+    """Raise ValueError unless step and learning rate are what a step needs."""
+    check_is_state(state, op)
     step = state.get("step")
-    if not isinstance(step, mx.array) or step.dtype != mx.uint64 or step.ndim != 0:
+    if isinstance(step, mx.array):
+        is_step = step.ndim == 0 and mx.issubdtype(step.dtype, mx.integer)
+    else:
+        is_step = type(step) is int and 0 <= step < 2**64
+    if not is_step:
         raise ValueError(
             f"[{op}] state['step'] is missing or of the wrong type: got {described(step)}, "
-            "allowed a uint64 scalar array."
+            "allowed an integer scalar of 0 or more."
         )
     rate = state.get("learning_rate")
-    if not isinstance(rate, mx.array) or rate.ndim != 0:
+    if not isinstance(rate, mx.array) or rate.size != 1:
         raise ValueError(
             f"[{op}] state['learning_rate'] is missing or of the wrong type: got "
             f"{described(rate)}, allowed a scalar array."
         )
+
+
+def with_step(state: State) -> State:
+    """The state with a step as the kernel counts it, whatever integer it was set to."""
+    step = state["step"]
+    if isinstance(step, mx.array) and step.dtype == mx.uint64:
+        return state
+    is_array = isinstance(step, mx.array)
+    return {**state, "step": step.astype(mx.uint64) if is_array else mx.array(step, mx.uint64)}
 
 
 def with_counters(state: State, skips: bool, op: str) -> State:
@@ -234,7 +333,7 @@ def with_counters(state: State, skips: bool, op: str) -> State:
         elif not isinstance(value, mx.array) or value.dtype != dtype or value.ndim != 0:
             raise ValueError(
                 f"[{op}] state['{name}'] is of the wrong type: got {described(value)}, allowed "
-                f"a scalar array of {dtype}, and no frozen module of this name."
+                f"a scalar array of {dtype}."
             )
     return state
 
@@ -242,203 +341,216 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 # ---- Parts ---------------------------------------------------------------------
 
 
-def _is_outdated(state: State, layout: Layout, op: str) -> bool:
-    """Whether a state has more than momentum of these tensors outside their own arenas, from
-    steps with other options. What is packed has not; of a step that keeps nothing nobody knows."""
-    others = {
-        key: entry
-        for key, entry in state.get("arenas", {}).items()
-        if key != layout.key and isinstance(entry, dict) and not _FORGOTTEN.isdisjoint(entry)
-    }
-    loose = {
-        key: value
-        for key, value in state.items()
-        if key != "arenas" and (isinstance(value, (dict, list)) or key in _FORGOTTEN)
-    }
-    if not others and not loose:
-        return False
-    paths = {path for path, _, _ in layout.tensors}
-    for key, entry in others.items():
-        if any(path in paths for path, _, _ in _checked_layout(key, entry, op).tensors):
-            return True
-    leaves: Any = tree_flatten(loose)
-    places = (name.rpartition(".") for name, _ in leaves)
-    return any(name in _FORGOTTEN and path in paths for path, _, name in places)
+def _is_loose(key: str, value: Any, rule: Rule) -> bool:
+    """Modules are containers; of a tree that is one array, the slots are arrays at the top."""
+    is_place = isinstance(value, (dict, list, tuple)) and key != "arenas"
+    return is_place or key in rule.names
 
 
-def _everything(state: State, op: str) -> dict[str, Kept]:
-    """By path, what the state keeps of each tensor, as views where it is in arenas."""
-    tensors = _loose(state, op)
-    for key, entry in state.get("arenas", {}).items():
-        for path, kept in _of_entry(key, entry, op).items():
-            tensors.setdefault(path, {}).update(kept)
-    return tensors
+def scalars(state: State, rule: Rule) -> State:
+    return {k: v for k, v in state.items() if k != "arenas" and not _is_loose(k, v, rule)}
 
 
-def _check_shapes(kept: Kept, path: str, shape: tuple[int, ...], op: str) -> None:
-    for slot, value in kept.items():
-        if value.shape != shape:
+def _with_entries(state: State, entries: State) -> State:
+    return {**state, "arenas": entries} if entries else state
+
+
+def _loose(state: State, parameters: Any, rule: Rule, op: str) -> dict[Path, Kept]:
+    """By path, what lies where mlx.optimizers keeps it."""
+    loose = {k: v for k, v in state.items() if _is_loose(k, v, rule)}
+    if not loose:
+        return {}
+    arrays = {path: leaf for path, leaf in leaves(parameters) if isinstance(leaf, mx.array)}
+    own_paths = _own_paths({where[:-1] for where, _ in leaves(loose)}, arrays)
+    tensors: dict[Path, Kept] = {}
+    for where, leaf in leaves(loose):
+        path, key = own_paths[where[:-1]], where[-1]
+        if _is_integer(leaf) and (path not in arrays or _is_integer(arrays[path])):
+            continue  # MLX has momentum of data, too
+        name = rule.names.get(key) if isinstance(key, str) else None
+        if name is None or not isinstance(leaf, mx.array):
             raise ValueError(
-                f"[{op}] the state is of another model: got {slot} of shape {value.shape} for "
-                f"'{path}', the parameter has {shape}."
-            )
-
-
-def _loose(state: State, op: str) -> dict[str, Kept]:
-    """By path, what lies where mlx.optimizers.SGD keeps momentum."""
-    tensors: dict[str, Kept] = {}
-    own = {"arenas", *_scalars(state)}
-    leaves: Any = tree_flatten({k: v for k, v in state.items() if k not in own})
-    for name, leaf in leaves:
-        path, _, key = name.rpartition(".")
-        if key not in LOOSE or not isinstance(leaf, mx.array):
-            raise ValueError(
-                f"[{op}] the state has a leaf that is not SGD's: got {described(leaf)} at "
-                f"'{name}', allowed only momentum arrays 'v' and arrays "
-                f"{', '.join(map(repr, SLOTS[1:]))}."
+                f"[{op}] the state has a leaf that is not {op}'s: got {described(leaf)} at "
+                f"'{name_of(where)}', allowed only arrays {', '.join(map(repr, rule.names))}."
             )
         if leaf.dtype not in _DTYPES:
             raise ValueError(
-                f"[{op}] the state has {LOOSE[key]} of the wrong type: got {described(leaf)} at "
-                f"'{name}', allowed {', '.join(DTYPES)}."
+                f"[{op}] the state has {name} of the wrong type: got {described(leaf)} at "
+                f"'{name_of(where)}', allowed {', '.join(DTYPES)}."
             )
-        tensors.setdefault(path, {})[LOOSE[key]] = leaf
+        tensors.setdefault(path, {})[name] = leaf
     return tensors
 
 
-def _of_entry(key: str, entry: Any, op: str) -> dict[str, Kept]:
-    """By path, what lies in the arenas of one entry, as views."""
-    layout = _checked_layout(key, entry, op)
-    tensors: dict[str, Kept] = {path: {} for path, _, _ in layout.tensors}
-    for slot in SLOTS:
-        if slot not in entry:
-            continue
-        for number, arena in zip(layout.arenas_of(slot), entry[slot], strict=True):
-            arena = mx.contiguous(arena)
-            for path, shape, offset in _places(layout, number):
-                tensors[path][slot] = _ext.arena_view(arena, shape, offset)
-    return tensors
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and not mx.issubdtype(leaf.dtype, mx.inexact)
 
 
-def _places(layout: Layout, number: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    _, _, tensors, offsets = layout.arenas[number]
-    for tensor, offset in zip(tensors, offsets, strict=True):
-        path, shape, _ = layout.tensors[tensor]
-        yield path, shape, offset
+def _own_paths(paths: set[Path], known: Iterable[Path]) -> dict[Path, Path]:
+    """A tree that was flattened and unflattened has lost its kinds of keys: a path that nobody
+    knows is that of the only known one of its name, if the state has none of that."""
+    by_name: dict[str, list[Path]] = {}
+    for path in known:
+        by_name.setdefault(name_of(path), []).append(path)
+    own = {}
+    for path in paths:
+        candidates = by_name.get(name_of(path), [])
+        is_clear = len(candidates) == 1 and candidates[0] not in paths
+        own[path] = candidates[0] if is_clear else path
+    return own
 
 
-def _slot_arenas(key: str, entry: Any, slot: str, op: str) -> list[mx.array] | None:
-    """The arrays of a slot of an entry; None if it has no such slot."""
-    if not isinstance(entry, dict) or entry.keys().isdisjoint(SLOTS):
-        raise ValueError(
-            f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
-            f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."
-        )
-    if slot not in entry:
-        return None
-    arenas = entry[slot]
-    if not isinstance(arenas, (list, tuple)) or not all(isinstance(a, mx.array) for a in arenas):
-        raise ValueError(
-            f"[{op}] state['arenas']['{key}']['{slot}'] is of the wrong type: got "
-            f"{described(arenas)}, allowed a list of arrays."
-        )
-    return list(arenas)
+def _layouts(state: State, rule: Rule, op: str) -> dict[str, Layout]:
+    return {key: _layout(key, e, rule, op) for key, e in state.get("arenas", {}).items()}
 
 
-def _checked_layout(key: str, entry: Any, op: str) -> Layout:
+def _layout(key: str, entry: Any, rule: Rule, op: str) -> Layout:
+    """The layout of an entry, which has all that it says."""
     if not isinstance(entry, dict) or "table" not in entry:
         raise ValueError(
-            f"[{op}] state['arenas']['{key}'] is incomplete: got {described(entry)}, allowed a "
-            f"dict with 'table' and at least one of {', '.join(map(repr, SLOTS))}."
+            f"[{op}] an entry of state['arenas'] is incomplete: got {described(entry)} without "
+            f"'table', allowed a dict with 'table' and slots ({', '.join(rule)})."
         )
     layout = layout_of_table(key, entry["table"], op)
-    for slot in SLOTS:
-        arenas = _slot_arenas(key, entry, slot, op)
-        if arenas is None:
-            continue
-        numbers = layout.arenas_of(slot)
+    for name, arenas in _slots_of(entry, layout, rule, op).items():
+        numbers = list(rule[name].arenas_of(layout))
         if len(arenas) != len(numbers):
             raise ValueError(
-                f"[{op}] state['arenas']['{key}']['{slot}'] is incomplete: got {len(arenas)} "
+                f"[{op}] the state's {name} of {layout} is incomplete: got {len(arenas)} "
                 f"arrays, allowed a list of {len(numbers)}."
             )
         for number, arena in zip(numbers, arenas, strict=True):
             parameter, shape, _, _ = layout.arenas[number]
-            allowed = _DTYPES if slot == "momentum" else (Wanted(()).dtype(slot, parameter),)
+            slot = rule[name]
+            allowed = _DTYPES if slot.has_own_dtype else (slot.dtype or parameter,)
             if arena.dtype not in allowed or arena.shape != shape:
-                names = " or ".join(map(str, allowed))
+                dtypes = " or ".join(map(str, allowed))
                 raise ValueError(
-                    f"[{op}] {slot} arena {number} of the state does not fit its layout: got "
-                    f"{described(arena)}, expected {names} of shape {shape}."
+                    f"[{op}] {name} of {layout} does not fit: got {described(arena)}, "
+                    f"expected {dtypes} of shape {shape}."
                 )
     return layout
 
 
-def _fill_arenas(
-    layout: Layout, slot: str, wanted: Wanted, kept: list[Kept], parameters: list[mx.array]
-) -> list[mx.array]:
-    arenas = []
-    for number in layout.arenas_of(slot):
-        parameter, shape, tensors, offsets = layout.arenas[number]
-        dtype = wanted.dtype(slot, parameter)
-        pieces: list[mx.array] = []
-        at = 0
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            value = kept[tensor].get(slot)
-            if value is None:
-                value = _beginning(slot, wanted, kept[tensor], parameters[tensor])
-            value = value.astype(dtype)
-            if value.size == math.prod(shape):  # flat would be too long for one axis
-                pieces, at = [value], value.size
-                break
-            if offset > at:
-                pieces.append(mx.zeros(offset - at, dtype))
-            pieces.append(value.flatten())
-            at = offset + value.size
-        if at < math.prod(shape):
-            pieces.append(mx.zeros(math.prod(shape) - at, dtype))
-        whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
-        arenas.append(whole.reshape(shape))
-    return arenas
-
-
-def _beginning(slot: str, wanted: Wanted, kept: Kept, parameter: mx.array) -> mx.array:
-    if slot in ("momentum", "compensation"):
-        return mx.zeros_like(parameter)
-    has_master = slot == "ema" and "master" in wanted.slots
-    return kept.get("master", parameter) if has_master else parameter
-
-
-def _scalars(state: State) -> State:
-    """Step, learning rate, and what else is scheduled, counted or was put beside them.
-    Modules of these names are dicts; an array 'v' is the momentum of a tree that is one
-    array."""
-    return {k: v for k, v in state.items() if isinstance(v, mx.array) and k not in LOOSE}
-
-
-def _with_loose(own: State, tensors: dict[str, Kept], op: str) -> State:
-    """A state with what is kept of tensors that are in no arena."""
-    loose = _placed(tensors)
-    for key in sorted((own.keys() | {"arenas"}) & loose.keys()):
+def _slots_of(entry: Any, layout: Layout, rule: Rule, op: str) -> dict[str, list[mx.array]]:
+    """The arrays of each slot of an entry."""
+    slots = {} if not isinstance(entry, dict) else {k: v for k, v in entry.items() if k != "table"}
+    if not slots or not slots.keys() <= rule.keys():
+        got = ", ".join(map(repr, slots)) if slots else described(entry) + " without slots"
         raise ValueError(
-            f"[{op}] a module has the name of an entry of the state: got momentum of "
-            f"'{key}', allowed other names for modules that are frozen or unpacked."
+            f"[{op}] what the state keeps of {layout} is not {op}'s: got {got}, allowed "
+            f"{', '.join(map(repr, rule))}, and at least one of them."
         )
-    return {**own, **loose}
+    for name, arenas in slots.items():
+        is_list = isinstance(arenas, (list, tuple))
+        if not is_list or not all(isinstance(a, mx.array) for a in arenas):
+            raise ValueError(
+                f"[{op}] the state's {name} of {layout} is of the wrong type: got "
+                f"{described(arenas)}, allowed a list of arrays."
+            )
+    return {name: list(arenas) for name, arenas in slots.items()}
 
 
-def _placed(tensors: dict[str, Kept]) -> State:
-    """By path, as mlx.optimizers.SGD nests it."""
-    names = {slot: name for name, slot in LOOSE.items()}
-    # The path of a tree that is one array is empty.
-    flat = [
-        (f"{path}.{names[slot]}" if path else names[slot], value)
+def _dtypes(layouts: dict[str, Layout]) -> dict[Path, mx.Dtype]:
+    return {path: dtype for own in layouts.values() for path, _, dtype in own.tensors}
+
+
+def _found(
+    state: State, layouts: dict[str, Layout], loose: dict[Path, Kept], rule: Rule
+) -> tuple[dict[Path, Kept], dict[Path, mx.Dtype]]:
+    """By path, what entries keep of each tensor, as views, and what is loose instead; and the
+    dtypes of the parameters."""
+    found: dict[Path, Kept] = {path: {} for own in layouts.values() for path in own.shapes}
+    for key, layout in layouts.items():
+        for name, slot in rule.items():
+            arenas = state["arenas"][key].get(name, ())
+            for number, arena in zip(slot.arenas_of(layout), arenas, strict=False):
+                views = _ext.arena_views(mx.contiguous(arena), layout.made, number)
+                for tensor, view in zip(layout.arenas[number][2], views, strict=True):
+                    found[layout.tensors[tensor][0]][name] = view
+    for path, kept in loose.items():
+        found.setdefault(path, {}).update(kept)
+    return found, _dtypes(layouts)
+
+
+def everything(state: State, rule: Rule, op: str) -> dict[Path, Kept]:
+    return _found(state, _layouts(state, rule, op), _loose(state, None, rule, op), rule)[0]
+
+
+def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Rule, op: str) -> State:
+    """Entries of tensors that are not in the step: one for each set of slots."""
+    sets: dict[tuple[str, ...], dict[Path, Kept]] = {}
+    for path, kept in found.items():
+        if kept:
+            sets.setdefault(tuple(sorted(kept)), {})[path] = kept
+    entries = {}
+    for names, tensors in sets.items():
+        rows = []
+        for path, kept in tensors.items():
+            shape = next(iter(kept.values())).shape
+            _check_shapes(kept, path, shape, op)
+            rows.append((path, shape, dtypes.get(path) or _dtype_of(kept, rule)))
+        layout = layout_of_rows(rows)
+        slots = [slot for name, slot in rule.items() if name in names]
+        entry = _entry(layout, slots, Wanted(rule, ()), list(tensors.values()), [])
+        if entry:
+            entries[layout.key] = entry
+    return entries
+
+
+def _dtype_of(kept: Kept, rule: Rule) -> mx.Dtype:
+    """Of a parameter that nobody has seen, as far as what is kept of it tells."""
+    halves = [value.dtype for value in kept.values() if value.dtype != mx.float32]
+    is_half = any(rule[name].of_halves for name in kept)
+    return halves[0] if halves else mx.bfloat16 if is_half else mx.float32
+
+
+def _entry(
+    layout: Layout, slots: list[Slot], wanted: Wanted, kept: list[Kept], parameters: list[mx.array]
+) -> State:
+    """The arenas of these tensors; {} if there is nothing to keep."""
+    entry: State = {}
+    for slot in slots:
+        arenas = []
+        for number in slot.arenas_of(layout):
+            parameter, _, tensors, _ = layout.arenas[number]
+            values = [kept[tensor].get(slot.name) for tensor in tensors]
+            if slot.begins_at_weights and parameters:
+                # The master is the weights where there is one.
+                own = [kept[t].get("master") if "master" in wanted.slots else None for t in tensors]
+                values = [
+                    value if value is not None else master if master is not None else parameters[t]
+                    for value, master, t in zip(values, own, tensors, strict=True)
+                ]
+            # What only lasts keeps the dtype it has.
+            is_kept = slot.name in wanted.slots or not slot.has_own_dtype
+            dtype = wanted.dtype(slot, parameter) if is_kept else None
+            arenas.append(_ext.pack_slot(values, layout.made, number, dtype))
+        if arenas:
+            entry[slot.name] = arenas
+    return {"table": encoded(layout), **entry} if entry else {}
+
+
+def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: str) -> None:
+    for slot, value in kept.items():
+        own = value.shape if isinstance(value, mx.array) else value
+        if own != shape:
+            raise ValueError(
+                f"[{op}] the state is of another model: got {slot} of shape {own} for "
+                f"'{name_of(path)}', the parameter has {shape}."
+            )
+
+
+def _as_tree(tensors: dict[Path, Kept], rule: Rule, op: str) -> State:
+    """By path, as mlx.optimizers nests it."""
+    items = (
+        ((*path, rule[name].key), value)
         for path, kept in tensors.items()
-        for slot, value in kept.items()
-    ]
-    tree = tree_unflatten(flat) if flat else {}
-    if isinstance(tree, list):  # of a tree that is a list: a dict has the same paths
-        tree = {str(i): node for i, node in enumerate(tree) if node}
+        for name, value in kept.items()
+    )
+    tree: State | list[Any] = built(items, op)
+    if isinstance(tree, list):  # of a tree that is a list: a dict has the same names
+        return {str(place): node for place, node in enumerate(tree) if node}
     return tree
 
 

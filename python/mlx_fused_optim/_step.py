@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext, _groups, _packing
-from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar
+from ._checks import Hyperparameter, LearningRate, checked_factor, checked_scalar, least_of
 from ._layout import layout_of
 from ._options import Options, checked_scale
 from .schedules import Schedule
+from .schedules._of_mlx import as_ours
 
 
 class Hyperparameters(NamedTuple):
@@ -42,10 +43,10 @@ def checked_hyperparameters(
 ) -> Hyperparameters:
     """The options as floats or schedules, or ValueError where they make no sense."""
     hyper = Hyperparameters(
-        momentum if callable(momentum) else checked_factor(op, "momentum", momentum),
-        weight_decay
+        as_ours(momentum) if callable(momentum) else checked_factor(op, "momentum", momentum),
+        as_ours(weight_decay)
         if callable(weight_decay)
-        else checked_factor(op, "weight_decay", weight_decay),
+        else checked_factor(op, "weight_decay", weight_decay, at_least=least_of("weight_decay")),
         checked_factor(op, "dampening", dampening, "a float", at_most=1.0),
         bool(nesterov),
     )
@@ -63,16 +64,21 @@ def wanted_slots(hyper: Hyperparameters, options: Options) -> _packing.Wanted:
     slots = options.slots
     if hyper.momentum != 0 or options.groups.added_flags & _ext.FLAGS["momentum"]:
         slots = ("momentum", *slots)
-    return _packing.Wanted(slots, options.momentum_dtype)
+    return _packing.Wanted(_packing.SGD, slots, options.momentum_dtype)
 
 
 def begun(
-    op: str, tree: _ext.Tree, state: _packing.State, hyper: Hyperparameters, options: Options
+    op: str,
+    tree: _ext.Tree,
+    parameters: Any,
+    state: _packing.State,
+    hyper: Hyperparameters,
+    options: Options,
 ) -> _packing.State:
-    """A state that has everything a step of these tensors needs."""
+    """A state that has everything a step of these tensors needs, and nothing to be taken in."""
     wanted = wanted_slots(hyper, options)
-    if wanted.slots and len(tree) > 0:
-        state = _packing.packed(state, tree, layout_of(tree), wanted, op)
+    state = _packing.with_step(state)
+    state = _packing.packed(state, tree, layout_of(tree), wanted, parameters, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
     return state
@@ -88,10 +94,14 @@ def never_changes(value: Any) -> bool:
 
 
 def prepared_step(
-    tree: _ext.Tree, learning_rate: LearningRate, hyper: Hyperparameters, options: Options
+    tree: _ext.Tree,
+    state: _packing.State,
+    learning_rate: LearningRate,
+    hyper: Hyperparameters,
+    options: Options,
 ) -> _ext.PreparedStep | None:
-    """These steps again without a look at each option; None where every step needs one, for
-    a number that Python makes, for groups and for what is measured."""
+    """The steps after this ``state`` without a look at each option; None where every step needs
+    one, for a number that Python makes, for groups and for what is measured."""
     rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     if (
         not isinstance(rate, (mx.array, _ext.Schedule))
@@ -106,6 +116,7 @@ def prepared_step(
     return _ext.PreparedStep(
         layout.made,
         layout.key,
+        len(state.get("arenas", ())),
         learning_rate=rate,
         momentum=hyper.momentum,
         weight_decay=hyper.weight_decay,
@@ -117,6 +128,32 @@ def prepared_step(
         seed=options.seed,
         momentum_dtype=options.momentum_dtype,
     )
+
+
+def uses_of_state(
+    learning_rate: LearningRate,
+    hyper: Hyperparameters,
+    options: Options,
+    grad_scale: LearningRate | None,
+) -> list[str]:
+    """What a step reads in the state or leaves there, but for the bare counter."""
+    scale = options.grad_scale if grad_scale is None else grad_scale
+    scalars = {
+        "learning_rate": learning_rate,
+        "momentum": hyper.momentum,
+        "weight_decay": hyper.weight_decay,
+        "grad_scale": scale,
+    }
+    uses = [f"a scheduled {name}" for name, value in scalars.items() if callable(value)]
+    overrides = (member.overrides.values() for member in options.groups.members)
+    if any(callable(value) for values in overrides for value in values):
+        uses.append("a scheduled number of a group")
+    uses += wanted_slots(hyper, options).slots
+    if options.rounding == "stochastic":
+        uses.append("stochastic rounding")
+    if options.is_measured:
+        uses.append("grad_norm")
+    return uses
 
 
 def flags_of(hyper: Hyperparameters, options: Options, scale: LearningRate) -> int:
@@ -145,6 +182,13 @@ def take_step(
 
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
+    state = _packing.with_step(state)
+    decay = hyper.weight_decay
+    if options.trust_coefficient is not None and isinstance(decay, float) and decay < 0:
+        raise ValueError(
+            f"[{op}] a trust ratio divides by a sum with the weight decay: got "
+            f"weight_decay={decay} and a trust_coefficient, allowed a weight_decay from 0 on."
+        )
     scale = options.grad_scale if grad_scale is None else checked_scale(op, grad_scale)
     scalars: dict[str, Any] = {
         "learning_rate": learning_rate,
@@ -153,11 +197,11 @@ def take_step(
         "grad_scale": scale,
     }
     scheduled: dict[str, mx.array] = {}
-    in_kernel = []
+    in_kernel: list[tuple[str, int, _ext.Schedule]] = []
     for position, (name, value) in enumerate(scalars.items()):
         if isinstance(value, Schedule) and value.in_kernel:
             scalars[name] = value._device
-            in_kernel.append((name, position))
+            in_kernel.append((name, position, scalars[name]))
         elif callable(value):
             scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
 
@@ -171,17 +215,15 @@ def take_step(
         )
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
-    if arenas is None:
-        if not packs:
+    if arenas is None or not _packing.is_settled(state, layout, wanted, op):
+        if arenas is None and not packs:
             raise ValueError(
                 f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got "
                 "the state of other parameters, or of steps with other options; allowed one "
                 "from fused_sgd_init(parameters, state=..., and the options of the step)."
             )
-        state = _packing.packed(state, tree, layout, wanted, op)
+        state = _packing.packed(state, tree, layout, wanted, parameters, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []
-    elif not any(arenas):
-        state = _packing.packed(state, tree, layout, wanted, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
 
@@ -204,9 +246,12 @@ def take_step(
         skipped=state.get("skipped") if options.skip_nonfinite else None,
         stream=stream,
     )
-    state = _packing.with_arenas(state, slots, layout)
-    for name, position in in_kernel:
-        scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
+    state = _packing.with_arenas(state, slots, layout, wanted.rule)
+    for name, position, schedule in in_kernel:
+        if used is None:
+            scheduled[name] = mx.array(schedule.first_value)
+        else:
+            scheduled[name] = _ext.arena_view(used, [], position, stream=stream)
     scheduled.pop("grad_scale", None)
     rate = scheduled.pop("learning_rate", scalars["learning_rate"])
     state = {**state, "step": step, "learning_rate": rate}

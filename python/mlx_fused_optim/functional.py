@@ -12,6 +12,7 @@ from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._groups import GroupList, known_groups
 from ._options import Options, checked_options
 from ._step import begun, checked_hyperparameters, never_changes, prepared_step, take_step
+from .schedules._of_mlx import as_ours
 
 
 def fused_sgd_init(
@@ -91,7 +92,7 @@ def fused_sgd_init(
         state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
     else:
         _packing.check_scalars(state, op)
-    return dict(begun(op, tree, state, hyper, options))
+    return dict(begun(op, tree, parameters, state, hyper, options))
 
 
 def fused_sgd_step(
@@ -146,20 +147,22 @@ def fused_sgd_step(
             these dtypes.
         state (dict): From :func:`fused_sgd_init` with the same parameters, or from the
             last step.
-        learning_rate (float, array, Schedule or callable): :math:`\eta_t`. A
+        learning_rate (float, array, Schedule or callable): :math:`\eta_t`; an array has
+            one element. A
             :class:`Schedule` is evaluated in the kernel at ``state["step"]``; any other
             callable is called with ``state["step"]`` and returns a scalar.
         momentum (float, Schedule or callable): :math:`\mu`, 0 or more; scheduled like the
             learning rate. Default: ``0.0``.
-        weight_decay (float, Schedule or callable): :math:`\lambda`, 0 or more; scheduled
-            likewise. Default: ``0.0``.
+        weight_decay (float, Schedule or callable): :math:`\lambda`; scheduled likewise.
+            Default: ``0.0``.
         dampening (float): :math:`\tau`, 0 to 1. Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
             Default: ``False``.
         momentum_dtype, ..., ema_decay: The options of :class:`SGD`, with its meaning and
             defaults, and those that :func:`fused_sgd_init` was given. ``grad_scale`` may
-            change from step to step. Keep one list of ``groups``: its predicates are called
-            again for new ones.
+            change from step to step. Inside ``mx.compile`` they are as they were at the
+            trace: see :class:`SGD` on compiled steps. Keep one list of ``groups``: its
+            predicates are called again for new ones.
         stream (Stream or Device, optional): Where to run. Default: MLX's default.
 
     Returns:
@@ -180,9 +183,10 @@ def fused_sgd_step(
     """
     op = "fused_sgd_step"
     tree = _ext.Tree(gradients, parameters, op, exact=True)
-    if not callable(learning_rate):
-        learning_rate = checked_scalar(op, "learning_rate", learning_rate)
-    schedule = learning_rate if callable(learning_rate) else None
+    if callable(learning_rate):
+        schedule = learning_rate = as_ours(learning_rate)
+    else:
+        schedule, learning_rate = None, checked_scalar(op, "learning_rate", learning_rate)
     numbers = (momentum, weight_decay, dampening, nesterov)
     given = (
         momentum_dtype,
@@ -213,7 +217,7 @@ def fused_sgd_step(
     updated, state, _ = take_step(
         op, tree, parameters, state, learning_rate, hyper, options, None, stream, packs=False
     )
-    _prepare(key, prepared_step(tree, learning_rate, hyper, options))
+    _prepare(key, prepared_step(tree, state, learning_rate, hyper, options))
     return updated, state
 
 
@@ -237,7 +241,7 @@ def fused_sgd_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     """
     op = "fused_sgd_ema"
     _packing.check_scalars(state, op)
-    return _packing.averages(state, dtype, op)
+    return _packing.averages(state, dtype, _packing.SGD, op)
 
 
 class _Prepared(NamedTuple):

@@ -126,13 +126,17 @@ def full_sgd_step(
     raw = {path: gradient.astype(mx.float32) for path, gradient in _leaves(gradients)}
 
     # The gradient that is measured: unscaled, then clipped by value.
-    g = {path: (-x if maximize else x) * (1 / mx.array(grad_scale)) for path, x in raw.items()}
+    scale = mx.array(grad_scale, mx.float32)
+    inverts = (scale >= 2.0**-126) & mx.isfinite(scale)
+    unscale = mx.where(inverts, 1 / scale, math.nan)
+    g = {path: (-x if maximize else x) * unscale for path, x in raw.items()}
+    finite = [mx.all(mx.isfinite(x)) for x in g.values()]
     if clip_value is not None:
         g = {path: mx.clip(x, -clip_value, clip_value) for path, x in g.items()}
-    norm = mx.sqrt(sum((mx.sum(x * x) for x in g.values()), start=mx.array(0.0)))
+    norms = {path: _norm(x.reshape(-1)) for path, x in g.items()}
+    norm = _norm(mx.stack(list(norms.values()))) if norms else mx.array(0.0)
     applies = mx.array(True)
     if skip_nonfinite:
-        finite = [mx.all(mx.isfinite(x)) for x in raw.values()]
         applies = mx.all(mx.stack([*finite, mx.isfinite(norm) | (clip_norm in (None, math.inf))]))
     factor = mx.array(1.0)
     if clip_norm not in (None, math.inf):
@@ -163,10 +167,10 @@ def full_sgd_step(
             w = mx.where(master.astype(parameter.dtype) == parameter, master, w)
         x = g[path] * factor
         if trust is not None:
-            norm_w = mx.linalg.norm(parameter.astype(mx.float32))
-            norm_g = mx.linalg.norm(g[path])
-            below = norm_g * factor + (0.0 if decoupled else decay) * norm_w
-            ratio = mx.where((norm_g > 0) & (norm_w > 0), trust * norm_w / below, 1.0)
+            norm_w = _norm(parameter.astype(mx.float32).reshape(-1))
+            norm_g = norms[path] * factor
+            ratio = trust * norm_w / (norm_g + (0.0 if decoupled else decay) * norm_w)
+            ratio = mx.where((norm_g > 0) & (norm_w > 0) & mx.isfinite(ratio), ratio, 1.0)
         if decay != 0 and not decoupled:
             x = x + decay * w
         if trust is not None:
@@ -211,6 +215,13 @@ def full_sgd_step(
         "tensors": tensors,
     }
     return _unflattened(new), next_state
+
+
+def _norm(x: mx.array) -> mx.array:
+    """Of a vector, divided by its largest magnitude: no square overflows or vanishes."""
+    peak = mx.max(mx.abs(x)) if x.size else mx.array(0.0)
+    divisor = mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0)
+    return divisor * mx.sqrt(mx.sum(mx.square(x / divisor)))
 
 
 def _leaves(tree: Any) -> list[tuple[str, mx.array]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_merge
 
 from ._checks import checked_number, checked_positive
 from ._layout import described
@@ -14,26 +14,39 @@ from ._options import SMALLEST_SCALE
 from .optimizers import SGD
 from .schedules._checks import as_integer
 
+if TYPE_CHECKING:
+    from mlx.optimizers import MultiOptimizer
+
 # No step since the last update.
 _NO_STEP = -1
+# The default of min_scale: the smallest number of float16.
+_MIN_SCALE = 2.0**-24
 
 
 class GradScaler:
     """Scales a loss so that its float16 gradients do not vanish, and finds the scale.
 
-    As ``torch.amp.GradScaler``: a step whose gradients are infinite or NaN is skipped and
-    multiplies the scale with ``backoff_factor``; ``growth_interval`` steps in a row without
-    one multiply it with ``growth_factor``, as long as it stays finite. The gradients are
-    unscaled in the step's kernel, before they are clipped. Nothing waits for the device:
-    whether a step was skipped is an array too.
+    As ``torch.amp.GradScaler``, but for a floor and the first scale: a step whose gradients
+    are infinite or NaN is skipped and multiplies the scale with ``backoff_factor``, down to
+    ``min_scale``; ``growth_interval`` steps in a row without one multiply it with
+    ``growth_factor``, as long as it stays finite. The gradients are unscaled in the step's
+    kernel, before they are clipped. Nothing waits for the device: whether a step was skipped
+    is an array too.
 
     ``state`` is a dict of arrays, for ``mx.compile`` and ``mx.save_safetensors``.
 
     Args:
-        init_scale (float): The first scale. Default: ``65536.0``.
+        init_scale (float): The first scale. The backward pass of a float16 loss begins with
+            it as a float16 number, so the default is the largest power of two that is one;
+            torch's 65536 would lose the first step of such a loss. Default: ``32768.0``.
         growth_factor (float): Above 1. Default: ``2.0``.
         backoff_factor (float): Above 0, below 1. Default: ``0.5``.
         growth_interval (int): In steps, 1 or more. Default: ``2000``.
+        min_scale (float, optional): No step makes the scale smaller, however many in a row
+            are bad; :math:`2^{-126}` to ``init_scale``. Without a floor 145 of them leave a
+            scale that cannot be inverted. Default: :math:`2^{-24}`, at which float16
+            gradients stand for numbers up to :math:`2^{40}`, or ``init_scale`` if that is
+            smaller.
 
     Raises:
         ValueError, TypeError: An argument makes no sense.
@@ -58,10 +71,11 @@ class GradScaler:
 
     def __init__(
         self,
-        init_scale: float = 65536.0,
+        init_scale: float = 32768.0,
         growth_factor: float = 2.0,
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
+        min_scale: float | None = None,
     ):
         op = "GradScaler"
         scale = checked_positive(op, "init_scale", init_scale, at_least=SMALLEST_SCALE)
@@ -80,6 +94,14 @@ class GradScaler:
         self._growth_interval = as_integer(
             op, "growth_interval", growth_interval, at_least=1, at_most=2**31 - 1
         )
+        if min_scale is None:
+            min_scale = min(scale, _MIN_SCALE)
+        self._min_scale = checked_positive(op, "min_scale", min_scale, at_least=SMALLEST_SCALE)
+        if self._min_scale > scale:
+            raise ValueError(
+                f"[{op}] min_scale is above init_scale: got {self._min_scale}, allowed at most "
+                f"{scale}."
+            )
         self._state = {
             "scale": mx.array(scale),
             "growth_tracker": mx.array(0, mx.int32),
@@ -105,33 +127,42 @@ class GradScaler:
         self._state = {name: state[name] for name in self._state}
 
     def scale(self, loss: Any) -> Any:
-        """The loss times the scale: an array, or a tree of arrays. A float16 loss becomes
-        float32, where the product has room."""
+        """The loss times the scale: an array, or a tree of arrays, of float16 and bfloat16
+        ones in float32.
+
+        What a float16 loss gets in the backward pass is the scale, as float16: infinity from
+        65520 on. So where the loss itself is float16, a scale that has grown to 65536 costs
+        one skipped step, which halves it again. A loss that is taken in float32
+        (``loss.astype(mx.float32)`` before its mean) has no such limit.
+        """
         return tree_map(lambda value: value * self._state["scale"], loss)
 
-    def step(self, optimizer: SGD, model: Any, gradients: Any) -> None:
+    def step(self, optimizer: SGD | MultiOptimizer, model: Any, gradients: Any) -> None:
         """One step of the optimizer with gradients of the scaled loss; one that is not finite
         changes nothing. Several optimizers may have theirs before one :meth:`update`. The
         optimizer's own ``grad_scale`` does not count in it.
 
+        The optimizers in a ``MultiOptimizer`` are several too, as torch's are: each skips by
+        the gradients that it gets, and one that skips makes the scale smaller.
+
         Raises:
             TypeError, ValueError: The optimizer is not an :class:`SGD` with
-                ``skip_nonfinite``.
+                ``skip_nonfinite``, nor a ``MultiOptimizer`` of such.
         """
-        if not isinstance(optimizer, SGD):
-            raise TypeError(
-                f"[GradScaler] the optimizer cannot unscale: got {type(optimizer).__name__}, "
-                "allowed an SGD of mlx_fused_optim."
-            )
-        if not optimizer.skip_nonfinite:
-            raise ValueError(
-                "[GradScaler] the optimizer does not skip: got an SGD with skip_nonfinite=False, "
-                "allowed one with skip_nonfinite=True."
-            )
-        before = optimizer.skipped
-        optimizer.update(model, gradients, grad_scale=self._state["scale"])
-        found = (optimizer.skipped != before).astype(mx.int32)
-        self._state["found_inf"] = mx.maximum(self._state["found_inf"], found)
+        parts = _parts_of(optimizer)
+        before = [part.skipped for part in parts]
+        scale = self._state["scale"]
+        if isinstance(optimizer, SGD):
+            optimizer.update(model, gradients, grad_scale=scale)
+        else:
+            tree: Any = {}
+            split = optimizer._split_dictionary(gradients)  # as its own apply_gradients does
+            for part, own in zip(parts, split, strict=True):
+                tree = tree_merge(tree, part.apply_gradients(own, model, grad_scale=scale))
+            model.update(tree)
+        for part, count in zip(parts, before, strict=True):
+            found = (part.skipped != count).astype(mx.int32)
+            self._state["found_inf"] = mx.maximum(self._state["found_inf"], found)
 
     def update(self) -> None:
         """The scale of the next step. Without a step since the last update, the same."""
@@ -142,10 +173,35 @@ class GradScaler:
         larger = scale * self._growth_factor
         grows = (found == 0) & (steps == self._growth_interval)
         finite = mx.isfinite(larger)
+        smaller = scale * self._backoff_factor
+        # Also where a state that was assigned has 0, infinity or NaN: no step goes on there.
+        above = mx.isfinite(smaller) & (smaller >= self._min_scale)
+        smaller = mx.where(above, smaller, self._min_scale)
         scale = mx.where(grows & finite, larger, scale)
-        scale = mx.where(found == 1, scale * self._backoff_factor, scale)
+        scale = mx.where(found == 1, smaller, scale)
         self._state.update(
             scale=scale,
             growth_tracker=mx.where(grows, 0, steps).astype(mx.int32),
             found_inf=mx.array(_NO_STEP, mx.int32),
         )
+
+
+def _parts_of(optimizer: Any) -> list[SGD]:
+    """The optimizers that step: of a MultiOptimizer all of its own."""
+    from mlx.optimizers import MultiOptimizer  # here: an import that nobody else needs
+
+    is_multi = isinstance(optimizer, MultiOptimizer)
+    parts = optimizer.optimizers if is_multi else [optimizer]
+    where = " in the MultiOptimizer" if is_multi else ""
+    for part in parts:
+        if not isinstance(part, SGD):
+            raise TypeError(
+                f"[GradScaler] the optimizer{where} cannot unscale: got {type(part).__name__}, "
+                "allowed an SGD of mlx_fused_optim, or a MultiOptimizer of such."
+            )
+        if not part.skip_nonfinite:
+            raise ValueError(
+                f"[GradScaler] the optimizer{where} does not skip: got an SGD with "
+                "skip_nonfinite=False, allowed one with skip_nonfinite=True."
+            )
+    return list(parts)

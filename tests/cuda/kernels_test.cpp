@@ -58,9 +58,9 @@ struct Memory {
             : type == Type::float16 ? half_of_float(x)
                                     : float_to_bits(nearest_bfloat16(x)) >> 16);
   }
-  void fill(bool any_bits = false) {
+  void fill(bool any_bits = false, float factor = 1) {
     for (size_t i = 0; i < (words.size() * 16 - shift * size_of(type)) / size_of(type); ++i) {
-      any_bits ? set_bits(i, engine()) : set(i, normal());
+      any_bits ? set_bits(i, engine()) : set(i, normal() * factor);
     }
   }
 };
@@ -511,8 +511,8 @@ void test_narrowing() {
 // ---- The measurement -------------------------------------------------------------
 
 /// The fold of csrc/math/norm.h, lane by lane.
-Real folded_in_order(const std::vector<Real>& values) {
-  std::vector<Real> lanes(kFoldLanes, Real{0, 0});
+Squares folded_in_order(const std::vector<Squares>& values) {
+  std::vector<Squares> lanes(kFoldLanes, Squares{});
   for (size_t i = 0; i < values.size(); ++i) {
     lanes[i % kFoldLanes] = fold(lanes[i % kFoldLanes], values[i]);
   }
@@ -524,19 +524,30 @@ Real folded_in_order(const std::vector<Real>& values) {
   return lanes[0];
 }
 
-Real sum_in_order(const std::vector<float>& values) {
-  std::vector<Real> chunks;
-  for (size_t begin = 0; begin < values.size(); begin += kChunk) {
+Squares sum_in_order(
+    const std::vector<float>& elements,
+    const fused_math::SgdHyper& hyper,
+    uint32_t flags) {
+  std::vector<Squares> chunks;
+  for (size_t begin = 0; begin < elements.size(); begin += kChunk) {
+    const size_t end = std::min<size_t>(elements.size(), begin + kChunk);
+    uint32_t peak = 0;
+    for (size_t i = begin; i < end; ++i) {
+      peak = peak_of(peak, sgd_unscaled(elements[i], hyper, flags));
+    }
+    const uint32_t clipped = sgd_clipped_peak(peak, hyper, flags);
     float lanes[kLanes] = {};
-    for (size_t i = begin; i < values.size() && i < begin + kChunk; ++i) {
-      lanes[i % kLanes] = lanes[i % kLanes] + values[i] * values[i];
+    for (size_t i = begin; i < end; ++i) {
+      const float x = sgd_clipped(sgd_unscaled(elements[i], hyper, flags), hyper, flags);
+      const float scaled = x * factor_of(clipped);
+      lanes[i % kLanes] = lanes[i % kLanes] + scaled * scaled;
     }
     for (uint32_t half = kLanes / 2; half > 0; half /= 2) {
       for (uint32_t lane = 0; lane < half; ++lane) {
         lanes[lane] = lanes[lane] + lanes[lane + half];
       }
     }
-    chunks.push_back({lanes[0], 0});
+    chunks.push_back({{lanes[0], 0}, scale_of(clipped), peak});
   }
   return folded_in_order(chunks);
 }
@@ -558,8 +569,7 @@ void test_measurement(int round, Counted& counted) {
 
   const uint32_t tensors = 1 + below(3);
   std::vector<Array> arrays;
-  std::vector<Real> sums;
-  uint32_t peak = 0;
+  std::vector<Squares> sums;
   MeasureBatches batches;
   for (uint32_t i = 0; i < 2 * tensors; ++i) {
     auto shape = random_shape();
@@ -568,7 +578,7 @@ void test_measurement(int round, Counted& counted) {
     }
     const auto way = static_cast<Lying>(below(3));
     auto& a = arrays.emplace_back(random_array(shape, random_type(kAnyType), way));
-    a.memory->fill();
+    a.memory->fill(false, below(2) ? std::ldexp(1.0f, int(below(240)) - 120) : 1.0f);
     const size_t size = element_count(shape.size(), shape.data());
     if (round % 4 == 0 && size > 0) {
       const float infinite = below(2) ? INFINITY : NAN;
@@ -579,15 +589,14 @@ void test_measurement(int round, Counted& counted) {
     std::vector<float> values;
     for (size_t e = 0; e < size; ++e) {
       const float x = a.memory->get(a.first + (way == Lying::any ? place(shape, a.strides, e) : e));
-      peak = is_gradient ? peak_of(peak, x) : peak;
-      values.push_back(is_gradient ? sgd_gradient(x, hyper, common.control.flags) : x);
+      values.push_back(x);
     }
-    sums.push_back(sum_in_order(values));
+    sums.push_back(sum_in_order(values, hyper, is_gradient ? common.control.flags : 0));
     counted.elements += size;
   }
 
-  std::vector<ChunkSum> chunks(batches.chunks());
-  std::vector<ArraySum> array_sums(batches.arrays());
+  std::vector<Squares> chunks(batches.chunks());
+  std::vector<Squares> array_sums(batches.arrays());
   std::vector<float> measured(2 + 2 * tensors, -1.0f);
   common.chunks = chunks.data();
   // Compiled for these options; the scale is there or not, and likewise the limit.
@@ -622,26 +631,26 @@ void test_measurement(int round, Counted& counted) {
     return float_to_bits(a) == float_to_bits(b) || (a != a && b != b);
   };
   const auto where = ", round " + std::to_string(round);
-  const float norm = sgd_norm(folded_in_order({sums.begin(), sums.begin() + tensors}));
-  const bool applies = sgd_applies(common.control.flags, peak, norm);
+  const auto total = folded_in_order({sums.begin(), sums.begin() + tensors});
+  const float norm = norm_of(total);
+  const bool applies = sgd_applies(common.control.flags, total, norm);
   require(same(measured[kMeasuredNorm], norm), "the global norm" + where);
   require(measured[kMeasuredApply] == (applies ? 1.0f : 0.0f), "whether it applies" + where);
   require(skipped_out == skipped + !applies, "the steps skipped" + where);
   for (uint32_t t = 0; t < tensors; ++t) {
     const float* norms = &measured[kMeasuredTensors + 2 * t];
-    require(same(norms[0], sgd_norm(sums[t])), "the norm of a gradient" + where);
-    require(same(norms[1], sgd_norm(sums[tensors + t])), "the norm of a parameter" + where);
+    require(same(norms[0], norm_of(sums[t])), "the norm of a gradient" + where);
+    require(same(norms[1], norm_of(sums[tensors + t])), "the norm of a parameter" + where);
   }
 }
 
 /// More arrays than a block has lanes, and more chunks.
 void test_folds_of_more_than_the_lanes() {
   for (const uint32_t n : {1u, 2u, 3u, 32u, 33u, 1023u, 1024u, 1025u, 3000u}) {
-    std::vector<ArraySum> sums(n);
-    std::vector<Real> values;
+    std::vector<Squares> sums(n);
     for (auto& sum : sums) {
-      sum = {{std::abs(normal()), 1e-9f * normal()}, 0};
-      values.push_back(sum.sum);
+      const uint32_t scale = below(3) == 0 ? below(kMostScale + 1) : uint32_t(kNoScale);
+      sum = {{std::abs(normal()), 1e-9f * normal()}, scale, 0};
     }
     float measured[2] = {};
     const uint64_t skipped = 0;
@@ -649,7 +658,7 @@ void test_folds_of_more_than_the_lanes() {
     const FinishLaunch finish{sums.data(), &skipped, measured, &skipped_out, n, 0};
     emulation::run_block(0, kFoldLanes, [&] { run<MeasureKnown<0>>(finish); });
     require(
-        float_to_bits(measured[0]) == float_to_bits(sgd_norm(folded_in_order(values))),
+        float_to_bits(measured[0]) == float_to_bits(norm_of(folded_in_order(sums))),
         "a fold of " + std::to_string(n));
   }
 }

@@ -36,6 +36,7 @@ struct Argument {
   Kind kind;
   int slot; // of a buffer
   const bool* present; // the function constant on which it depends, or null
+  bool constant; // its address space
   // From its C++ type:
   bool writable = false;
   bool by_reference = false; // one element, exactly

@@ -8,6 +8,8 @@ explicit instantiations (they give the kernels' names), the attribute of a funct
 constant (it becomes a plain variable, and so do constants that depend on it) and memory
 of a threadgroup (the harness has it). ``check`` has clang compile the source with distinct
 address spaces, and applies rules of Metal that C++ does not have to clang's syntax tree.
+Then it compiles for two GPUs that clang knows, where all that a thread has must be in
+registers.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Argument(NamedTuple):
     attribute: str  # "buffer" or one of BUILTINS
     slot: str  # of a buffer: an expression
     present: str  # a function constant, or "" for always
+    constant: bool  # its address space
 
 
 class Translation(NamedTuple):
@@ -89,7 +92,8 @@ def argument(declaration: str, kernel: str) -> Argument:
     kind = next((a for a in parts if a == "buffer" or a in BUILTINS), "")
     if not kind or parts.keys() - {kind, "function_constant"}:
         fail(f"{kernel}: the harness does not know the attributes of {declaration.strip()}")
-    return Argument(name[1], kind, parts[kind], parts.get("function_constant", ""))
+    is_constant = "constant" in declaration.split("[[")[0].split()
+    return Argument(name[1], kind, parts[kind], parts.get("function_constant", ""), is_constant)
 
 
 def split_arguments(text: str) -> list[str]:
@@ -104,8 +108,9 @@ def split_arguments(text: str) -> list[str]:
     return pieces
 
 
-def translated(text: str, shared: str) -> Translation:
-    """`shared` replaces the declarations of threadgroups' memory: see SHARED."""
+def translated(text: str, shared: str, storage: str = "static ") -> Translation:
+    """`shared` replaces the declarations of threadgroups' memory: see SHARED; `storage` is
+    that of function constants."""
     arguments = {}
     for match in re.finditer(r"\[\[kernel\]\] void (\w+)\s*\(", text):
         declarations = split_arguments(parenthesised(text, match.end() - 1))
@@ -134,7 +139,7 @@ def translated(text: str, shared: str) -> Translation:
 
     def take_constant(match: re.Match[str]) -> str:
         constants[match[2]] = (match[1], int(match[3]))
-        return f"static {match[1]} {match[2]};"
+        return f"{storage}{match[1]} {match[2]};"
 
     text = re.sub(
         r"constant (bool|uint32_t) (\w+) \[\[function_constant\((\d+)\)\]\];", take_constant, text
@@ -145,7 +150,7 @@ def translated(text: str, shared: str) -> Translation:
         if not any(re.search(rf"\b{name}\b", match[2]) for name in (*constants, *derived)):
             return match[0]
         derived[match[1]] = match[2]
-        return f"static bool {match[1]};"
+        return f"{storage}bool {match[1]};"
 
     text = re.sub(r"^constant bool (\w+) = ([^;]*);", take_derived, text, flags=re.MULTILINE)
 
@@ -179,8 +184,11 @@ def as_program(source: str, t: Translation) -> str:
                 lines.append(f"static Argument arguments_{number}[] = {{")
                 for a in arguments:
                     present = f"&{a.present}" if a.present else "nullptr"
+                    space = str(a.constant).lower()
                     slot = f"int({a.slot or -1})"
-                    lines.append(f'  {{"{a.name}", Kind::{a.attribute}, {slot}, {present}}},')
+                    lines.append(
+                        f'  {{"{a.name}", Kind::{a.attribute}, {slot}, {present}, {space}}},'
+                    )
                 lines.append("};")
     lines += ["const Library& library() {", "  static const Library the_library = {"]
     lines += [f'    R"metal({source})metal",', "    {"]
@@ -245,28 +253,105 @@ def broken_rules(tree: dict[str, Any], variables: set[str]) -> Iterator[str]:
                 yield f"{what}: a global variable must be constant"
 
 
+# What of Metal's library the kernels may call. Arithmetic must be correctly rounded under
+# any options: so the precise form, and no plain `/` of floats.
+ALLOWED = {
+    "as_type",
+    "max",  # of integers, see the stand-in
+    "precise::divide",
+    "precise::fma",
+    "precise::rint",
+    "precise::sqrt",
+    "threadgroup_barrier",
+    "make_float4",  # float4(...) to us
+}
+
+
+def library_functions(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The stand-in's functions: clang's number and the name with its namespaces."""
+    for node in tree.get("inner", []):
+        if node.get("kind") == "NamespaceDecl":
+            inside = "" if node["name"] == "metal" else f"{prefix}{node['name']}::"
+            yield from library_functions(node, inside)
+        elif node.get("kind") in ("FunctionDecl", "FunctionTemplateDecl"):
+            yield node["id"], prefix + node["name"]
+            yield from library_functions(node, prefix)
+
+
+def inexact(tree: dict[str, Any], library: dict[str, str]) -> Iterator[str]:
+    """Calls of Metal's library that are not ALLOWED, and divisions of floats."""
+    for node, _ in nodes(tree):
+        called = library.get(node.get("referencedDecl", {}).get("id"), "make_float4")
+        if called not in ALLOWED:
+            yield f"'{called}' of Metal's library is not on the list of what may be used"
+        floats = re.search(r"\b(float|half|bfloat)", node.get("type", {}).get("qualType", ""))
+        if node.get("opcode") in ("/", "/=") and floats:
+            yield "a plain '/' of floats: Metal promises the rounding of precise::divide only"
+
+
+CHECKED = ["-x", "c++", "-nostdinc", "-fno-exceptions", "-fno-rtti", "-DMETAL_ADDRESS_SPACES"]
+
+
 def checked(path: Path, version: str) -> Translation:
-    t = translated(preprocessed(path, version), SHARED_TO_CHECK)
-    undefine = "\n".join(f"#undef {w}" for w in ("device", "constant", "threadgroup", "thread"))
-    uses = "\n".join(f"auto use_{i} = &{e};" for i, (_, e) in enumerate(t.instances))
-    command = [CLANG, "-x", "c++", "-std=c++17", "-fsyntax-only", "-nostdinc", "-fno-exceptions"]
-    command += ["-fno-rtti", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes"]
-    command += ["-Wno-unused-function", "-Wno-duplicate-decl-specifier", "-DMETAL_ADDRESS_SPACES"]
-    source = f"{t.text}\n{undefine}\nnamespace instances {{\n{uses}\n}}\n"
+    t = translated(preprocessed(path, version), SHARED_TO_CHECK, storage="")
+    # Before its version 4, Metal is C++14.
+    standard = "c++14" if version < "400" else "c++17"
+    command = [CLANG, *CHECKED, f"-std={standard}", "-pedantic", "-fsyntax-only"]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-Wno-unused-function"]
+    command += ["-Wno-duplicate-decl-specifier", "-Wno-gnu-line-marker"]
+    source = with_instances(t)
     plain = subprocess.run([*command, "-"], input=source, text=True)
     if plain.returncode:
         fail(f"{path.name}, Metal {version}: does not compile")
     dump = [*command, "-Xclang", "-ast-dump=json", "-Xclang", "-ast-dump-filter=", "-"]
     tree = subprocess.run(dump, input=source, text=True, capture_output=True, check=True)
-    # Our checks' own variables are not part of the source.
     declarations = json.loads(tree.stdout)
+    stand_in = [d for d in declarations["inner"] if d.get("name") in ("metal", "as_type")]
+    library = dict(library_functions({"inner": stand_in}))
+    # Our checks' own variables are not part of the source.
     declarations["inner"] = [
         d for d in declarations["inner"] if d.get("name") not in ("instances", "metal")
     ]
-    problems = sorted(set(broken_rules(declarations, {*t.constants, *t.derived})))
+    problems = {*broken_rules(declarations, {*t.constants, *t.derived})}
+    problems |= {*inexact(declarations, library)}
     if problems:
-        fail(f"{path.name}, Metal {version}:\n  " + "\n  ".join(problems))
+        fail(f"{path.name}, Metal {version}:\n  " + "\n  ".join(sorted(problems)))
     return t
+
+
+def with_instances(t: Translation) -> str:
+    """The text, and a use of every kernel."""
+    undefine = "\n".join(f"#undef {w}" for w in ("device", "constant", "threadgroup", "thread"))
+    uses = "\n".join(f"auto use_{i} = &{e};" for i, (_, e) in enumerate(t.instances))
+    return f"{t.text}\n{undefine}\nnamespace instances {{\n{uses}\n}}\n"
+
+
+# GPUs for which clang makes code, as a stand-in for Apple's.
+GPUS = {
+    "nvptx64-nvidia-cuda": [],
+    "amdgcn-amd-amdhsa": ["-nogpulib", "-mcpu=gfx90a"],
+}
+IN_MEMORY = {
+    r" alloca .*": "a variable of a thread's in memory",
+    r"(?:insert|extract)element .*, i\d+ %[\w.]+$": "an element by a variable's number",
+}
+
+
+def not_in_registers(t: Translation) -> Iterator[str]:
+    """Where a GPU would have to index its registers, or keep a variable in memory."""
+    for target, options in GPUS.items():
+        command = [CLANG, *CHECKED, f"--target={target}", *options, "-std=c++17", "-w", "-O2"]
+        command += ["-S", "-emit-llvm", "-o", "-", "-"]
+        done = subprocess.run(command, input=with_instances(t), text=True, capture_output=True)
+        if done.returncode:
+            yield f"{target}: {done.stderr}"
+        function = ""
+        for line in done.stdout.splitlines():
+            if line.startswith("define "):
+                function = line.partition("@")[2].partition("(")[0]
+            for pattern, what in IN_MEMORY.items():
+                if found := re.search(pattern, line):
+                    yield f"{target}: {what}, in {function[:40]}: {found[0].strip()}"
 
 
 def main() -> None:
@@ -277,6 +362,8 @@ def main() -> None:
     if mode == "check":
         for version in LANGUAGE_VERSIONS:
             t = checked(source, version)
+        if problems := list(not_in_registers(t)):
+            fail(f"{source.name}:\n  " + "\n  ".join(problems))
         print(f"{source.name}: {len(t.arguments)} kernels, {len(t.instances)} instances: ok")
     else:
         t = translated(preprocessed(source, LANGUAGE_VERSIONS[-1]), SHARED_TO_RUN)

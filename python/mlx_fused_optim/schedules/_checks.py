@@ -12,6 +12,7 @@ LARGEST_FLOAT32 = 3.4028234663852886e38
 LARGEST_UINT64 = 2**64 - 1
 # Sums of a few lengths must not pass 64 bits.
 LARGEST_LENGTH = 2**60
+_IN_WORDS = {LARGEST_LENGTH: "2**60", LARGEST_UINT64: "2**64 - 1"}
 
 
 def as_float(op: str, name: str, value: SupportsFloat) -> float:
@@ -57,7 +58,8 @@ def as_integer(
         raise error(f"[{op}] {name} must be a whole number: got {shown}, allowed an int.") from None
     if not at_least <= number <= at_most:
         raise ValueError(
-            f"[{op}] {name} is out of range: got {number}, allowed {at_least} to {at_most}."
+            f"[{op}] {name} is out of range: got {number}, allowed {at_least} to "
+            f"{_IN_WORDS.get(at_most, at_most)}."
         )
     return number
 
@@ -65,6 +67,13 @@ def as_integer(
 def as_length(op: str, name: str, value: Any) -> int:
     """A number of steps that cannot be none."""
     return as_integer(op, name, value, at_least=1)
+
+
+def as_fractional_length(op: str, name: str, value: Any) -> int | float:
+    """A number of steps that need not be whole, as ``mlx.optimizers`` has it."""
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer() and value > 1:
+        return value
+    return as_length(op, name, value)
 
 
 def as_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> str:

@@ -144,7 +144,7 @@ class Schedule:
         count = 0
         for _, member in self._members:
             if not isinstance(member, Schedule):
-                return "a member is a Python function"
+                return getattr(member, "why_not_in_kernel", "a member is a Python function")
             if member._device is None:
                 return member._why_not_in_kernel()
             count += member._device.segments
@@ -180,16 +180,6 @@ def first_value_of(op: str, schedule: ScheduleLike) -> float:
     return float(value)
 
 
-def as_schedule(op: str, name: str, value: Any) -> ScheduleLike:
-    if not callable(value):
-        raise TypeError(
-            f"[{op}] {name} must be a schedule: got {type(value).__name__}, allowed a Schedule "
-            "or a function of the step; for a number write constant(number)."
-        )
-    schedule: ScheduleLike = value
-    return schedule
-
-
 def joined(
     name: str,
     arguments: Mapping[str, Any],
@@ -207,7 +197,8 @@ def joined(
     return Schedule(name, arguments, None, members)
 
 
-def _maker(name: str) -> Callable[..., Schedule]:
+def maker_of(name: str) -> Callable[..., Schedule]:
+    """The function of this package that makes a schedule of this name."""
     from .. import schedules
 
     maker: Callable[..., Schedule] = getattr(schedules, name)
@@ -216,7 +207,7 @@ def _maker(name: str) -> Callable[..., Schedule]:
 
 def _defaults(name: str) -> dict[str, Any]:
     """The default of each argument that has one."""
-    maker = _maker(name)
+    maker = maker_of(name)
     code = maker.__code__
     positional = code.co_varnames[: code.co_argcount]
     defaults = maker.__defaults__ or ()
@@ -225,4 +216,4 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _rebuild(name: str, arguments: dict[str, Any]) -> Schedule:
-    return _maker(name)(**arguments)
+    return maker_of(name)(**arguments)

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from .. import _ext
 from ._checks import as_boundaries, as_choice, as_float, as_integer, as_length
-from ._schedule import Schedule, ScheduleLike, as_schedule, first_value_of, joined, value_of
+from ._of_mlx import as_schedule
+from ._schedule import Schedule, ScheduleLike, first_value_of, joined, value_of
 from .decays import linear_schedule
 
 
@@ -70,7 +71,7 @@ def warmup(schedule: ScheduleLike, steps: int, start: float = 0.0) -> Schedule:
 
     Args:
         schedule (Schedule or callable): The schedule :math:`S` to warm up to.
-        steps (int): The number of steps :math:`W`; at least 1.
+        steps (int): The number of steps :math:`W`; with 0, the schedule alone.
         start (float): The value :math:`\eta_s` at step 0. Default: ``0.0``.
 
     Returns:
@@ -94,10 +95,12 @@ def warmup(schedule: ScheduleLike, steps: int, start: float = 0.0) -> Schedule:
     """
     op = "warmup"
     schedule = as_schedule(op, "schedule", schedule)
-    steps = as_length(op, "steps", steps)
+    steps = as_integer(op, "steps", steps, at_least=0)
     start = as_float(op, "start", start)
-    peak = as_float(op, "the first value of the schedule", first_value_of(op, schedule))
     arguments = {"schedule": schedule, "steps": steps, "start": start}
+    if steps == 0:
+        return schedule if isinstance(schedule, Schedule) else joined(op, arguments, [schedule], [])
+    peak = as_float(op, "the first value of the schedule", first_value_of(op, schedule))
     return joined(op, arguments, [linear_schedule(start, peak, steps), schedule], [steps])
 
 

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
+
+import mlx.core as mx
 
 from .. import _ext
 from ._checks import (
     as_boundaries,
     as_float,
+    as_fractional_length,
     as_integer,
     as_length,
     as_positive,
 )
 from ._schedule import Schedule, joined
+
+
+class _Fraction:
+    """A way from ``init`` to ``end`` in a number of steps that is not whole: the kernel
+    counts progress in integers."""
+
+    why_not_in_kernel = "its length is not a whole number"
+
+    def __init__(self, init: float, end: float, steps: float, exponent: float | None = None):
+        self.init, self.end, self.steps, self.exponent = init, end, steps, exponent
+
+    def __call__(self, step: mx.array) -> mx.array:
+        progress = mx.minimum(step.astype(mx.float32) / self.steps, 1.0)
+        left = 1.0 - progress
+        if self.exponent is not None:
+            left = (0.5 * (1.0 + mx.cos(math.pi * progress))) ** self.exponent
+        return self.init * left + self.end * (1.0 - left)
 
 
 def constant(value: float) -> Schedule:
@@ -146,7 +167,7 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
     return Schedule(op, arguments, device)
 
 
-def linear_schedule(init: float, end: float, steps: int) -> Schedule:
+def linear_schedule(init: float, end: float, steps: float) -> Schedule:
     r"""A line from ``init`` to ``end``, then ``end``.
 
     .. math:: \eta_t = \eta_0 (1 - x) + \eta_N x, \quad x = \min(t / N, 1)
@@ -154,7 +175,8 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
     Args:
         init (float): The value :math:`\eta_0` at step 0.
         end (float): The value :math:`\eta_N` from step :math:`N` on, reached exactly.
-        steps (int): The number of steps :math:`N`; at least 1.
+        steps (float): The number of steps :math:`N`; at least 1. MLX operations evaluate a
+            schedule whose length is not whole, before the step.
 
     Returns:
         Schedule: A callable from the step to a float32 array.
@@ -176,13 +198,16 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
     arguments: dict[str, Any] = {
         "init": as_float(op, "init", init),
         "end": as_float(op, "end", end),
-        "steps": as_length(op, "steps", steps),
+        "steps": as_fractional_length(op, "steps", steps),
     }
-    return Schedule(op, arguments, _ext.blend(*arguments.values()))
+    init, end, steps = arguments.values()
+    if isinstance(steps, float):
+        return Schedule(op, arguments, None, [(0, _Fraction(init, end, steps))])
+    return Schedule(op, arguments, _ext.blend(init, end, steps))
 
 
 def cosine_decay(
-    init: float, decay_steps: int, end: float = 0.0, *, exponent: float = 1.0
+    init: float, decay_steps: float, end: float = 0.0, *, exponent: float = 1.0
 ) -> Schedule:
     r"""Half a cosine wave from ``init`` to ``end``, then ``end``.
 
@@ -193,7 +218,8 @@ def cosine_decay(
 
     Args:
         init (float): The value :math:`\eta_0` at step 0.
-        decay_steps (int): The number of steps :math:`N`; at least 1.
+        decay_steps (float): The number of steps :math:`N`; at least 1. MLX operations
+            evaluate a schedule whose length is not whole, before the step.
         end (float): The value :math:`\eta_N` from step :math:`N` on, reached exactly. It
             may be above ``init``. Default: ``0.0``.
         exponent (float): The power :math:`p` of the wave; above 0. Default: ``1.0``.
@@ -217,16 +243,18 @@ def cosine_decay(
     """
     op = "cosine_decay"
     init = as_float(op, "init", init)
-    decay_steps = as_length(op, "decay_steps", decay_steps)
+    length = as_fractional_length(op, "decay_steps", decay_steps)
     end = as_float(op, "end", end)
     exponent = as_positive(op, "exponent", exponent)
-    device = _ext.blend(init, end, decay_steps, cosine=True, power=exponent)
     arguments: dict[str, Any] = {
         "init": init,
-        "decay_steps": decay_steps,
+        "decay_steps": length,
         "end": end,
         "exponent": exponent,
     }
+    if isinstance(length, float):
+        return Schedule(op, arguments, None, [(0, _Fraction(init, end, length, exponent))])
+    device = _ext.blend(init, end, length, cosine=True, power=exponent)
     return Schedule(op, arguments, device)
 
 
