@@ -70,6 +70,14 @@ void share(mx::array& output, const mx::array& input, int64_t begin) {
       (begin - input.offset()) / static_cast<int64_t>(output.itemsize()));
 }
 
+// What this rests on. A count of uses is a count of readers only because whoever is to read
+// later holds the memory until it has: MLX's graph, its scheduler's tasks, and on Metal the
+// completion handler of the command buffer, which keeps each operation's inputs and outputs
+// but for the one output that took over an input (mlx/backend/metal/eval.cpp, 0.32.4). Nothing
+// else would order a step's write after an earlier read: an output that is registered in a
+// concurrent group is not compared with what earlier commands read
+// (mlx/backend/metal/device.cpp). tests/test_metal.py has both promises.
+
 /// The memory of one array, where MLX would give it away.
 void set_output(
     mx::array& output,

@@ -22,8 +22,8 @@ std::optional<mx::array> whole_arena(
 /// - Parameters are many arrays in one buffer. They are written in place when
 ///   they lie in it exactly as the arena wants them, when each of them has no
 ///   other holder, and when the buffer has no holder besides them.
-/// - The step counter and the learning rate, where the kernel writes them, are fresh: other dispatches of
-///   the same step still read the old counter.
+/// - The step counter and the learning rate, where the kernel writes them, are always
+///   fresh: other dispatches of the same step still read the old counter.
 void set_outputs(
     const SgdPlan& plan,
     const std::vector<mx::array>& inputs,

@@ -20,7 +20,8 @@ bool has_placeholders(const std::vector<mx::array>& arrays) {
   while (!found.empty()) {
     const auto array = std::move(found.back());
     found.pop_back();
-    if (!array.is_tracer() || !seen.insert(array.id()).second) {
+    // Not by is_tracer(): differentiation inside takes the mark off its results.
+    if (!seen.insert(array.id()).second) {
       continue;
     }
     if (!array.has_primitive() && !array.is_available()) {

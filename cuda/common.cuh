@@ -135,6 +135,8 @@ struct Place {
 template <typename Base>
 __device__ inline Place find_element(const AnyWay<Base>& tensor, uint64_t i) {
   Place place = {0, 0};
+// Unrolled, its divisions would be most of what NVRTC has to compile.
+#pragma unroll 1
   for (int d = tensor.dimensions - 1; d >= 0; --d) {
     const int64_t index = i % tensor.shape[d];
     i /= tensor.shape[d];

@@ -136,6 +136,7 @@ __device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Sca
         continue;
       }
       int64_t at = 0;
+#pragma unroll 1 // see find_element
       for (int d = array.dimensions - 1; d >= 0; --d) {
         at += int64_t(i % array.shape[d]) * array.strides[d];
         i /= array.shape[d];

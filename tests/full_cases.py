@@ -361,6 +361,12 @@ def _cases() -> list[FullCase]:
     )  # fmt: skip
     infinite = Full(clip_norm=1.3, trust_coefficient=0.003, weight_decay=0.01)
     cases.append(FullCase("infinite", infinite, ("float32",), "float32", scale=5e37))
+    # Gradients that only unscaling makes infinite, behind a clipping that hides it; and a
+    # scale that cannot be inverted.
+    unscaled = Full(grad_scale=2.0**-120, skip_nonfinite=True, clip_value=0.7)
+    cases.append(FullCase("overflow_unscaled", unscaled, ("float32",), "bfloat16", scale=1e7))
+    inverse = Full(grad_scale=2.0**-127, skip_nonfinite=True, momentum=0.9)
+    cases.append(FullCase("overflow_inverse", inverse, ("bfloat16",), "float32"))
     beyond = Full(trust_coefficient=1e30, skip_nonfinite=True)  # a ratio that is
     cases.append(FullCase("ratio_beyond", beyond, ("float32",), "float32", scale=1e-20))
     small = Full(clip_norm=5e-5)  # of a norm that an epsilon of 1e-6 changes

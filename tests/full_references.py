@@ -33,7 +33,7 @@ class Arena(NamedTuple):
 
 def arenas_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[Arena]:
     """One arena a dtype (these tests stay below 128 MiB), tensors at multiples of 256 bytes,
-    named by the 64-bit FNV-1a hash of what they are."""
+    named by the 64-bit FNV-1a hash of what they are, with a byte before each key of a path."""
     arenas = []
     for dtype in dict.fromkeys(dtypes):
         tensors = [i for i, name in enumerate(dtypes) if name == dtype]
@@ -44,7 +44,7 @@ def arenas_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[
             size += -(-math.prod(shapes[i]) // granule) * granule
             number = 1 + ["float32", "float16", "bfloat16"].index(dtype)
             lengths = b"".join(length.to_bytes(4, "little") for length in shapes[i])
-            text += f"w.{i}".encode() + bytes([0xFF, number]) + lengths + b"\xfe"
+            text += b"\xf8w\xfa%d" % i + bytes([0xFF, number]) + lengths + b"\xfe"
         hashed = 0xCBF29CE484222325
         for byte in text:
             hashed = (hashed ^ byte) * 0x100000001B3 % 2**64

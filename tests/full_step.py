@@ -154,7 +154,7 @@ class State(NamedTuple):
 def layout_of(parameters: Sequence[mx.array]) -> Any:
     from mlx_fused_optim import _ext
 
-    return _ext.Layout([((f"w.{i}",), p.shape, p.dtype) for i, p in enumerate(parameters)])
+    return _ext.Layout([(("w", i), p.shape, p.dtype) for i, p in enumerate(parameters)])
 
 
 def first_state(options: Full, parameters: Sequence[mx.array], step: int = 0) -> State:

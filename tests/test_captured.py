@@ -244,6 +244,28 @@ def step_of(optimizer):
     return lambda g, p: optimizer.apply_gradients(g, p)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_uncaptured_state_behind_a_differentiation(momentum):
+    """As MLX's example of MNIST has it: what comes out of nn.value_and_grad is no tracer."""
+    model = nn.Linear(2, 1)
+    optimizer = optim.SGD(0.125, momentum=momentum)
+    gradient = nn.value_and_grad(model, lambda m, x: mx.mean(mx.square(m(x))))
+
+    @partial(mx.compile, inputs=model.state, outputs=model.state)
+    def step(x):
+        loss, gradients = gradient(model, x)
+        optimizer.update(model, gradients)
+        return loss
+
+    before = mx.array(model.weight)
+    if momentum:
+        with pytest.raises(ValueError, match="does not capture it, for steps with momentum"):
+            step(mx.ones((3, 2)))
+    else:
+        mx.eval(step(mx.ones((3, 2))), model.state)
+        assert not mx.array_equal(model.weight, before)
+
+
 @each(USES)
 def test_an_optimizer_inside_the_function(case):
     """It has nothing to capture."""

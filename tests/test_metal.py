@@ -59,11 +59,15 @@ def bytes_of(log: list[dict], *names: str) -> dict[str, int]:
     return total
 
 
+# 0.1 at every step that a test takes; a schedule, so that kernels count.
+ALWAYS = optim.multi_step(0.1, [10**6])
+
+
 class Training:
     """An optimizer, and parameters that nobody else holds."""
 
     def __init__(self, shapes, dtype=mx.float32, momentum=0.9, place=lambda g: g, **options):
-        self.optimizer = optim.SGD(options.pop("rate", 0.1), momentum=momentum, **options)
+        self.optimizer = optim.SGD(options.pop("rate", ALWAYS), momentum=momentum, **options)
         self.parameters = [mx.random.normal(s).astype(dtype) for s in shapes]
         self.gradients = [place(mx.random.normal(s).astype(dtype)) for s in shapes]
         mx.eval(self.parameters, self.gradients)
@@ -172,6 +176,12 @@ def test_448_tensors_take_few_dispatches_and_exactly_the_bytes():
     assert (counters["read"], counters["written"]) == (0, 8 + 16)
 
 
+def test_a_constant_step_counts_in_no_kernel():
+    training = Training([(7,)] * 3, rate=0.1)
+    training.step()
+    assert [d["kernel"] for d in dispatches(training.step)] == ["sgd_step_float32_float32"]
+
+
 def test_barriers_stand_only_where_data_flows():
     """The second step waits for the first, once; the dispatches of each run side by side."""
     training = Training([(100,)] * 60)
@@ -190,6 +200,50 @@ def test_barriers_stand_only_where_data_flows():
     barriers = [i for i, d in enumerate(log) if d["barrier"]]
     # The first step had a buffer for each parameter, the second one for all.
     assert len(barriers) == 1 and log[barriers[0] - 1]["kernel"] == "sgd_finish", each
+
+
+def test_what_a_pending_command_uses_is_not_written(monkeypatch):
+    """MLX's command buffer keeps the inputs of its operations, and the outputs beside the one
+    that took over memory, until it has completed: nothing else keeps a step from writing
+    what an earlier command still reads. So momentum waits for the command buffer."""
+    monkeypatch.setenv("METAL_ON_CPU_KEEP", "1")
+    training = Training([(100,)] * 3)
+    training.step()
+    for _ in range(2):
+        log = dispatches(lambda: [training.step() for _ in range(2)])
+        steps = [d for d in log if d["kernel"].startswith("sgd_step")]
+        assert len(steps) == 2
+        in_place = [
+            [bytes_of([d], name)["read"] > 0 for d in steps]
+            for name in ("parameters_out", "velocities_out")
+        ]
+        assert in_place == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("columns", [4, 16, 32, 128])
+@pytest.mark.parametrize("threads", [256, 96])
+def test_tiles_of_any_width_change_no_bit(monkeypatch, columns, threads):
+    """Transposed gradients, around the borders of tiles: against mlx.optimizers."""
+    monkeypatch.setenv("METAL_ON_CPU_MAX_THREADS", str(threads))
+    monkeypatch.setenv("MLX_FUSED_OPTIM_METAL_TILE", str(columns))
+    shapes = [(threads, columns), (33, 31), (70, columns + 1), (1, 5), (5, 1), (3, 129)]
+    ours = Training(shapes, place=lambda g: mx.contiguous(g.T).T)
+    theirs = mlx.optimizers.SGD(0.1, momentum=0.9)
+    tree = theirs.apply_gradients({"w": ours.gradients}, {"w": list(ours.parameters)})
+    mx.eval(tree)
+    log = dispatches(ours.step)
+    assert log[0]["pipeline"].endswith(f"_{columns}")
+    everything = bytes_of(log, "source", "parameters_out")
+    size = 4 * sum(math.prod(s) for s in shapes)
+    assert everything["read"] == 2 * size and everything["read_again"] == 0
+    assert all(same(a, b) for a, b in zip(ours.parameters, tree["w"], strict=True))
+
+
+@pytest.mark.parametrize("columns", ["0", "12", "256", "-4", "wide"])
+def test_a_tile_of_no_such_width_is_refused(monkeypatch, columns):
+    monkeypatch.setenv("MLX_FUSED_OPTIM_METAL_TILE", columns)
+    with pytest.raises(ValueError, match=f"METAL_TILE .*: got '{columns}', allowed 4, 8, 16"):
+        Training([(5,)]).step()
 
 
 @pytest.mark.parametrize("tensors", [1, 12, 13, 23, 24, 47, 100])

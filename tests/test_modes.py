@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bits import of_mlx, same
 from mlx.utils import tree_flatten
+from mlx_fused_optim import _ext
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": (), "d": (0, 3)}
 CUDA = mx.is_available(mx.gpu) and not mx.metal.is_available()
@@ -459,6 +460,13 @@ def test_vjp_and_grad(nesterov, compiled):
             direction[number][index] = 1
             (want[index],) = differences(loss64, doubles, direction)
         np.testing.assert_allclose(np.array(got[number]), want, rtol=2e-5, atol=2e-6)
+
+
+def test_a_view_of_an_arena_takes_a_tangent_with_strides():
+    """The tangent's memory is not laid out as the arena's."""
+    tangent = mx.arange(20.0)[::2]
+    _, (view,) = mx.jvp(lambda a: _ext.arena_view(a, [2, 3], 1), [mx.zeros(10)], [tangent])
+    assert view.tolist() == [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0]]
 
 
 def test_second_derivative():

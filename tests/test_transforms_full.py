@@ -16,6 +16,7 @@ from bits import DTYPES, of_mlx, same
 from full_references import arenas_of
 from full_step import FRAME_SLOTS, Full, Group, State, full_step
 from rules import RULES, SIGNED, Numbers, corrections
+from mlx_fused_optim import _ext
 
 SHAPES = ((7, 5), (3,), ())
 LEARNING_RATE = 0.25
@@ -416,3 +417,11 @@ def test_vmap_without_norms_has_the_same_bits():
         for b in range(2):
             for many, one in zip(batched, of_gradients(*(g[b] for g in gradients)), strict=True):
                 assert same(many[b], one), (name, b)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_view_of_a_batch_of_arenas(axis):
+    arenas = mx.arange(24, dtype=mx.float32).reshape(3, 8)
+    given = arenas if axis == 0 else arenas.T
+    views = mx.vmap(lambda arena: _ext.arena_view(arena, [2, 2], 3), in_axes=axis)(given)
+    assert np.array_equal(np.array(views), np.array(arenas)[:, 3:7].reshape(3, 2, 2))

@@ -19,8 +19,8 @@ struct EntryPoint {
 constexpr EntryPoint kEntryPoints[] = {
     {"sgd_flat", "Launch<Flat>", "kThreads"},
     {"sgd_flat_few", "FewLaunch<Flat>", "kThreads"},
-    {"sgd_transposed", "Launch<Transposed>", "kSquareThreads"},
-    {"sgd_transposed_few", "FewLaunch<Transposed>", "kSquareThreads"},
+    {"sgd_transposed", "Launch<Transposed>", "kSquareThreads, 2"},
+    {"sgd_transposed_few", "FewLaunch<Transposed>", "kSquareThreads, 2"},
     {"sgd_strided", "Launch<Strided>", "kThreads"},
     {"sgd_full_tiled", "Launch<Tiled>", "kThreads, kFullBlocks"},
     {"sgd_full_strided", "Launch<FullStrided>", "kThreads"},

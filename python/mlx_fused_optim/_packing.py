@@ -78,10 +78,12 @@ def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[lis
 def is_settled(state: State, layout: Layout, wanted: Wanted, op: str) -> bool:
     """Whether a step may leave alone what else the state has: nothing is loose, and a step that
     keeps nothing leaves nothing of its tensors that would no longer be true."""
-    if any(_is_loose(key, value, wanted.rule) for key, value in state.items()):
+    if _has_loose(state, wanted.rule):
         return False
+    if wanted.slots:
+        return True
     fleeting = {name for name, slot in wanted.rule.items() if not slot.lasts}
-    return bool(wanted.slots) or all(
+    return all(
         key == layout.key
         or not isinstance(entry, dict)
         or fleeting.isdisjoint(entry)
@@ -246,9 +248,7 @@ def is_edited(state: State, known: Iterable[str], rule: Slots) -> bool:
     """Whether somebody has put something in: what is loose, or arenas that are not ``known``."""
     entries = state.get("arenas", {})
     return (
-        not isinstance(entries, dict)
-        or not entries.keys() <= set(known)
-        or any(_is_loose(key, value, rule) for key, value in state.items())
+        not isinstance(entries, dict) or not entries.keys() <= set(known) or _has_loose(state, rule)
     )
 
 
@@ -270,7 +270,8 @@ def check_scalars(state: State, op: str) -> None:
     check_is_state(state, op)
     step = state.get("step")
     if isinstance(step, mx.array):
-        is_step = step.ndim == 0 and mx.issubdtype(step.dtype, mx.integer)
+        is_integer = step.dtype == mx.uint64 or mx.issubdtype(step.dtype, mx.integer)
+        is_step = step.ndim == 0 and is_integer
     else:
         is_step = type(step) is int and 0 <= step < 2**64
     if not is_step:
@@ -318,6 +319,13 @@ def _is_loose(key: str, value: Any, rule: Slots) -> bool:
     """Modules are containers; of a tree that is one array, the slots are arrays at the top."""
     is_place = isinstance(value, (dict, list, tuple)) and key != "arenas"
     return is_place or key in rule.names
+
+
+def _has_loose(state: State, rule: Slots) -> bool:
+    for key, value in state.items():  # at each step, so nothing is called for an array
+        if key in rule.names or (not isinstance(value, mx.array) and _is_loose(key, value, rule)):
+            return True
+    return False
 
 
 def scalars(state: State, rule: Slots) -> State:

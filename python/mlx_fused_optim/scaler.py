@@ -158,7 +158,9 @@ class GradScaler:
             tree: Any = {}
             split = optimizer._split_dictionary(gradients)  # as its own apply_gradients does
             for part, own in zip(parts, split, strict=True):
-                tree = tree_merge(tree, part.apply_gradients(own, model, grad_scale=scale))
+                tree = tree_merge(  # type: ignore[no-untyped-call]
+                    tree, part.apply_gradients(own, model, grad_scale=scale)
+                )
             model.update(tree)
         for part, count in zip(parts, before, strict=True):
             found = (part.skipped != count).astype(mx.int32)

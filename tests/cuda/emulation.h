@@ -93,14 +93,27 @@ void run_block(uint32_t block, uint32_t threads, Kernel kernel) {
 inline void __syncthreads() { emulation::block_barrier->arrive_and_wait(); }
 inline void __syncwarp() { emulation::warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
 
+namespace emulation {
+/// The value of lane `from`.
 template <typename T>
-T __shfl_down_sync(uint32_t, T value, uint32_t distance) {
+T shuffle(T value, uint32_t from) {
   static_assert(sizeof(T) == sizeof(uint32_t));
-  auto& warp = *emulation::warps[threadIdx.x / 32];
-  const uint32_t lane = threadIdx.x % 32;
-  std::memcpy(&warp.values[lane], &value, sizeof(T));
+  auto& warp = *warps[threadIdx.x / 32];
+  std::memcpy(&warp.values[threadIdx.x % 32], &value, sizeof(T));
   warp.barrier.arrive_and_wait();
-  std::memcpy(&value, &warp.values[lane + distance < 32 ? lane + distance : lane], sizeof(T));
+  std::memcpy(&value, &warp.values[from], sizeof(T));
   warp.barrier.arrive_and_wait();
   return value;
+}
+} // namespace emulation
+
+template <typename T>
+T __shfl_down_sync(uint32_t, T value, uint32_t distance) {
+  const uint32_t lane = threadIdx.x % 32;
+  return emulation::shuffle(value, lane + distance < 32 ? lane + distance : lane);
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, uint32_t mask) {
+  return emulation::shuffle(value, threadIdx.x % 32 ^ mask);
 }

@@ -53,6 +53,10 @@ std::mutex mutex; // of all below: the host encodes while a stream runs
 std::vector<std::shared_ptr<Record>> records;
 bool forget_hazards = false; // as at the end of an evaluation
 Memory memory;
+std::vector<std::shared_ptr<mlx::core::array::Data>> pending; // until metal_on_cpu_clear
+
+/// Whether the command buffer never completes by itself, so that memory has to be held.
+bool keeps() { return std::string(setting("METAL_ON_CPU_KEEP", "0")) == "1"; }
 
 } // namespace
 
@@ -79,8 +83,32 @@ extern "C" __attribute__((visibility("default"))) const char* metal_on_cpu_log()
   return text.c_str();
 }
 
+namespace metal_on_cpu {
+
+void hold_until_completed(
+    const std::vector<mlx::core::array>& inputs,
+    const std::vector<mlx::core::array>& outputs) {
+  if (!keeps()) {
+    return;
+  }
+  // As mlx/backend/metal/eval.cpp has it: inputs and siblings, but not what was donated.
+  std::set<std::shared_ptr<mlx::core::array::Data>> held;
+  for (auto& input : inputs) {
+    held.insert(input.data_shared_ptr());
+  }
+  for (auto& output : outputs) {
+    held.insert(output.data_shared_ptr());
+  }
+  held.erase(outputs[0].data_shared_ptr());
+  std::lock_guard lock(mutex);
+  pending.insert(pending.end(), held.begin(), held.end());
+}
+
+} // namespace metal_on_cpu
+
 extern "C" __attribute__((visibility("default"))) void metal_on_cpu_clear() {
   std::lock_guard lock(mutex);
+  pending.clear();
   records.clear();
   forget_hazards = true;
 }
@@ -200,6 +228,10 @@ void CommandEncoder::set_output_array(array& a, int slot, int64_t offset) {
   bindings_[slot].kind = Binding::output;
   if (concurrent_) {
     concurrent_outputs_.insert(a.buffer().ptr());
+    // MLX does not ask here whether an earlier command still reads it.
+    if (keeps() && !needs_barrier_ && read_before_group_.count(a.buffer().ptr())) {
+      fail("a write into memory that an earlier dispatch reads, with no barrier between them");
+    }
   } else {
     outputs_.insert(a.buffer().ptr());
     needs_barrier_ |= earlier_inputs_.count(a.buffer().ptr()) > 0;
@@ -227,6 +259,7 @@ bool CommandEncoder::takes_barrier() {
     if (forget_hazards) {
       earlier_inputs_.clear();
       earlier_outputs_.clear();
+      read_before_group_.clear();
       needs_barrier_ = false;
       forget_hazards = false;
     }
@@ -235,6 +268,7 @@ bool CommandEncoder::takes_barrier() {
   if (barrier) {
     earlier_inputs_.clear();
     earlier_outputs_.clear();
+    read_before_group_.clear();
   }
   earlier_inputs_.merge(inputs_);
   earlier_outputs_.merge(outputs_);

@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant("shapes_of_one_size", TREE, "g.shape() != p.shape()", "g.size() != p.size()", "bad_input"),
     Mutant("named_tuples", TREE, 'nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items)', "type(items)", "optimizer modes"),
     Mutant("prepared_for_other_tensors", PREPARED, "if (!tree.fits(layout_) || !step", "if (!step", "prepared"),
-    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == (entry ? 3 : 2);", "true;", "prepared"),
+    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;", "true : true;", "prepared"),
     Mutant("rate_of_any_type", PREPARED, "if (!given || !is_real(given->dtype())) {", "if (!given) {", "prepared bad_input"),
     Mutant("counter_of_the_first_step", PREPARED, "  next[names().step] = nb::cast(*taken.next);\n", "", "prepared"),
     # ---- C++: measurement, schedules, the step
@@ -105,7 +105,8 @@ MUTANTS = [
     Mutant("one_position_a_vector", "csrc/cpu/full_kernel.cpp", "result[i] = first + i;", "result[i] = first;", "rounding full_step"),
     Mutant("half_to_infinity_late", "csrc/cpu/half.h", "magnitude >= 0x477ff000 ? 0x7c00", "magnitude > 0x477ff000 ? 0x7c00", "conformance"),
     # ---- Arithmetic
-    Mutant("fold_loses_the_rest", "csrc/math/norm.h", "(sum.lo + more.lo) + high.lo", "sum.lo + more.lo", "norm"),
+    Mutant("fold_loses_the_rest", "csrc/math/norm.h", "(a.lo + b.lo) + high.lo", "a.lo + b.lo", "norm"),
+    Mutant("scale_of_the_last", "csrc/math/norm.h", "sum.scale > more.scale ? sum.scale : more.scale", "more.scale", "norm"),
     Mutant("master_of_another_parameter", "csrc/math/sgd.h", "round_nearest(e.master, parameter_format) == e.parameter ? e.master : e.parameter", "e.master", "full_step"),
     Mutant("random_bits_of_both", "csrc/math/sgd.h", "round_random(next.velocity, velocity_format, random >> 16)", "round_random(next.velocity, velocity_format, random)", "rounding full_step full_conformance"),
     Mutant("half_of_a_product", "csrc/math/real.h", "p.lo + (a.hi * b.lo + a.lo * b.hi)", "p.lo + a.hi * b.lo", "schedules_exact exponential_decay"),

@@ -14,7 +14,6 @@ struct CUDA_KERNEL_NODE_PARAMS;
 
 typedef enum cudaError_enum {
   CUDA_SUCCESS = 0,
-  CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222,
 } CUresult;
 typedef enum CUdevice_attribute_enum {
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,

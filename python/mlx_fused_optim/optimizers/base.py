@@ -622,13 +622,10 @@ class FusedOptimizer(Optimizer):
     def _take(self, state: dict[str, Any]) -> None:
         """The state after init() or a step. What was on a schedule in another run is not the
         value of an option that is a constant here."""
-        self._replace_state(
-            {
-                name: value
-                for name, value in state.items()
-                if name not in self._constants or name in self._schedulers
-            }
-        )
+        self._replace_state(state)
+        for name in ("momentum", "weight_decay"):
+            if name in state and name not in self._schedulers:
+                del self._state[name]
         self._known = tuple(state.get("arenas", ()))
         self._initialized = True
 

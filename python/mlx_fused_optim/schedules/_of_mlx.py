@@ -76,11 +76,7 @@ def _recognised(function: FunctionType) -> Schedule | None:
         return None
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     arguments: dict[str, Any] = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    if name == "join_schedules":
-        arguments["schedules"] = [as_ours(member) for member in arguments["schedules"]]
-        numbers = arguments["boundaries"]
-    else:
-        numbers = arguments.values()
+    numbers = arguments["boundaries"] if name == "join_schedules" else arguments.values()
     if not all(type(number) in (int, float) for number in numbers):
         return None
     try:

@@ -18,6 +18,16 @@
 #include "mlx/device.h"
 #include "mlx/utils.h"
 
+namespace metal_on_cpu {
+
+/// With METAL_ON_CPU_KEEP=1, what a command buffer keeps alive until it has completed, which
+/// is when a test calls metal_on_cpu_clear.
+void hold_until_completed(
+    const std::vector<mlx::core::array>& inputs,
+    const std::vector<mlx::core::array>& outputs);
+
+} // namespace metal_on_cpu
+
 namespace mlx::core::metal {
 
 using MTLFCList = std::vector<std::tuple<const void*, MTL::DataType, NS::UInteger>>;
@@ -31,6 +41,7 @@ class CommandEncoder {
     explicit ConcurrentContext(CommandEncoder& encoder) : encoder(encoder) {
       encoder.concurrent_ = true;
       encoder.group_begins_ = true;
+      encoder.read_before_group_ = encoder.earlier_inputs_;
     }
     ~ConcurrentContext() {
       encoder.concurrent_ = false;
@@ -87,7 +98,7 @@ class CommandEncoder {
   bool concurrent_ = false;
   bool group_begins_ = false;
   std::set<const void*> earlier_inputs_, earlier_outputs_;
-  std::set<const void*> inputs_, outputs_, concurrent_outputs_;
+  std::set<const void*> inputs_, outputs_, concurrent_outputs_, read_before_group_;
 };
 
 class Device {
