@@ -1,4 +1,5 @@
-"""Eight-step runs of mlx.optimizers, optax and torch, recorded, against ours."""
+"""Eight-step runs of mlx.optimizers, optax and torch, recorded, against ours: of SGD, and of
+each rule where a peer has the same formula."""
 
 import json
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from bits import of_mlx, to_mlx, widened
 from conformance import Options
+from full_references import Bounded
 from references import step_float64
+from rules import RULES, Numbers, corrections, slots_of
 
 DATA = Path(__file__).parent / "data" / "optimizers"
 INDEX = json.loads((DATA / "index.json").read_text())
@@ -188,3 +191,76 @@ def test_half_types_are_no_less_exact_than_mlx(name, kind):
         our_error += error.sum()
         their_error += np.abs(widened(trace.parameters[step], dtype) - exact).sum()
     assert our_error <= their_error
+
+
+# ---- The other rules: float64 runs of torch and optax -----------------------------------
+
+ROWS = {f"{row['peer']} {row['call']}": row for row in INDEX["rules"]}
+RECORDED = {peer: load(f"{peer}_rules.npz") for peer in ("torch", "optax")}
+USUAL = {"beta1": 0.9, "beta2": 0.999, "alpha": 0.99, "rho": 0.9, "eps": 1e-8}
+USUAL_OF = {"AdaDelta": {"eps": 1e-6}, "Lion": {"beta2": 0.99}, "AdamW": {"weight_decay": 0.01}}
+
+
+def single(x: float) -> Bounded:
+    """A number that float32 holds to half an ulp."""
+    return Bounded(x, abs(x) * 2.0**-24)
+
+
+def by_the_rule(row):
+    """(parameters, slots) after each step: in float64, and how far float32 may be from it after
+    all the steps so far."""
+    arguments = {"weight_decay": 0.0} | USUAL | USUAL_OF.get(row["class"], {}) | row["arguments"]
+    arguments |= dict(zip(("beta1", "beta2"), arguments.get("betas", ()), strict=False))
+    flags = {name for name in ("bias_correction", "amsgrad") if arguments.get(name)}
+    rule, decay = RULES[row["rule"]], arguments["weight_decay"]
+    scalars = {name: arguments[name] for name in rule.scalars}
+    rest = {name: single(1 - x) for name, x in scalars.items()}
+    w = Bounded(INPUTS["w0"].view(np.float32))
+    slots = {name: Bounded(np.zeros(41)) for name in slots_of(row["rule"], flags)}
+    for step in range(STEPS):
+        rate = row["lr"][step] if isinstance(row["lr"], list) else row["lr"]
+        g = Bounded((-1 if arguments.get("maximize") else 1) * INPUTS["g"][step].view(np.float32))
+        decoupled = row["class"] in ("AdamW", "Lion")
+        if decay and not decoupled:
+            g = g + single(decay) * w
+        rates = [Bounded(1.0)] * 2
+        if flags:
+            betas = [scalars["beta1"], scalars["beta2"]]
+            # To an ulp, of a rate that is rounded itself.
+            rates = [Bounded(x, x * 2.0**-22) for x in corrections(rate, betas, step + 1)]
+        named = {name: single(x) for name, x in scalars.items()}
+        change, slots = rule.change(g, slots, Numbers(single(rate), named, rest, *rates, flags))
+        if decay and decoupled:
+            w = w * (Bounded(1.0) - single(rate) * single(decay))
+        w = w - change
+        yield w, slots
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_rule_stays_close_to_its_peers(name):
+    row = ROWS[name]
+    recorded = RECORDED[row["peer"]]
+    rates = row["lr"] if isinstance(row["lr"], list) else [row["lr"]] * STEPS
+    optimizer = getattr(optim, row["class"])(
+        lambda step: mx.array(rates, mx.float32)[step], **row["arguments"]
+    )
+    parameters = tree(INPUTS["w0"])
+    for step, (w, slots) in enumerate(by_the_rule(row)):
+        gradients = tree(INPUTS["g"][step].view(np.float32))
+        parameters = optimizer.apply_gradients({"t": gradients}, {"t": parameters})["t"]
+        kept = optimizer.unpacked_state()["t"]
+        ours = {"p": flat(parameters)}
+        ours |= {k: flat({t: of[k] for t, of in kept.items()}) for k in slots}
+        for key, want in {"p": w, **slots}.items():
+            peer = recorded.get(f"{row['id']}.{key}")
+            if peer is None:  # a peer need not show all that it keeps
+                assert key != "p"
+                continue
+            exact = peer[step].view(np.float64)
+            # The rule of these tests is the peer's ...
+            assert np.allclose(want.value, exact, rtol=1e-12, atol=1e-13), key
+            # ... and ours is as close as float32 allows.
+            error = np.abs(ours[key].view(np.float32).astype(np.float64) - exact)
+            assert (error <= want.error + 1e-12).all(), (key, step)
+            # A control: a bound, not a blank cheque.
+            assert (want.error <= 1e-4 * np.maximum(1, np.abs(exact))).all(), (key, step)
