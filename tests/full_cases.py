@@ -56,6 +56,7 @@ OWN: dict[str, Full] = {
     "momentum": Full(momentum=0.9, dampening=0.3),
     "bias_correction": Full("adam", bias_correction=True),
     "amsgrad": Full("adam", amsgrad=True),
+    "groups_amsgrad": Full("adam", amsgrad=True, bias_correction=True, groups=GROUPS),
     "corrected_amsgrad": Full("adam", bias_correction=True, amsgrad=True),
 }
 # With any rule.

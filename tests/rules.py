@@ -84,11 +84,11 @@ def sgd(g: Any, old: Slots, n: Numbers) -> Change:
         return n.learning_rate * g, {}
     momentum = n.scalars["momentum"]
     rest = np.float32(1) if n.wrong.dampening_forgotten else n.rest["dampening"]
-    v = momentum * old["momentum"] + rest * g
+    v = momentum * old["velocity"] + rest * g
     if n.wrong.moments_not_moved:
         v = g
     forward = "nesterov" in n.flags and not n.wrong.nesterov_forgotten
-    return n.learning_rate * (g + momentum * v if forward else v), {"momentum": v}
+    return n.learning_rate * (g + momentum * v if forward else v), {"velocity": v}
 
 
 def adam(g: Any, old: Slots, n: Numbers) -> Change:
@@ -150,7 +150,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "sgd": Rule(sgd, ("momentum",), ("momentum", "dampening"), ("momentum", "nesterov")),
+    "sgd": Rule(sgd, ("velocity",), ("momentum", "dampening"), ("momentum", "nesterov")),
     "adam": Rule(
         adam, ("m", "v", "largest_v"), ("beta1", "beta2", "eps"), ("bias_correction", "amsgrad")
     ),
@@ -160,12 +160,12 @@ RULES = {
     "adagrad": Rule(adagrad, ("v",), ("eps",)),
     "adadelta": Rule(adadelta, ("v", "u"), ("rho", "eps")),
 }
-SIGNED = ("momentum", "m")
+SIGNED = ("velocity", "m")
 
 
 def slots_of(rule: str, flags: set[str]) -> tuple[str, ...]:
     """Those that a step with these flags keeps."""
-    absent = {"momentum": "momentum", "largest_v": "amsgrad"}
+    absent = {"velocity": "momentum", "largest_v": "amsgrad"}
     return tuple(s for s in RULES[rule].slots if absent.get(s) is None or absent[s] in flags)
 
 

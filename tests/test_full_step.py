@@ -396,18 +396,24 @@ DECOUPLED = [name for name, c in CONFIGURATIONS.items() if "decoupled.f32" in c[
 
 
 @pytest.mark.parametrize("name", DECOUPLED)
-def test_decoupled_has_the_bits_of_optax(name):
-    """chain(trace, add_decayed_weights, scale_by_learning_rate)."""
+def test_decoupled_is_that_of_optax(name):
+    """chain(trace, add_decayed_weights, scale_by_learning_rate): w - lr (v + wd w), where ours is
+    (1 - lr wd) w - lr v. Velocities do not depend on w, so each step adds the roundings of one:
+    less than eight of numbers that are at most twice the largest parameter, on both sides."""
     trace = Trace(name, "decoupled.f32", OPTAX)
     options = Options(*trace.options)._replace(dampening=0.0)
     optimizer = optim.SGD(
         lambda step: mx.array(trace.rates, mx.float32)[step], *options, decoupled=True
     )
     parameters = tree(INPUTS["w0"])
+    bound = 0.0
     for step in range(STEPS):
         gradients = tree(INPUTS["g"][step].view(np.float32))
         parameters = optimizer.apply_gradients(gradients, parameters)
-        assert np.array_equal(flat(parameters), trace.parameters[step])
+        theirs = trace.parameters[step].view(np.float32).astype(np.float64)
+        bound += 8 * 2.0**-24 * 2 * np.abs(theirs).max()
+        assert np.abs(flat(parameters).view(np.float32) - theirs).max() <= bound
+    assert bound < 1e-4
     assert len(DECOUPLED) >= 5
 
 
@@ -1007,7 +1013,7 @@ def test_bytes_a_parameter(name):
 def test_an_infinite_clip_norm_measures_and_changes_nothing():
     """Not even where the norm overflows: a factor of inf / inf would be NaN."""
     for options in ({}, {"skip_nonfinite": True}):
-        gradients, parameters = {"w": mx.array([3e38, 1.0])}, {"w": mx.array([1.0, 1.0])}
+        gradients, parameters = {"w": mx.array([3e38, 3e38])}, {"w": mx.array([1.0, 1.0])}
         plain = optim.SGD(2e-38).apply_gradients(gradients, parameters)
         optimizer = optim.SGD(2e-38, clip_norm=INF, **options)
         measured = optimizer.apply_gradients(gradients, parameters)

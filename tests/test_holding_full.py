@@ -87,7 +87,7 @@ def test_in_place_when_nobody_holds(name):
 
 @every_option
 @pytest.mark.parametrize(
-    "held", ["parameter", "momentum", "m", "v", "largest_v", "u", *FRAME_SLOTS]
+    "held", ["parameter", "velocity", "m", "v", "largest_v", "u", *FRAME_SLOTS]
 )
 def test_what_is_held_stays(name, held):
     """And only that: all else is still in place. The results are those without a holder."""
@@ -139,7 +139,7 @@ def test_one_array_as_two_slots():
     options = OPTIONS["masters"]
     parameters = [mx.ones(SIZES[0], DTYPES["bfloat16"])]
     state = first_state(options, parameters)
-    one = state.slots[3][0]  # the master; float32, as the momentum and the average are
+    one = state.slots[3][0]  # the master; float32, as the velocity and the average are
     shared = state._replace(slots=[[one] if slot else [] for slot in state.slots])
     apart = state._replace(slots=[[one + 0] if slot else [] for slot in state.slots])
     mx.eval(apart.slots)

@@ -51,7 +51,7 @@ OPTIONS = {
     ),
 }  # fmt: skip
 for _rule in RULES:
-    OPTIONS[_rule] = Full(_rule, eps=0.1, weight_decay=0.1)
+    OPTIONS[_rule] = Full(_rule, eps=0.1, beta2=0.9, weight_decay=0.1)
     OPTIONS[f"{_rule}, decoupled"] = replace(OPTIONS[_rule], decoupled=True, clip_norm=2.0)
 OPTIONS["adam, corrected"] = replace(OPTIONS["adam"], bias_correction=True)
 OPTIONS["adam, everything"] = replace(
