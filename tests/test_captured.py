@@ -16,6 +16,7 @@ import pytest
 from bits import of_mlx
 from mlx.nn.layers.distributed import FullyShardedModule
 from mlx.utils import tree_flatten
+from mlx_fused_optim._options import StepOptions
 
 W = {"w": mx.array([1.0, 2.0, -3.0])}
 G = {"w": mx.array([0.5, -1.0, 0.25])}
@@ -346,9 +347,8 @@ def test_an_option_that_is_set_after_a_trace_warns(name):
 
 
 def test_every_option_warns():
-    from mlx_fused_optim.optimizers import _NOT_IN_THE_STATE
-
-    assert set(LATER) == {*_NOT_IN_THE_STATE, "learning_rate"}
+    names = {"learning_rate", "momentum", "weight_decay", "dampening", "nesterov"}
+    assert set(LATER) == names | set(StepOptions.__annotations__)
 
 
 def test_what_a_compiled_step_sees_does_not_warn():
