@@ -345,9 +345,7 @@ def numbers_of(
         for value, ulps in zip(exact, nudged, strict=True):
             nearest = np.float32(value)
             away = np.float32(nearest + ulps * np.spacing(nearest))
-            rates.append(
-                Bounded(value, np.spacing(nearest)) if cast is not np.float32 else away
-            )
+            rates.append(Bounded(value, np.spacing(nearest)) if cast is not np.float32 else away)
     return Numbers(
         weight_decay, flags, trust, rules.Numbers(rate, scalars, rest, *rates, flags, wrong)
     )
@@ -549,9 +547,7 @@ class Bounded:
         return Bounded(np.abs(self.value), self.error)
 
     def larger(self, other: Bounded) -> Bounded:
-        return Bounded(
-            np.maximum(self.value, other.value), np.maximum(self.error, other.error)
-        )
+        return Bounded(np.maximum(self.value, other.value), np.maximum(self.error, other.error))
 
     def sign(self) -> Bounded:
         known = np.abs(self.value) > self.error

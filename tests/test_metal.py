@@ -127,9 +127,7 @@ class FullTraining:
             state_dtype=self.state_dtype,
             groups=self.groups,
             group_numbers=self.group_numbers,
-            skipped=self.skipped
-            if any(self.flags & FLAGS[name] for name in measured)
-            else None,
+            skipped=self.skipped if any(self.flags & FLAGS[name] for name in measured) else None,
         )
         result, self.slots, self.step_number, self.used, self.measured, skipped = _ext.fused_step(
             tree, self.layout, slots, self.step_number, options
