@@ -228,7 +228,7 @@ def test_modules_may_be_called_momentum():
         ({"weight_decay": lambda step: "x"}, TypeError, r"weight_decay must be a scalar"),
         ({"weight_decay": lambda step: -1e39}, ValueError, r"weight_decay is out of range"),
         ({"momentum": "0.9"}, TypeError, r"momentum must be a number"),
-        ({"dampening": constant(0.5), "momentum": 0.9}, TypeError, r"dampening must be a number"),
+        ({"dampening": "0.5", "momentum": 0.9}, TypeError, r"dampening must be a number"),
         (
             {"nesterov": True, "weight_decay": constant(0.5)},
             ValueError,

@@ -15,8 +15,8 @@ import pytest
 from bits import DTYPES, of_mlx, same
 from full_references import arenas_of
 from full_step import FRAME_SLOTS, Full, Group, State, full_step
-from rules import RULES, SIGNED, Numbers, corrections
 from mlx_fused_optim import _ext
+from rules import RULES, SIGNED, Numbers, corrections
 
 SHAPES = ((7, 5), (3,), ())
 LEARNING_RATE = 0.25
@@ -124,7 +124,10 @@ def mathematics(options: Full, values: Values) -> Values:
             flags -= set(group.without)
             lr = group.rate[0] * rate + group.rate[1]
             decay = group.weight_decay[0] * weight_decay + group.weight_decay[1]
-            own = [times * x + plus for x, (times, plus) in zip(own, map(group.own, range(3)))]
+            own = [
+                times * x + plus
+                for x, (times, plus) in zip(own, map(group.own, range(3)), strict=False)
+            ]
             trust = group.trust_coefficient
         update = sign * g * factor
         coupled = "weight_decay" in flags and not options.decoupled
