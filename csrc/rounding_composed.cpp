@@ -106,7 +106,8 @@ mx::array random_bits_composed(
       mx::astype(mx::arange(0.0, size, mx::int64, s), mx::uint32, s),
       word(static_cast<uint32_t>(first)),
       s);
-  auto random = mix32_composed(mx::bitwise_xor(mix32_composed(mx::add(position, low, s), s), high, s), s);
+  auto random =
+      mix32_composed(mx::bitwise_xor(mix32_composed(mx::add(position, low, s), s), high, s), s);
   return mx::reshape(random, shape, s);
 }
 

@@ -6,7 +6,10 @@ using namespace fused_math;
 
 const std::vector<RuleDescription>& rules() {
   static const std::vector<RuleDescription> table = {
-      {"sgd", {"momentum"}, {"momentum", "dampening"}, {{"momentum", kMomentum}, {"nesterov", kNesterov}}},
+      {"sgd",
+       {"momentum"},
+       {"momentum", "dampening"},
+       {{"momentum", kMomentum}, {"nesterov", kNesterov}}},
       {"adam",
        {"m", "v", "largest_v"},
        {"beta1", "beta2", "eps"},

@@ -50,8 +50,7 @@ Schedule exponential_decay(
   // The logarithm is taken in float64: rounding the rate itself to float32
   // would be 12 % off after 1e7 steps of 0.999999.
   const double log2_rate = std::log2(decay_rate);
-  segment.rate =
-      real_of(staircase ? log2_rate : log2_rate / static_cast<double>(transition_steps));
+  segment.rate = real_of(staircase ? log2_rate : log2_rate / static_cast<double>(transition_steps));
   segment.flags = staircase * kStaircase;
   if (end) {
     segment.flags |= decay_rate < 1 ? kFloor : kCeiling;

@@ -134,8 +134,10 @@ void check(
 }
 
 /// The constants and schedules, and the given scalars as one array (none if none is given).
-std::pair<SgdControl, std::vector<mx::array>>
-make_control(const SgdOptions& options, const mx::array& step, mx::Stream stream) {
+std::pair<SgdControl, std::vector<mx::array>> make_control(
+    const SgdOptions& options,
+    const mx::array& step,
+    mx::Stream stream) {
   using namespace fused_math;
   SgdControl control{};
   control.seed = options.seed;

@@ -5,7 +5,6 @@
 namespace mlx_fused_optim::cpu {
 namespace {
 
-using fused_math::kRuleSlots;
 using fused_math::kSlots;
 using fused_math::SgdElements;
 using fused_math::SgdHyper;
@@ -51,68 +50,66 @@ __attribute__((always_inline)) inline void store(float* to, size_t i, const T& v
   memcpy(to + i, &value, sizeof(T));
 }
 
+/// Whether there is an array for a slot. Of a plain step its form says so, where this is
+/// compiled; a tensor of another one may be without what the arena has.
+__attribute__((always_inline)) inline bool keeps(const Block& block, Form form, int slot) {
+  return form.flags & ~fused_math::kPlainFlags ? block.slots[slot] != nullptr
+                                               : fused_math::has_slot(form.rule, form.flags, slot);
+}
+
 /// Elements [i, i + width of T). An output may be its own input, element for
 /// element: everything is read before anything is written.
 template <typename T>
-__attribute__((always_inline)) inline void
-update_at(const Block& block, size_t i, const SgdHyper& hyper, Form form) {
-  using namespace fused_math;
+__attribute__((always_inline)) inline void update_at(
+    const Block& block,
+    size_t i,
+    const SgdHyper& hyper,
+    Form form) {
   SgdElements<T> e{};
   T gradient;
   load(gradient, block.gradient, i);
   load(e.parameter, block.parameter, i);
-  const int rule_slots = fused_math::rule_slots(form.rule, form.flags);
-#pragma GCC unroll 3
-  for (int slot = 0; slot < kRuleSlots; ++slot) {
-    if (slot < rule_slots) {
-      load(e.slots.of[slot], block.slots[slot], i);
+  T* const kept[kSlots] = {
+      &e.slots.of[0], &e.slots.of[1], &e.slots.of[2], &e.master, &e.compensation, &e.average};
+#pragma GCC unroll 6
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (keeps(block, form, slot)) {
+      load(*kept[slot], block.slots[slot], i);
     }
   }
-  T* const own[] = {&e.master, &e.compensation, &e.average};
-#pragma GCC unroll 3
-  for (int slot = kRuleSlots; slot < kSlots; ++slot) {
-    if (has_slot(form.rule, form.flags, slot)) {
-      load(*own[slot - kRuleSlots], block.slots[slot], i);
-    }
-  }
-  const auto position = positions<T>(block.position + static_cast<uint32_t>(i));
-  e = sgd_element(
+  e = fused_math::sgd_element(
       e,
       gradient,
-      position,
+      positions<T>(block.position + static_cast<uint32_t>(i)),
       hyper,
       form.rule,
       form.flags,
       form.parameter_format,
       form.state_format);
   store(block.parameter_out, i, e.parameter);
-#pragma GCC unroll 3
-  for (int slot = 0; slot < kRuleSlots; ++slot) {
-    if (slot < rule_slots) {
-      store(block.slots_out[slot], i, e.slots.of[slot]);
-    }
-  }
-#pragma GCC unroll 3
-  for (int slot = kRuleSlots; slot < kSlots; ++slot) {
-    if (has_slot(form.rule, form.flags, slot)) {
-      store(block.slots_out[slot], i, *own[slot - kRuleSlots]);
+#pragma GCC unroll 6
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (keeps(block, form, slot)) {
+      store(block.slots_out[slot], i, *kept[slot]);
     }
   }
 }
 
 /// A step of a form that is known where this is compiled, but for what it calls.
-__attribute__((always_inline)) inline void
-update_block(const Block& given, size_t n, const SgdHyper& given_hyper, Form form) {
+__attribute__((always_inline)) inline void update_block(
+    const Block& given,
+    size_t n,
+    const SgdHyper& given_hyper,
+    Form form) {
   const Block block = given; // in registers: what is stored could be its memory
   const SgdHyper hyper = given_hyper;
-  const int rule_slots = fused_math::rule_slots(form.rule, form.flags);
   size_t i = 0;
   for (; i + kLine <= n; i += kLine) {
     __builtin_prefetch(block.parameter + i + kAhead);
     __builtin_prefetch(block.gradient + i + kAhead);
-#pragma GCC unroll 3
-    for (int slot = 0; slot < kRuleSlots; ++slot) {
-      if (slot < rule_slots) {
+#pragma GCC unroll 6
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (keeps(block, form, slot)) {
         __builtin_prefetch(block.slots[slot] + i + kAhead);
       }
     }
@@ -152,8 +149,22 @@ void update_of(const Block& block, size_t n, const SgdHyper& hyper, Form form) {
   using namespace fused_math;
   static constexpr decltype(&update_plain<rule, 0>) plain[] = {
 #define PLAIN(n) update_plain<rule, plain_flags<rule>(n)>
-      PLAIN(0), PLAIN(1), PLAIN(2),  PLAIN(3),  PLAIN(4),  PLAIN(5),  PLAIN(6),  PLAIN(7),
-      PLAIN(8), PLAIN(9), PLAIN(10), PLAIN(11), PLAIN(12), PLAIN(13), PLAIN(14), PLAIN(15)};
+      PLAIN(0),
+      PLAIN(1),
+      PLAIN(2),
+      PLAIN(3),
+      PLAIN(4),
+      PLAIN(5),
+      PLAIN(6),
+      PLAIN(7),
+      PLAIN(8),
+      PLAIN(9),
+      PLAIN(10),
+      PLAIN(11),
+      PLAIN(12),
+      PLAIN(13),
+      PLAIN(14),
+      PLAIN(15)};
 #undef PLAIN
   if (form.flags & ~kPlainFlags) {
     update_any<rule>(block, n, hyper, form);

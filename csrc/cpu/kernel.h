@@ -76,11 +76,10 @@ struct Kernels {
 #define KERNEL_NAME(name, isa) name##_##isa
 #define KERNEL_OF(name, isa) KERNEL_NAME(name, isa)
 #define KERNEL(name) KERNEL_OF(name, ISA)
-#define DECLARE_KERNELS(isa)                                                     \
-  void update_##isa(                                                             \
-      const Arenas&, const Tensor&, size_t, size_t, fused_math::SgdHyper, Form); \
-  fused_math::Squares measure_##isa(                                             \
-      const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t);            \
+#define DECLARE_KERNELS(isa)                                                                   \
+  void update_##isa(const Arenas&, const Tensor&, size_t, size_t, fused_math::SgdHyper, Form); \
+  fused_math::Squares measure_##isa(                                                           \
+      const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t);                          \
   constexpr Kernels kKernels_##isa = {update_##isa, measure_##isa};
 DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

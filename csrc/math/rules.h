@@ -12,10 +12,10 @@ namespace fused_math {
 
 /// How many slots a rule has with these flags; they are the first ones.
 MATH_FN int rule_slots(uint32_t rule, uint32_t flags) {
-  return rule == kSgd                              ? (flags & kMomentum ? 1 : 0)
-      : rule == kAdam                              ? (flags & kAmsgrad ? 3 : 2)
-      : rule == kAdamax || rule == kAdadelta       ? 2
-                                                   : 1;
+  return rule == kSgd                        ? (flags & kMomentum ? 1 : 0)
+      : rule == kAdam                        ? (flags & kAmsgrad ? 3 : 2)
+      : rule == kAdamax || rule == kAdadelta ? 2
+                                             : 1;
 }
 
 /// Whether a rule's numbers depend on how many steps there were.
@@ -24,8 +24,12 @@ MATH_FN bool is_bias_corrected(uint32_t rule, uint32_t flags) {
 }
 
 template <typename T>
-MATH_FN RuleStep<T>
-rule_step(uint32_t rule, T gradient, RuleSlots<T> slots, RuleNumbers n, uint32_t flags) {
+MATH_FN RuleStep<T> rule_step(
+    uint32_t rule,
+    T gradient,
+    RuleSlots<T> slots,
+    RuleNumbers n,
+    uint32_t flags) {
   switch (rule) {
     case kAdam:
       return adam(gradient, slots, n, flags);

@@ -69,10 +69,10 @@ enum SgdSlot : int {
 
 /// Whether a step keeps a slot.
 MATH_FN bool has_slot(uint32_t rule, uint32_t flags, int slot) {
-  return slot < kRuleSlots     ? slot < rule_slots(rule, flags)
-      : slot == kMasterCopy    ? (flags & kMaster) != 0
-      : slot == kCompensation  ? (flags & kCompensated) != 0
-                               : (flags & kAverage) != 0;
+  return slot < kRuleSlots    ? slot < rule_slots(rule, flags)
+      : slot == kMasterCopy   ? (flags & kMaster) != 0
+      : slot == kCompensation ? (flags & kCompensated) != 0
+                              : (flags & kAverage) != 0;
 }
 
 /// The numbers that may change from step to step, and their positions in the
@@ -376,12 +376,8 @@ using SgdElement = SgdElements<float>;
 /// A number of the rule, as it is stored. Each of them has 16 random bits of its own; the
 /// parameter has the low ones of `random`.
 template <typename T>
-MATH_FN T stored_slot(
-    T x,
-    int slot,
-    typename Bits<T>::type random,
-    uint32_t flags,
-    uint32_t format) {
+MATH_FN T
+stored_slot(T x, int slot, typename Bits<T>::type random, uint32_t flags, uint32_t format) {
   if (!(flags & kStochastic)) {
     return round_nearest(x, format);
   }
