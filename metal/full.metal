@@ -1,7 +1,7 @@
-// The full step: all that csrc/math/sgd.h can do to an element. One function, in which
+// The full step: all that csrc/math/frame.h can do to an element. One function, in which
 // function constants say what a step has and what is in its memory, so that Metal
 // compiles the combinations in use and none is written out here.
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "quads.h"
 #include "sources.h"
 #include "table.h"

@@ -2,7 +2,7 @@
 // table of tensors (metal/table.h); threadgroup b works on the tensor whose
 // blocks contain b. This file is the plain step's; it joins the others.
 #include "full.metal"
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "measure.metal"
 #include "quads.h"
 #include "sources.h"

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "metal_source.h" // generated: csrc/math and metal/ joined
 #include "table.h"
 

@@ -182,5 +182,5 @@ MUTANTS = [
     Mutant("coupled_lion", "python/mlx_fused_optim/optimizers/lion.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
     Mutant("betas_swapped", GROUPS, 'return {"beta1": betas[0], "beta2": betas[1]}', 'return {"beta1": betas[1], "beta2": betas[0]}', "rules"),
     Mutant("numbers_checked_once", "python/mlx_fused_optim/optimizers/base.py", "not all(map(operator.is_, given, self._checked[0]))", "False", "rules optimizer"),
-    Mutant("correction_without_a_state", STEP_PY, "    if hyper.rule is ADAM and hyper.flags & ADAM.flags[\"bias_correction\"]:\n", "    if False:\n", "captured rules"),
+    Mutant("correction_without_a_state", STEP_PY, "    if hyper.rule is ADAM and hyper.flags & ADAM.flags[\"bias_correction\"]:\n", "    if False:\n", "rules"),
 ]  # fmt: skip
