@@ -14,11 +14,11 @@ namespace mlx_fused_optim {
 // As sgd.cpp and layout.cpp have them, for a plan with parameters, momentum and a step.
 SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()), whole(plan.whole), slots{} {
-  slots[kVelocity] = &arrays[plan.parameter_inputs()];
+  slots[fused_math::kVelocity] = &arrays[plan.parameter_inputs()];
 }
 SgdOutputs::SgdOutputs(const SgdPlan&, std::vector<mx::array>& arrays)
     : parameters(&arrays[0]), slots{}, step(&arrays[2]), used(nullptr) {
-  slots[kVelocity] = &arrays[1];
+  slots[fused_math::kVelocity] = &arrays[1];
 }
 mx::Shape arena_shape(const Arena& arena) { return {int(arena.size)}; }
 
@@ -58,7 +58,7 @@ mx::array memory(Owner owner, int which) {
 
 /// A step of two tensors of 64 elements, and its graph before it is evaluated.
 struct Step {
-  SgdPlan plan{.velocity_dtype = mx::float32};
+  SgdPlan plan{.state_dtype = mx::float32};
   std::vector<mx::array> inputs, outputs;
 
   Step(Owner parameters, Owner momentum, bool whole) {
