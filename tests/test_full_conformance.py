@@ -5,7 +5,7 @@ For each case and step, from the very bits that went into the step:
 - they are within the bound of the float64 result;
 - the norms that were measured have the promised bits, and are within 1e-6 of float64;
 - a skipped step changes nothing, and is counted;
-- they are those of the first backend.
+- they are those of the first backend, and in float32 those of mlx.optimizers run eagerly.
 """
 
 import functools
@@ -13,11 +13,13 @@ import itertools
 import math
 from dataclasses import fields, replace
 
+import mlx.core as mx
+import mlx.optimizers
 import numpy as np
 import pytest
-from bits import widened
-from conformance import BACKENDS, COMPOSED, LAYOUTS, results
-from full_cases import CHOICES, FULL_CASES, FullCase, covering_array
+from bits import of_mlx, to_mlx, widened
+from conformance import BACKENDS, COMPOSED, LAYOUTS, results, run_case
+from full_cases import CHOICES, FULL_CASES, LEARNING_RATE, PLAIN, FullCase, covering_array
 from full_references import (
     RIGHT,
     Bounded,
@@ -30,7 +32,7 @@ from full_references import (
     full_step_float64,
     measured_float32,
 )
-from rules import RULES
+from rules import RULES, slots_of
 
 every_case = pytest.mark.parametrize("case", FULL_CASES, ids=lambda c: c.name)
 
@@ -353,6 +355,61 @@ def test_scalars_that_were_used(backend):
                 ulps = 2 if case.numbers == "schedules" and name in case.varying else 0
                 assert abs(got - float(want)) <= ulps * np.spacing(want), (case.name, name)
     assert told > 100
+
+
+# ---- mlx.optimizers -----------------------------------------------------------------------
+
+CLASSES = {
+    "sgd": ("SGD", ("momentum", "weight_decay", "dampening", "nesterov")),
+    "adam": ("Adam", ("betas", "eps")),
+    "adamax": ("Adamax", ("betas", "eps")),
+    "lion": ("Lion", ("betas",)),
+    "rmsprop": ("RMSprop", ("alpha", "eps")),
+    "adagrad": ("Adagrad", ("eps",)),
+    "adadelta": ("AdaDelta", ("rho", "eps")),
+}
+DECOUPLED = {"adam": "AdamW", "lion": "Lion"}  # the weight decay that MLX has of these
+
+
+@pytest.mark.parametrize("rule", [*PLAIN, "adam_decoupled", "lion_decoupled", "sgd_decay"])
+def test_float32_has_the_bits_of_mlx(rule):
+    """Run eagerly on the CPU, from the same parameters and slots; other backends have the bits
+    of the first one."""
+    case = next(c for c in FULL_CASES if c.title == rule)
+    case = replace(case, parameters=("float32",), gradient="float32")
+    bits = run_case(case, mx.cpu)
+    options = case.options
+    name, arguments = CLASSES[options.rule]
+    numbers = {k: getattr(options, k, None) for k in arguments if k != "betas"}
+    if "betas" in arguments:
+        numbers["betas"] = [options.beta1, options.beta2]
+    numbers = {k: 0.0 if x is None else x for k, x in numbers.items()}
+    if options.decoupled:
+        name, numbers["weight_decay"] = DECOUPLED[options.rule], options.weight_decay
+    first, gradients, slots = case.values()
+    (arena,) = arenas(case)
+    keys = {s: s.replace("velocity", "v") for s in slots_of(options.rule, options.flags)}
+    with mx.stream(mx.cpu):
+        optimizer = getattr(mlx.optimizers, name)(LEARNING_RATE, **numbers)
+        parameters = {"w": [to_mlx(p, "float32") for p in first]}
+        optimizer.init(parameters)
+        for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
+            for slot, key in keys.items():
+                here = slots[f"{slot}.0"][offset : offset + first[tensor].size]
+                state = optimizer.state["w"][tensor]
+                assert key in state
+                state[key] = to_mlx(here.reshape(first[tensor].shape), "float32")
+        for step in range(case.steps):
+            gradient = {"w": [to_mlx(g, "float32") for g in gradients[step]]}
+            parameters = optimizer.apply_gradients(gradient, parameters)
+            mx.eval(parameters, optimizer.state)
+            for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
+                parameter = parameters["w"][tensor]
+                assert np.array_equal(of_mlx(parameter), bits[f"p{step}.{tensor}"])
+                for slot, key in keys.items():
+                    theirs = of_mlx(optimizer.state["w"][tensor][key]).reshape(-1)
+                    whole = bits[f"{slot}{step}.0"]
+                    assert np.array_equal(theirs, whole[offset : offset + theirs.size])
 
 
 # ---- Backends, layouts, the table itself --------------------------------------------------
