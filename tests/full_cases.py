@@ -20,9 +20,11 @@ from full_references import arenas_of
 from full_step import SLOTS, Full, Group, State, full_step
 
 STEPS = 3
+SCALARS = ("learning_rate", "momentum", "weight_decay", "grad_scale")
 Bits = dict[str, np.ndarray]
-"""Of each step: ``p<step>.<tensor>``, ``<slot><step>.<arena>``, ``used<step>``, ``step<step>``
-and, where gradients are measured, ``measured<step>`` and ``skipped<step>``."""
+"""Of each step: ``p<step>.<tensor>``, ``<slot><step>.<arena>``, ``step<step>``;
+``used<step>`` where something depends on the step, and where gradients are measured
+``measured<step>`` and ``skipped<step>``."""
 
 # Vector widths and blocks of the kernels, the chunk of a norm and its lanes, one less and
 # one more; two tensors smaller than any of them, and none at all.
@@ -150,8 +152,8 @@ class FullCase:
 
     def expected_scalars(self, step: int) -> dict[str, float]:
         """What a step is to use, in float64; ``step`` counts from 0 of the schedules."""
-        values: dict[str, float] = {"learning_rate": 0.1}
-        for name in ("momentum", "weight_decay", "grad_scale"):
+        values = {"learning_rate": 0.1}
+        for name in SCALARS[1:]:
             number = getattr(self.options, name)
             if number is not None:
                 values[name] = number

@@ -98,7 +98,7 @@ class Full:
 
 class State(NamedTuple):
     """What a step gives besides the parameters. ``used`` and ``measured`` are of the last
-    step only."""
+    step only, ``used`` None where nothing depends on the step."""
 
     slots: list[list[mx.array]]
     step: mx.array

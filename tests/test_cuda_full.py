@@ -111,8 +111,9 @@ def run(device, parameters, gradients, names, steps=3, evaluate_each=True, **num
                 parameters, gradients(), slots, step, names, **{**numbers, "skipped": skipped}
             )
             if evaluate_each:
-                mx.eval(parameters, slots, step, used)
-        result = [*parameters, *itertools.chain(*slots), step, used]
+                mx.eval(parameters, slots, step)
+        result = [*parameters, *itertools.chain(*slots), step]
+        result += [] if used is None else [used]
         result += [] if measured is None else [measured, skipped]
         mx.eval(result)
         return result
