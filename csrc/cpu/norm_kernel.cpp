@@ -26,7 +26,8 @@ uint32_t prepare(
     peak = fused_math::peak_of(peak, fused_math::sgd_unscaled(from[i], hyper, flags));
   }
   for (size_t i = 0; i < n; ++i) {
-    values[i] = fused_math::sgd_clipped(fused_math::sgd_unscaled(from[i], hyper, flags), hyper, flags);
+    values[i] =
+        fused_math::sgd_clipped(fused_math::sgd_unscaled(from[i], hyper, flags), hyper, flags);
   }
   const float factor = fused_math::factor_of(fused_math::sgd_clipped_peak(peak, hyper, flags));
   for (size_t i = 0; factor != 1.0f && i < n; ++i) {
