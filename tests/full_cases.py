@@ -23,8 +23,9 @@ from rules import RULES, SIGNED
 STEPS = 3
 LEARNING_RATE = 0.1
 Bits = dict[str, np.ndarray]
-"""Of each step: ``p<step>.<tensor>``, ``<slot><step>.<arena>``, ``used<step>``, ``step<step>``
-and, where gradients are measured, ``measured<step>`` and ``skipped<step>``."""
+"""Of each step: ``p<step>.<tensor>``, ``<slot><step>.<arena>``, ``step<step>``;
+``used<step>`` where something depends on the step, and where gradients are measured
+``measured<step>`` and ``skipped<step>``."""
 
 # Vector widths and blocks of the kernels, the chunk of a norm and its lanes, one less and
 # one more; two tensors smaller than any of them, and none at all.

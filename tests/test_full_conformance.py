@@ -336,6 +336,13 @@ def test_skipped_steps(backend):
                 assert f"skipped{step}" not in bits
 
 
+def _reads_step(case: FullCase) -> bool:
+    """Whether something depends on the step in its first arena, which is the one that tells."""
+    first, options = arenas(case)[0].dtype, case.options
+    rounds = {first, options.momentum_dtype or first} != {"float32"}
+    return case.numbers == "schedules" or options.skip_nonfinite or (options.stochastic and rounds)
+
+
 def test_scalars_that_were_used(backend):
     """Told where something depends on the step."""
     told = 0

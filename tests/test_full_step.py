@@ -1020,7 +1020,7 @@ def test_bytes_a_parameter(name):
 
 
 def test_an_infinite_clip_norm_measures_and_changes_nothing():
-    """Not even where the norm overflows: a factor of inf / inf would be NaN."""
+    """Not even where the norm is beyond float32: a factor of inf / inf would be NaN."""
     for options in ({}, {"skip_nonfinite": True}):
         gradients, parameters = {"w": mx.array([3e38, 3e38])}, {"w": mx.array([1.0, 1.0])}
         plain = optim.SGD(2e-38).apply_gradients(gradients, parameters)

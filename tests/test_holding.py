@@ -33,10 +33,10 @@ class Run:
 
     def step(self, times=1):
         for _ in range(times):
+            let_go()  # of the step before, and of the views whose addresses were asked for
             # No local variable, here or in a caller, may hold the old parameters.
             self.parameters = self.optimizer.apply_gradients(gradients(), self.parameters)
             mx.eval(self.parameters, self.optimizer.state)
-            let_go()
 
 
 def gradients():

@@ -47,13 +47,13 @@ class Run:
         self.step()
 
     def step(self, bad: bool = False) -> None:
+        let_go()  # of the step before, and of the views whose addresses were asked for
         gradients = [mx.full(n, np.nan if bad else 0.3) for n in SIZES]
         # No local variable, here or in a caller, may hold the old arrays.
         self.parameters, self.state = full_step(
             self.options, self.parameters, gradients, self.state, 0.1
         )
         mx.eval(self.parameters, [x for x in self.state if x is not None])
-        let_go()
 
     def arrays(self) -> dict[str, mx.array]:
         pairs = zip(self.options.places, self.state.slots, strict=True)

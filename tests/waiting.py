@@ -1,4 +1,4 @@
-"""On a GPU, a thread of MLX's own lets go of a finished step's buffers, a little after
+"""On a GPU, a thread of MLX's own lets go of a finished step's buffers, some time after
 ``mx.eval`` returned. Until then a step takes fresh memory: what asks for addresses waits.
 """
 
@@ -8,10 +8,15 @@ import mlx.core as mx
 
 
 def let_go() -> None:
-    """Return when MLX holds nothing of what is finished, as far as one can know."""
+    """Return when MLX holds nothing of what is finished.
+
+    It lets go in order: an array that only a later operation holds goes last.
+    """
     mx.synchronize()
     if mx.default_device().type == mx.gpu:
-        time.sleep(0.02)
+        size, before = 1 << 20, mx.get_active_memory()
+        mx.eval(mx.sum(mx.full(size, 1, mx.uint8)))
+        assert comes_true(lambda: mx.get_active_memory() < before + size)
 
 
 def comes_true(condition) -> bool:

@@ -31,7 +31,7 @@ def describe(state: dict[str, Any]) -> str:
         >>> optimizer = SGD(learning_rate=0.5, momentum=0.9, ema_decay=0.5)
         >>> optimizer.init({"layers": [{"w": mx.zeros((2, 3), mx.bfloat16)}, {"b": mx.zeros(3)}]})
         >>> print(describe(optimizer.state))
-        tensor      shape   momentum  ema
+        tensor      shape   v         ema
         layers.0.w  (2, 3)  bfloat16  float32
         layers.1.b  (3,)    float32   float32
         2 tensors   bytes         24       36
@@ -45,7 +45,7 @@ def describe(state: dict[str, Any]) -> str:
     rule = ALL_SLOTS
     tensors = _packing.everything(state, rule, op)
     names = [name for name in rule if any(name in kept for kept in tensors.values())]
-    rows = [["tensor", "shape", *names]]
+    rows = [["tensor", "shape", *(rule[name].key for name in names)]]
     for path, kept in tensors.items():
         shape = str(next(iter(kept.values())).shape) if kept else ""
         rows.append([name_of(path) or "(the tree)", shape, *(_dtype(kept, n) for n in names)])

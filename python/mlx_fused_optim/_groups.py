@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 Predicate = Callable[[str, mx.array], Any]
 GroupList = Sequence[tuple[Predicate, dict[str, Any]]]
 
-# Overrides of any rule; beside them those that are named like its scalars.
-KEYS = ("learning_rate", "learning_rate_factor", "weight_decay", "trust_coefficient")
+# Overrides of any rule; beside them those that are named like its scalars, and LARS's ratio.
+KEYS = ("learning_rate", "learning_rate_factor", "weight_decay")
 # A row of numbers, see SgdGroup in csrc/math/frame.h: what the step's own is multiplied with,
 # then what is added.
 COLUMNS = {"learning_rate": 0, "weight_decay": 2}
@@ -141,7 +140,7 @@ def _checked_member(op: str, rule: Rule, number: int, group: Any) -> Member:
             f"[{op}] the overrides of group {number} are of the wrong type: got "
             f"{type(overrides).__name__}, allowed a dict."
         )
-    allowed = (*KEYS, *rule.scalars)
+    allowed = (*KEYS, *rule.scalars, *(("trust_coefficient",) if rule is SGD else ()))
     if "beta1" in allowed and "betas" in overrides:
         overrides = {**overrides, **named_betas(op, overrides["betas"])}
         del overrides["betas"]
@@ -270,15 +269,19 @@ def _own_scalar(value: Any, stream: Any) -> list[Any]:
     if isinstance(value, mx.array):
         value = value.astype(mx.float32, stream=stream)
         return [0.0, value, 0.0, mx.subtract(1.0, value, stream=stream)]
-    single = struct.unpack("f", struct.pack("f", value))[0]
+    single = mx.array(value).item()
     return [0.0, value, value - single, 1 - value]
 
 
 def named_betas(op: str, betas: Any) -> dict[str, Any]:
     """A pair of factors by their names."""
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
-        raise ValueError(f"[{op}] betas is not a pair: got {betas!r}, allowed two numbers.")
-    return {"beta1": betas[0], "beta2": betas[1]}
+    try:
+        beta1, beta2 = betas
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"[{op}] betas is not a pair: got {betas!r}, allowed two numbers."
+        ) from None
+    return {"beta1": beta1, "beta2": beta2}
 
 
 def _value(value: Any, name: str, step: mx.array, op: str) -> Any:

@@ -18,7 +18,7 @@ from ._checks import (
     checked_scalar,
 )
 from ._groups import NO_GROUPS, GroupList, Groups, checked_groups
-from ._rules import Rule
+from ._rules import SGD, Rule
 from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
@@ -125,7 +125,7 @@ WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule k
             ``None``). A constant 0 of momentum or weight decay, or ``None``, leaves the term
             out. Predicates are called once for a set of tensors; each must take a tensor of the
             first tree of parameters. Default: ``()``.
-        trust_coefficient (float): LARS's :math:`\\kappa`; needs a weight decay of 0
+        trust_coefficient (float): LARS's :math:`\\kappa`, for SGD only; needs a weight decay of 0
             or more. Default: ``None``, no ratio.
         ema_decay (float): Keep a moving average of the parameters in float32,
             :math:`a \\leftarrow a + (1 - d)(w - a)`, from 0 to below 1;
@@ -224,6 +224,11 @@ def checked_options(op: str, rule: Rule, **options: Any) -> Options:
         clip_value = checked_positive(op, "clip_value", clip_value, infinite=True)
     trust_coefficient = given.trust_coefficient
     if trust_coefficient is not None:
+        if rule is not SGD:
+            raise ValueError(
+                f"[{op}] trust_coefficient is LARS's, which is of SGD: got {trust_coefficient}, "
+                "allowed None."
+            )
         trust_coefficient = checked_positive(op, "trust_coefficient", trust_coefficient)
     return Options(
         state_dtype=dtype,

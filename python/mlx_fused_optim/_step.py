@@ -77,7 +77,7 @@ def never_changes(value: Any) -> bool:
     return (
         type(value) in (float, int, bool, str, type(None), mx.Dtype)
         or isinstance(value, Schedule)
-        or (type(value) is tuple and not value)
+        or (type(value) is tuple and all(map(never_changes, value)))
     )
 
 

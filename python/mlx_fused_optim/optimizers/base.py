@@ -198,6 +198,11 @@ class FusedOptimizer(Optimizer):
             setattr(self, name, value)
 
     @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        """Of its numbers, in the order of a Hyper's."""
+        return ("weight_decay", *cls._rule.scalars)
+
+    @classmethod
     def _from_arguments(cls, op: str, arguments: dict[str, Any]) -> tuple[Hyper, Options]:
         """Arguments of the constructor, but for the learning rate, checked."""
         own = {name: arguments.get(name, default) for name, default in cls._defaults.items()}
@@ -250,7 +255,7 @@ class FusedOptimizer(Optimizer):
         in the state."""
         if name == "learning_rate":
             return callable(value)
-        if name not in {*self._constants, *self._rule.choices, *Options._fields}:
+        if name not in {"betas", *self._names(), *self._rule.choices, *Options._fields}:
             return False
         old, plain = getattr(self, name), (float, int, str)
         is_same = isinstance(old, plain) and isinstance(value, plain) and old == value
@@ -526,7 +531,7 @@ class FusedOptimizer(Optimizer):
         shown = {"learning_rate": self._schedulers.get("learning_rate", self.learning_rate)}
         for name, default in self._defaults.items():
             value = self._schedulers.get(name, getattr(self, name))
-            if callable(value) or value != (list(default) if name == "betas" else default):
+            if callable(value) or value != default:
                 shown[name] = value
         for name, value in self._beyond_mlx().items():
             shown[name] = value
@@ -536,12 +541,18 @@ class FusedOptimizer(Optimizer):
     def _beyond_mlx(self) -> dict[str, Any]:
         """The options that the class of mlx.optimizers does not have, where not the default."""
         fields = zip(Options._fields, self._options, self._usual, strict=True)
-        return {name: getattr(self, name) for name, value, usual in fields if value != usual}
+        # A dtype takes no comparison with None.
+        return {
+            name: getattr(self, name)
+            for name, value, usual in fields
+            if type(value) is not type(usual) or value != usual
+        }
 
     def _check_single(self, grad_scale: Any = None) -> None:
         """Nothing is asked for that MLX's step of one tensor does not do."""
         beyond = list(self._beyond_mlx()) if grad_scale is None else ["grad_scale"]
-        own = {name: self._schedulers.get(name, value) for name, value in self._constants.items()}
+        numbers = {**self._constants, **self._schedulers}
+        own = {name: numbers[name] for name in self._names()}
         own |= {name: getattr(self, name) for name in self._rule.choices}
         beyond += [f"a scheduled {name}" for name, value in own.items() if callable(value)]
         beyond += [
@@ -558,7 +569,7 @@ class FusedOptimizer(Optimizer):
 
     def _hyper(self) -> Hyper:
         numbers = {**self._constants, **self._schedulers}
-        names = ("weight_decay", *self._rule.scalars)
+        names = self._names()
         given = (*map(numbers.__getitem__, names), *map(vars(self).__getitem__, self._rule.choices))
         # Attributes are plain: checked at the next step, and then again where one has changed.
         if self._checked is None or not all(map(operator.is_, given, self._checked[0])):
@@ -621,7 +632,7 @@ class FusedOptimizer(Optimizer):
         """The state after init() or a step. What was on a schedule in another run is not the
         value of an option that is a constant here."""
         self._replace_state(state)
-        for name in ("momentum", "weight_decay"):
+        for name in self._names():
             if name in state and name not in self._schedulers:
                 del self._state[name]
         self._known = tuple(state.get("arenas", ()))

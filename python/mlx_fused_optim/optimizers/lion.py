@@ -64,9 +64,10 @@ class Lion(FusedOptimizer, mlx.optimizers.Lion):
     beta2 = Number()
 
     @property
-    def betas(self) -> list[Any]:
-        """The factors of the moving averages, as ``mlx.optimizers`` has them."""
-        return [self.beta1, self.beta2]
+    def betas(self) -> tuple[Any, Any]:
+        """The factors of the moving averages. A pair to be replaced as a whole, where
+        ``mlx.optimizers`` has a list."""
+        return self.beta1, self.beta2
 
     @betas.setter
     def betas(self, betas: Sequence[Hyperparameter]) -> None:
