@@ -23,50 +23,75 @@ def test_all_held(capsys):
 
 
 def test_speed_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(check, "OPTIMIZERS", {"AdamW": check.OPTIMIZERS["AdamW"]})
+    monkeypatch.setattr(check, "BEYOND", {})
     monkeypatch.setattr(check, "MODELS", [check.Model("two small tensors", [(3,), (4, 5)])])
     assert check.main(["--seconds", "0.05"]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "two small" in line]
-    assert row.count(" ms ") == 3
+    rows = [line for line in capsys.readouterr().out.splitlines() if "two small" in line]
+    assert [row.count(" ms ") for row in rows] == [3, 3]
+    assert rows[1].startswith("| AdamW, ")
 
 
 def test_a_wrong_step_is_found(capsys, monkeypatch):
-    right = reference.sgd_step
+    monkeypatch.setattr(check, "DTYPES", {"float32": mx.float32})
+    right = reference.step
 
     def no_decay(*arguments, weight_decay=0.0, **options):
         return right(*arguments, **options)
 
-    monkeypatch.setattr(reference, "sgd_step", no_decay)
+    monkeypatch.setattr(reference, "step", no_decay)
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
-    assert (
-        "NOT ALL HELD" in out and "- bits of float32 arithmetic, rounded once: weight decay" in out
-    )
-    assert out.count("| no |") == 1
+    assert "NOT ALL HELD" in out
+    for name in ("weight decay", "AdamW", "Lion"):
+        assert f"- bits of float32 arithmetic, rounded once: {name}, float32, " in out
+    assert out.count("| no |") == 2
 
 
-def test_a_wrong_full_step_is_found(capsys, monkeypatch):
-    right = reference.full_sgd_step
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "Lion", "RMSprop", "AdaDelta"])
+def test_a_wrong_rule_is_found(name, capsys, monkeypatch):
+    """Other moments than MLX's: neither its bits nor those of its operations."""
+    case = check.OPTIMIZERS[name]
+    other = {"RMSprop": {"alpha": 0.9}, "AdaDelta": {"rho": 0.8}}.get(name, {"betas": (0.8, 0.7)})
+    wrong = check.Case(case.optimizer, {**case.options, **other})
+    monkeypatch.setattr(check.Case, "of_mlx", lambda self: wrong.ours())
+    monkeypatch.setattr(check, "OPTIMIZERS", {name: case})
+    result = check.check_bits_of_mlx()
+    assert result.wrong == [f"{name}, {layout}" for layout in check.LAYOUTS]
+    moved = vars(reference)["_moved"]
+    monkeypatch.setattr(reference, "_moved", lambda a, x, factor: moved(a, x, factor / 2))
+    monkeypatch.setattr(check, "DTYPES", {"float32": mx.float32})
+    assert all(name in what for what in check.check_parity().wrong)
+    assert check.check_parity().wrong
+
+
+def test_a_wrong_option_is_found(capsys, monkeypatch):
+    monkeypatch.setattr(check, "OPTIMIZERS", {"AdamW": check.OPTIMIZERS["AdamW"]})
+    right = reference.step
 
     def no_master(*arguments, master_weights=False, **options):
         return right(*arguments, **options)
 
-    monkeypatch.setattr(reference, "full_sgd_step", no_master)
+    monkeypatch.setattr(reference, "step", no_master)
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
-    assert "- options of the full step, likewise: master_weights, float16" in out
+    assert "- options beyond mlx.optimizers, likewise: master_weights, float16" in out
     assert out.count("| no |") == 1
 
 
 def test_another_device_is_compared_with_the_cpu(monkeypatch):
     result = check.check_bits_of_the_cpu()
-    assert (result.asked, result.wrong) == (3 * (len(check.FULL) + len(check.SHARED)), [])
+    assert (result.asked, result.wrong) == (
+        3 * (len(check.OPTIMIZERS) + len(check.BEYOND) + len(check.SHARED)),
+        [],
+    )
 
     right, calls = check.everything_after, []
 
-    def off_on_the_cpu(options, dtype, device):
+    def off_on_the_cpu(case, dtype, device):
         calls.append(device)
-        arrays = right(options, dtype, device)
-        if len(calls) % 2 == 0 and options.get("compensated"):
+        arrays = right(case, dtype, device)
+        if len(calls) % 2 == 0 and case == check.BEYOND["compensated"]:
             arrays[1] = arrays[1] + 1
         return arrays
 
@@ -79,7 +104,7 @@ def test_an_exception_is_an_answer(capsys, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(check.optim.SGD, "apply_gradients", broken)
+    monkeypatch.setattr(check.optim.FusedOptimizer, "apply_gradients", broken)
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
     # On a GPU one more: whether the CPU has the same bits.

@@ -320,15 +320,15 @@ def test_the_reference_reads_like_the_step(name, dtype):
     """Bit for bit, but for norms."""
     options = dict(EACH[name])
     parameters = want = tensors(0, [dtype])
-    optimizer, state = optim.SGD(**options), reference.full_sgd_init(parameters)
+    optimizer, state = optim.SGD(**options), reference.init(parameters)
     measures = optimizer.clip_norm not in (None, INF) or optimizer.trust_coefficient
     for number in range(3):
         gradients = tensors(number + 1, ["float32"])
         parameters = optimizer.apply_gradients(gradients, parameters)
-        want, state = reference.full_sgd_step(want, gradients, state, **options)
+        want, state = reference.step(reference.sgd, want, gradients, state, **options)
         unpacked = optimizer.unpacked_state()
-        for path, value in parameters.items():
-            kept = {"v" if k == "momentum" else k: v for k, v in state["tensors"][path].items()}
+        for (path, value), kept in zip(parameters.items(), state["tensors"], strict=True):
+            kept = {"v" if k == "momentum" else k: v for k, v in kept.items()}
             ours = unpacked.get(path, {})
             if "v" in ours and "v" not in kept:  # a group without momentum
                 assert not ours.pop("v").any()

@@ -153,11 +153,17 @@ def test_trust_ratios_of_groups(own, groups):
     options = {"learning_rate": 0.5, "momentum": 0.9, "weight_decay": 0.01}
     optimizer = optim.SGD(**options, trust_coefficient=own, groups=groups)
     w = want = tensors(0)
-    state = reference.full_sgd_init(w)
+    state = reference.init(w)
     for step in range(3):
         w = optimizer.apply_gradients(tensors(step + 1), w)
-        want, state = reference.full_sgd_step(
-            want, tensors(step + 1), state, **options, trust_coefficient=own, groups=groups
+        want, state = reference.step(
+            reference.sgd,
+            want,
+            tensors(step + 1),
+            state,
+            **options,
+            trust_coefficient=own,
+            groups=groups,
         )
     for path, value in flat(w).items():
         assert mx.allclose(value, flat(want)[path], rtol=1e-5, atol=1e-6), path

@@ -542,10 +542,12 @@ def test_trees(make):
     """Any structure goes through, and comes back with the same types."""
     optimizer = optim.SGD(0.5, momentum=0.5)
     tree = want = make()
-    velocity = reference.sgd_init(tree)
+    state = reference.init(tree)
     for _ in range(3):
         tree = optimizer.apply_gradients(tree, tree)
-        want, velocity = reference.sgd_step(want, want, velocity, learning_rate=0.5, momentum=0.5)
+        want, state = reference.step(
+            reference.sgd, want, want, state, learning_rate=0.5, momentum=0.5
+        )
         mx.eval(tree, optimizer.state)
     assert tree_map(lambda _: 0, tree) == tree_map(lambda _: 0, want)
     assert type(tree) is type(want)
@@ -687,12 +689,12 @@ def test_functions_and_reference_have_the_bits_of_the_optimizer(options, dtype):
     momentum = options.get("momentum", 0.0)
     one = two = three = first
     state = optim.fused_sgd_init(first, momentum=momentum)
-    velocity = reference.sgd_init(first)
+    kept = reference.init(first)
     for _ in range(3):
         one = optimizer.apply_gradients(gradients, one)
         two, state = optim.fused_sgd_step(two, gradients, state, learning_rate=0.1, **options)
-        three, velocity = reference.sgd_step(
-            three, gradients, velocity, learning_rate=0.1, **options
+        three, kept = reference.step(
+            reference.sgd, three, gradients, kept, learning_rate=0.1, **options
         )
     flat = [tree_flatten(t) for t in (one, two, three)]
     for (_, a), (_, b), (_, c) in zip(*flat, strict=True):

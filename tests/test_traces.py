@@ -11,6 +11,7 @@ import pytest
 from bits import of_mlx, to_mlx, widened
 from conformance import Options
 from full_references import Bounded
+from mlx_fused_optim import reference
 from references import step_float64
 from rules import RULES, Numbers, corrections, slots_of
 
@@ -236,19 +237,41 @@ def by_the_rule(row):
         yield w, slots
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_every_rule_stays_close_to_its_peers(name):
-    row = ROWS[name]
-    recorded = RECORDED[row["peer"]]
-    rates = row["lr"] if isinstance(row["lr"], list) else [row["lr"]] * STEPS
+def by_the_optimizer(row, rates):
+    """(parameters, what is kept of each tensor) after each step."""
     optimizer = getattr(optim, row["class"])(
         lambda step: mx.array(rates, mx.float32)[step], **row["arguments"]
     )
     parameters = tree(INPUTS["w0"])
-    for step, (w, slots) in enumerate(by_the_rule(row)):
-        gradients = tree(INPUTS["g"][step].view(np.float32))
+    for gradient in INPUTS["g"][:STEPS]:
+        gradients = tree(gradient.view(np.float32))
         parameters = optimizer.apply_gradients({"t": gradients}, {"t": parameters})["t"]
-        kept = optimizer.unpacked_state()["t"]
+        yield parameters, optimizer.unpacked_state()["t"]
+
+
+def by_mlx_operations(row, rates):
+    """Likewise, by the package's own reference."""
+    usual = {"AdamW": {"weight_decay": 0.01}}.get(row["class"], {})
+    arguments = usual | row["arguments"] | {"decoupled": row["class"] in ("AdamW", "Lion")}
+    parameters = tree(INPUTS["w0"])
+    state = reference.init(parameters)
+    for rate, gradient in zip(rates, INPUTS["g"], strict=False):
+        gradients = tree(gradient.view(np.float32))
+        rule = getattr(reference, row["rule"])
+        parameters, state = reference.step(
+            rule, parameters, gradients, state, learning_rate=rate, **arguments
+        )
+        yield parameters, dict(zip(parameters, state["tensors"], strict=True))
+
+
+@pytest.mark.parametrize("by", [by_the_optimizer, by_mlx_operations], ids=["kernel", "reference"])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_rule_stays_close_to_its_peers(name, by):
+    row = ROWS[name]
+    recorded = RECORDED[row["peer"]]
+    rates = row["lr"] if isinstance(row["lr"], list) else [row["lr"]] * STEPS
+    runs = zip(by(row, rates), by_the_rule(row), strict=True)
+    for step, ((parameters, kept), (w, slots)) in enumerate(runs):
         ours = {"p": flat(parameters)}
         ours |= {k: flat({t: of[k] for t, of in kept.items()}) for k in slots}
         for key, want in {"p": w, **slots}.items():

@@ -1,8 +1,8 @@
-"""``python -m mlx_fused_optim.check``: does the fused step hold its word on this machine?
+"""``python -m mlx_fused_optim.check``: do the fused steps hold their word on this machine?
 
-It runs the step on MLX's default device (or the one given with ``--device``), compares
-its bits with the same arithmetic in plain MLX operations and with ``mlx.optimizers.SGD``,
-times it against that, and prints a table to paste into an issue. It takes less than half
+It runs every optimizer on MLX's default device (or the one given with ``--device``), compares
+its bits with the same arithmetic in plain MLX operations and with ``mlx.optimizers``,
+times two against those, and prints a table to paste into an issue. It takes about half
 a minute and needs nothing but the installed package. The exit code is 0 if all held, 1 if
 not.
 """
@@ -31,38 +31,79 @@ import mlx_fused_optim as optim
 from . import reference
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.9, "dampening": 0.3},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "weight decay": {"weight_decay": 0.01},
-    "all": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
-}
-# Options of the full step whose bits plain MLX operations have too ...
+
+
+class Case(NamedTuple):
+    """An optimizer of this package, and of ``mlx.optimizers``, and its arguments."""
+
+    optimizer: str
+    options: dict[str, Any]
+
+    def ours(self) -> optim.FusedOptimizer:
+        made: optim.FusedOptimizer = getattr(optim, self.optimizer)(RATE, **self.options)
+        return made
+
+    def of_mlx(self) -> mlx.optimizers.Optimizer:
+        made: mlx.optimizers.Optimizer = getattr(mlx.optimizers, self.optimizer)(
+            RATE, **self.options
+        )
+        return made
+
+
 MOMENTUM: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.01}
-FULL: dict[str, dict[str, Any]] = {
-    "maximize": {"maximize": True},
-    "grad_scale": {"grad_scale": 3.0},
-    "clip_value": {"clip_value": 0.7},
-    "decoupled": {**MOMENTUM, "decoupled": True},
-    "groups": {**MOMENTUM, "groups": [(lambda path, array: array.ndim < 2, {"weight_decay": 0.0})]},
-    "momentum_dtype": {**MOMENTUM, "momentum_dtype": mx.float32},
-    "master_weights": {**MOMENTUM, "master_weights": True},
-    "compensated": {**MOMENTUM, "compensated": True},
-    "ema_decay": {**MOMENTUM, "ema_decay": 0.9},
+# What mlx.optimizers has too ...
+OPTIMIZERS = {
+    "SGD": Case("SGD", {}),
+    "momentum": Case("SGD", {"momentum": 0.9}),
+    "dampening": Case("SGD", {"momentum": 0.9, "dampening": 0.3}),
+    "nesterov": Case("SGD", {"momentum": 0.9, "nesterov": True}),
+    "weight decay": Case("SGD", {"weight_decay": 0.01}),
+    "all": Case("SGD", {**MOMENTUM, "nesterov": True}),
+    "Adam": Case("Adam", {}),
+    "AdamW": Case("AdamW", {"weight_decay": 0.1}),
+    "Adamax": Case("Adamax", {}),
+    "Lion": Case("Lion", {"weight_decay": 0.1}),
+    "RMSprop": Case("RMSprop", {}),
+    "Adagrad": Case("Adagrad", {}),
+    "AdaDelta": Case("AdaDelta", {}),
 }
-# ... and those whose bits every backend has: norms and random numbers have one order.
-SHARED: dict[str, dict[str, Any]] = {
-    "clip_norm": {"clip_norm": 1.0},
-    "skip_nonfinite": {"skip_nonfinite": True, "clip_norm": math.inf},
-    "trust_coefficient": {**MOMENTUM, "trust_coefficient": 0.01},
-    "stochastic": {**MOMENTUM, "rounding": "stochastic"},
-    "all": {
+# ... options beyond it whose bits plain MLX operations have ...
+BEYOND = {
+    "maximize": Case("SGD", {"maximize": True}),
+    "grad_scale": Case("SGD", {"grad_scale": 3.0}),
+    "clip_value": Case("SGD", {"clip_value": 0.7}),
+    "decoupled": Case("SGD", {**MOMENTUM, "decoupled": True}),
+    "groups": Case(
+        "SGD",
+        {**MOMENTUM, "groups": [(lambda path, array: array.ndim < 2, {"weight_decay": 0.0})]},
+    ),
+    "state_dtype": Case("SGD", {**MOMENTUM, "state_dtype": mx.float32}),
+    "master_weights": Case("SGD", {**MOMENTUM, "master_weights": True}),
+    "compensated": Case("SGD", {**MOMENTUM, "compensated": True}),
+    "ema_decay": Case("SGD", {**MOMENTUM, "ema_decay": 0.9}),
+    "Adam, coupled": Case("Adam", {"weight_decay": 0.1, "clip_value": 0.7}),
+    "AdamW, amsgrad": Case("AdamW", {"amsgrad": True, "state_dtype": mx.bfloat16}),
+    "AdamW, master_weights": Case("AdamW", {"master_weights": True, "ema_decay": 0.9}),
+    "Lion, compensated": Case("Lion", {"weight_decay": 0.1, "compensated": True}),
+}
+# ... and those whose bits every backend has: norms, random numbers and the numbers of a bias
+# correction are made in one order.
+SHARED = {
+    "clip_norm": Case("SGD", {"clip_norm": 1.0}),
+    "skip_nonfinite": Case("SGD", {"skip_nonfinite": True, "clip_norm": math.inf}),
+    "trust_coefficient": Case("SGD", {**MOMENTUM, "trust_coefficient": 0.01}),
+    "stochastic": Case("SGD", {**MOMENTUM, "rounding": "stochastic"}),
+    "all": Case("SGD", {
         **MOMENTUM, "nesterov": True, "maximize": True, "grad_scale": 3.0, "clip_value": 0.7,
         "clip_norm": 1.0, "skip_nonfinite": True, "trust_coefficient": 0.01, "ema_decay": 0.9,
-        "master_weights": True, "rounding": "stochastic", "momentum_dtype": mx.bfloat16,
-    },
+        "master_weights": True, "rounding": "stochastic", "state_dtype": mx.bfloat16,
+    }),
+    "Adam, bias_correction": Case("Adam", {"bias_correction": True}),
+    "AdamW, all": Case("AdamW", {
+        "bias_correction": True, "amsgrad": True, "maximize": True, "grad_scale": 3.0,
+        "clip_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "compensated": True,
+        "rounding": "stochastic", "state_dtype": mx.bfloat16,
+    }),
 }  # fmt: skip
 # Around the widths of vectors, tiles and blocks; no element and one.
 SHAPES = [(0,), (1,), (3,), (4,), (5,), (17,), (33, 65), (16, 64), (255,), (4097,), (2, 3, 5)]
@@ -113,20 +154,25 @@ def parameters_and_gradients(
     return parameters, gradients
 
 
-def steps_differ(name: str, options: dict[str, Any], dtype: str, gradient: str, layout: str) -> str:
+def steps_differ(name: str, case: Case, dtype: str, gradient: str, layout: str) -> str:
     """The first difference from plain MLX operations in float32, or nothing."""
     parameters, gradients = parameters_and_gradients(dtype, gradient, layout)
-    optimizer = optim.SGD(RATE, **options)
-    expected, velocities = parameters, reference.sgd_init(parameters)
+    optimizer = case.ours()
+    rule = getattr(reference, optimizer._rule.name)
+    options = {
+        "weight_decay": optimizer.weight_decay,
+        "decoupled": optimizer.decoupled,
+        **case.options,
+    }
+    expected, kept = {"w": parameters}, reference.init(parameters)
+    tree = expected
     for step in range(STEPS):
-        tree = optimizer.apply_gradients({"w": gradients[step]}, {"w": parameters})
-        parameters = tree["w"]
-        del tree
-        expected, velocities = reference.sgd_step(
-            expected, gradients[step], velocities, learning_rate=RATE, **options
+        tree = optimizer.apply_gradients({"w": gradients[step]}, tree)
+        expected, kept = reference.step(
+            rule, expected, {"w": gradients[step]}, kept, learning_rate=RATE, **options
         )
-        mx.eval(parameters, optimizer.state, expected, velocities)
-        for shape, a, b in zip(SHAPES, parameters, expected, strict=True):
+        mx.eval(tree, optimizer.state, expected, kept)
+        for shape, a, b in zip(SHAPES, tree["w"], expected["w"], strict=True):
             if not same(a, b):
                 return f"{name}, {dtype}, {gradient} gradients, {layout}, {shape}, step {step}"
     return ""
@@ -134,51 +180,34 @@ def steps_differ(name: str, options: dict[str, Any], dtype: str, gradient: str, 
 
 def check_parity() -> Result:
     cases = [
-        (name, options, dtype, gradient, layout)
-        for (name, options), dtype, gradient in itertools.product(OPTIONS.items(), DTYPES, DTYPES)
-        for layout in (LAYOUTS if name == "all" else ("contiguous",))
+        (name, case, dtype, gradient, layout)
+        for (name, case), dtype, gradient in itertools.product(OPTIMIZERS.items(), DTYPES, DTYPES)
+        for layout in (LAYOUTS if name in ("all", "AdamW") else ("contiguous",))
     ]
     wrong = [steps_differ(*case) for case in cases]
     return Result("bits of float32 arithmetic, rounded once", len(cases), list(filter(None, wrong)))
 
 
-def full_steps_differ(name: str, options: dict[str, Any], dtype: str, layout: str) -> str:
-    """The first difference from the full step in plain MLX operations, or nothing."""
-    parameters, gradients = parameters_and_gradients(dtype, dtype, layout)
-    optimizer = optim.SGD(RATE, **options)
-    tree = expected = {"w": parameters}
-    kept = reference.full_sgd_init(expected)
-    for step in range(STEPS):
-        tree = optimizer.apply_gradients({"w": gradients[step]}, tree)
-        expected, kept = reference.full_sgd_step(
-            expected, {"w": gradients[step]}, kept, learning_rate=RATE, **options
-        )
-        mx.eval(tree, optimizer.state, expected, kept)
-        if not all(map(same, tree["w"], expected["w"])):
-            return f"{name}, {dtype}, {layout}, step {step}"
-    return ""
-
-
-def check_full_step() -> Result:
+def check_options() -> Result:
     cases = [
-        (name, options, dtype, layout)
-        for (name, options), dtype in itertools.product(FULL.items(), DTYPES)
-        for layout in (LAYOUTS if name == "master_weights" else ("contiguous",))
+        (name, case, dtype, dtype, layout)
+        for (name, case), dtype in itertools.product(BEYOND.items(), DTYPES)
+        for layout in (LAYOUTS if "master_weights" in name else ("contiguous",))
     ]
-    wrong = [full_steps_differ(*case) for case in cases]
-    return Result("options of the full step, likewise", len(cases), list(filter(None, wrong)))
+    wrong = [steps_differ(*case) for case in cases]
+    return Result("options beyond mlx.optimizers, likewise", len(cases), list(filter(None, wrong)))
 
 
-def everything_after(options: dict[str, Any], dtype: str, device: mx.Device) -> list[mx.array]:
+def everything_after(case: Case, dtype: str, device: mx.Device) -> list[mx.array]:
     """Parameters and state after the steps on a device; in the last one a gradient is
     infinite, where that is skipped."""
     with mx.stream(mx.cpu):
         parameters, gradients = parameters_and_gradients(dtype, dtype, "transposed")
-        if options.get("skip_nonfinite"):
+        if case.options.get("skip_nonfinite"):
             gradients[-1][-1] = gradients[-1][-1] * math.inf
             mx.eval(gradients)
     with mx.stream(device):
-        optimizer = optim.SGD(RATE, **options)
+        optimizer = case.ours()
         tree = {"w": parameters}
         for gradient in gradients:
             tree = optimizer.apply_gradients({"w": gradient}, tree)
@@ -188,15 +217,15 @@ def everything_after(options: dict[str, Any], dtype: str, device: mx.Device) -> 
 
 
 def check_bits_of_the_cpu() -> Result:
-    """Norms and random numbers on the default device, against our CPU backend."""
-    cases = list(itertools.product({**FULL, **SHARED}.items(), DTYPES))
+    """Every rule and option on the default device, against our CPU backend."""
+    cases = list(itertools.product([*OPTIMIZERS.items(), *BEYOND.items(), *SHARED.items()], DTYPES))
     wrong = []
-    for (name, options), dtype in cases:
-        here = everything_after(options, dtype, mx.default_device())
-        there = everything_after(options, dtype, mx.Device(mx.cpu))
+    for (name, case), dtype in cases:
+        here = everything_after(case, dtype, mx.default_device())
+        there = everything_after(case, dtype, mx.Device(mx.cpu))
         if len(here) != len(there) or not all(map(same_bytes, here, there)):
             wrong.append(f"{name}, {dtype}")
-    return Result("the full step has the bits of the CPU backend", len(cases), wrong)
+    return Result("every step has the bits of the CPU backend", len(cases), wrong)
 
 
 def same_bytes(a: mx.array, b: mx.array) -> bool:
@@ -208,11 +237,11 @@ def same_bytes(a: mx.array, b: mx.array) -> bool:
 
 def check_bits_of_mlx() -> Result:
     wrong = []
-    for name, options in OPTIONS.items():
+    for name, case in OPTIMIZERS.items():
         for layout in LAYOUTS:
             parameters, gradients = parameters_and_gradients("float32", "float32", layout)
             trees = [{"w": parameters}, {"w": parameters}]
-            optimizers = [optim.SGD(RATE, **options), mlx.optimizers.SGD(RATE, **options)]
+            optimizers = [case.ours(), case.of_mlx()]
             for step in range(STEPS):
                 trees = [
                     o.apply_gradients({"w": gradients[step]}, tree)
@@ -221,7 +250,7 @@ def check_bits_of_mlx() -> Result:
                 mx.eval(trees)
             if not all(map(same, *(tree["w"] for tree in trees))):
                 wrong.append(f"{name}, {layout}")
-    return Result("float32 bits of mlx.optimizers.SGD", len(OPTIONS) * len(LAYOUTS), wrong)
+    return Result("float32 bits of mlx.optimizers", len(OPTIMIZERS) * len(LAYOUTS), wrong)
 
 
 def check_what_is_held() -> Result:
@@ -269,6 +298,10 @@ MODELS = [
     Model("448 adapters of 16 x 1024", [(16, 1024)] * 448),
     Model("12 matrices of 1024 x 1024", [(1024, 1024)] * 12),
 ]
+TIMED = {
+    "SGD with momentum": Case("SGD", {"momentum": 0.9}),
+    "AdamW": Case("AdamW", {}),
+}
 
 
 def step_of(optimizer: mlx.optimizers.Optimizer, compiled: bool) -> Callable[[Any, Any], Any]:
@@ -280,13 +313,13 @@ def step_of(optimizer: mlx.optimizers.Optimizer, compiled: bool) -> Callable[[An
     return step
 
 
-def timed(model: Model, seconds: float) -> dict[str, float]:
-    """Median milliseconds of a step with momentum, of ours and of MLX's, in turns."""
+def timed(case: Case, model: Model, seconds: float) -> dict[str, float]:
+    """Median milliseconds of a step, of ours and of MLX's, in turns."""
     gradients = {"w": [mx.random.normal(s) for s in model.shapes]}
-    candidates = {
-        "fused": (optim.SGD(RATE, momentum=0.9), False),
-        "mlx": (mlx.optimizers.SGD(RATE, momentum=0.9), False),
-        "mlx compiled": (mlx.optimizers.SGD(RATE, momentum=0.9), True),
+    candidates: dict[str, tuple[mlx.optimizers.Optimizer, bool]] = {
+        "fused": (case.ours(), False),
+        "mlx": (case.of_mlx(), False),
+        "mlx compiled": (case.of_mlx(), True),
     }
     steps, trees = {}, {}
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -336,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all checks and print the table; 0 if all held, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_fused_optim.check",
-        description="Check the fused step on this machine and print a table for an issue.",
+        description="Check the fused steps on this machine and print a table for an issue.",
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each timing; 0: none")
@@ -353,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"| {name} | {value} |")
     print("\n| check | asked | held |\n|---|---|---|", flush=True)
     wrong = []
-    checks = [check_parity, check_bits_of_mlx, check_full_step, check_what_is_held, check_schedules]
+    checks = [check_parity, check_bits_of_mlx, check_options, check_what_is_held, check_schedules]
     if mx.default_device() != mx.Device(mx.cpu):
         checks.append(check_bits_of_the_cpu)
     for check in checks:
@@ -362,12 +395,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"| {result.question} | {result.asked} | {verdict} |", flush=True)
         wrong += [f"- {result.question}: {what}" for what in result.wrong]
     if options.seconds > 0 and not wrong:
-        print("\n| one step with momentum, float32 | fused | mlx | mlx compiled |")
+        print("\n| one step, float32 | fused | mlx | mlx compiled |")
         print("|---|---|---|---|", flush=True)
-        for model in MODELS:
-            ms = timed(model, options.seconds)
+        for (name, case), model in itertools.product(TIMED.items(), MODELS):
+            ms = timed(case, model, options.seconds)
             columns = " | ".join(f"{value:.2f} ms" for value in ms.values())
-            print(f"| {model.name} | {columns} |", flush=True)
+            print(f"| {name}, {model.name} | {columns} |", flush=True)
     print(f"\n{'NOT ALL HELD' if wrong else 'All held'}, in {time.perf_counter() - start:.0f} s.")
     if wrong:
         print("\n".join(wrong[:20]))

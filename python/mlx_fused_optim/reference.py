@@ -1,103 +1,256 @@
 """The fused step in plain MLX operations: the maths to read, and an oracle for tests.
 
-It is slow, allocates freely and keeps momentum as one array a tensor; apart from that
-it gives the fused step's results, bit for bit on one device (norms but for their last
-bits). ``sgd_step`` is the plain step, ``full_sgd_step`` the one with every option.
+A step is a frame and a rule. :func:`step` is the frame, which all optimizers share; a rule is
+a function of the gradient and of what is kept, such as :func:`adam`, and gives back what the
+parameter loses. It is slow, allocates freely and keeps one array a tensor; apart from that it
+gives the fused step's results, bit for bit on one device (norms, and the two numbers of a bias
+correction, but for their last bits).
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
+
+Kept = dict[str, mx.array]
+"""What is kept of one tensor, by the name of the slot; float32 within a rule."""
+
+# ---- The rules ---------------------------------------------------------------------
 
 
-def sgd_init(parameters: Any) -> Any:
-    """Momentum before the first step: zeros, in each parameter's shape and dtype.
-
-    Example:
-        >>> sgd_init({"w": mx.ones(2)})
-        {'w': array([0, 0], dtype=float32)}
-    """
-    return tree_map(mx.zeros_like, parameters)
+def _moved(average: mx.array, x: mx.array, factor: float) -> mx.array:
+    return factor * average + (1 - factor) * x
 
 
-def sgd_step(
-    parameters: Any,
-    gradients: Any,
-    velocities: Any,
+def sgd(
+    g: mx.array,
+    kept: Kept,
+    rate: mx.array,
+    t: mx.array,
     *,
-    learning_rate: float | mx.array,
     momentum: float = 0.0,
-    weight_decay: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
-) -> tuple[Any, Any]:
-    """One step for each tensor of the trees: (parameters, velocities).
+) -> tuple[mx.array, Kept]:
+    r"""Stochastic gradient descent: (what the parameter loses, the new slots).
 
-    All arithmetic is float32, in the order of ``mlx.optimizers.SGD``; each result is
-    rounded once, to the parameter's dtype. The velocity that enters the update is the one
-    before that rounding.
+    .. math::
+
+        v \leftarrow \mu v + (1 - \tau) g, \quad
+        \Delta = \eta \, (g + \mu v \text{ if nesterov else } v)
+
+    or :math:`\eta g` without momentum.
+
+    Args:
+        g (array): The gradient as the frame gives it, float32.
+        kept (dict): The slots before the step, float32; zeros where they begin.
+        rate (array): The learning rate :math:`\eta`, float32.
+        t (array): The number of the update, from 1.
+        momentum, dampening, nesterov: As of :class:`SGD`.
 
     Example:
-        >>> w, v = sgd_step(mx.array(1.0), mx.array(2.0), mx.array(0.0), learning_rate=0.25)
-        >>> w
+        >>> sgd(mx.array(2.0), {}, mx.array(0.25), mx.array(1))
+        (array(0.5, dtype=float32), {})
+    """
+    if momentum == 0:
+        return rate * g, {}
+    v = momentum * kept["momentum"] + (1 - dampening) * g
+    return rate * (g + momentum * v if nesterov else v), {"momentum": v}
+
+
+def adam(
+    g: mx.array,
+    kept: Kept,
+    rate: mx.array,
+    t: mx.array,
+    *,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    bias_correction: bool = False,
+    amsgrad: bool = False,
+) -> tuple[mx.array, Kept]:
+    r"""Adam; AdamW is this with ``decoupled`` weight decay of the frame.
+
+    .. math::
+
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        \Delta = \frac{\eta m}{\sqrt{v} + \epsilon}
+
+    With ``bias_correction`` :math:`\eta / (1 - \beta_1^t)` takes the place of :math:`\eta`
+    and :math:`\sqrt{v / (1 - \beta_2^t)}` that of the root; with ``amsgrad`` the largest
+    :math:`v` so far that of :math:`v` in the root. Arguments as of :func:`sgd` and
+    :class:`Adam`.
+
+    Example:
+        >>> zeros = {"m": mx.array(0.0), "v": mx.array(0.0)}
+        >>> change, _ = adam(mx.array(2.0), zeros, mx.array(0.5), mx.array(1), bias_correction=True)
+        >>> change
         array(0.5, dtype=float32)
     """
-    rate = mx.array(learning_rate, mx.float32)
-
-    def one(
-        parameter: mx.array, gradient: mx.array, velocity: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        w, g, v = (a.astype(mx.float32) for a in (parameter, gradient, velocity))
-        if weight_decay != 0:
-            g = g + weight_decay * w
-        update = g
-        if momentum != 0:
-            v = momentum * v + (1 - dampening) * g
-            update = g + momentum * v if nesterov else v
-        w = w - rate * update
-        return w.astype(parameter.dtype), v.astype(parameter.dtype)
-
-    pairs = tree_map(one, parameters, gradients, velocities)
-
-    def is_pair(node: Any) -> bool:
-        return isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], mx.array)
-
-    first = tree_map(lambda pair: pair[0], pairs, is_leaf=is_pair)
-    second = tree_map(lambda pair: pair[1], pairs, is_leaf=is_pair)
-    return first, second
+    m = _moved(kept["m"], g, betas[0])
+    v = _moved(kept["v"], g * g, betas[1])
+    new, second, root = {"m": m, "v": v}, v, mx.array(1.0)
+    if amsgrad:
+        second = new["largest_v"] = mx.maximum(kept["largest_v"], v)
+    if bias_correction:
+        number: Any = t.item()
+        first_bias, second_bias = (_bias(beta, number) for beta in betas)
+        rate, root = mx.array(rate.item() / first_bias), mx.array(1 / math.sqrt(second_bias))
+    return rate * m / (mx.sqrt(second) * root + eps), new
 
 
-def full_sgd_init(parameters: Any) -> dict[str, Any]:
-    """What a full step keeps, before the first one: nothing yet.
+def _bias(beta: float, t: int) -> float:
+    """1 - beta^t in float64."""
+    return -math.expm1(t * math.log(beta)) if beta > 0 else 1.0
+
+
+def adamax(
+    g: mx.array,
+    kept: Kept,
+    rate: mx.array,
+    t: mx.array,
+    *,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> tuple[mx.array, Kept]:
+    r"""Adam by the infinity norm; arguments as of :func:`sgd` and :class:`Adamax`.
+
+    .. math::
+
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \max(\beta_2 v, |g|), \quad \Delta = \frac{\eta m}{v + \epsilon}
 
     Example:
-        >>> full_sgd_init({"w": mx.ones(2)})["step"]
+        >>> zeros = {"m": mx.array(0.0), "v": mx.array(0.0)}
+        >>> adamax(mx.array(2.0), zeros, mx.array(1.0), mx.array(1), betas=(0.5, 0.5))[0]
+        array(0.5, dtype=float32)
+    """
+    m = _moved(kept["m"], g, betas[0])
+    v = mx.maximum(betas[1] * kept["v"], mx.abs(g))
+    return rate * m / (v + eps), {"m": m, "v": v}
+
+
+def lion(
+    g: mx.array,
+    kept: Kept,
+    rate: mx.array,
+    t: mx.array,
+    *,
+    betas: Sequence[float] = (0.9, 0.99),
+) -> tuple[mx.array, Kept]:
+    r"""Lion, whose weight decay is ``decoupled``; arguments as of :func:`sgd` and :class:`Lion`.
+
+    .. math::
+
+        \Delta = \eta \, \mathrm{sign}(\beta_1 m + (1 - \beta_1) g), \quad
+        m \leftarrow \beta_2 m + (1 - \beta_2) g
+
+    Example:
+        >>> lion(mx.array(-2.0), {"m": mx.array(0.0)}, mx.array(0.25), mx.array(1))[0]
+        array(-0.25, dtype=float32)
+    """
+    direction = _moved(kept["m"], g, betas[0])
+    return rate * mx.sign(direction), {"m": _moved(kept["m"], g, betas[1])}
+
+
+def rmsprop(
+    g: mx.array,
+    kept: Kept,
+    rate: mx.array,
+    t: mx.array,
+    *,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+) -> tuple[mx.array, Kept]:
+    r"""RMSprop; arguments as of :func:`sgd` and :class:`RMSprop`.
+
+    .. math::
+
+        v \leftarrow \alpha v + (1 - \alpha) g^2, \quad
+        \Delta = \frac{\eta g}{\sqrt{v} + \epsilon}
+
+    Example:
+        >>> rmsprop(mx.array(2.0), {"v": mx.array(4.0)}, mx.array(0.5), mx.array(1), alpha=0.5)[0]
+        array(0.5, dtype=float32)
+    """
+    v = _moved(kept["v"], g * g, alpha)
+    return rate * g / (mx.sqrt(v) + eps), {"v": v}
+
+
+def adagrad(
+    g: mx.array, kept: Kept, rate: mx.array, t: mx.array, *, eps: float = 1e-8
+) -> tuple[mx.array, Kept]:
+    r"""Adagrad; arguments as of :func:`sgd` and :class:`Adagrad`.
+
+    .. math::
+
+        v \leftarrow v + g^2, \quad \Delta = \frac{\eta g}{\sqrt{v} + \epsilon}
+
+    Example:
+        >>> adagrad(mx.array(2.0), {"v": mx.array(0.0)}, mx.array(0.5), mx.array(1))[0]
+        array(0.5, dtype=float32)
+    """
+    v = kept["v"] + g * g
+    return rate * g / (mx.sqrt(v) + eps), {"v": v}
+
+
+def adadelta(
+    g: mx.array, kept: Kept, rate: mx.array, t: mx.array, *, rho: float = 0.9, eps: float = 1e-6
+) -> tuple[mx.array, Kept]:
+    r"""AdaDelta; arguments as of :func:`sgd` and :class:`AdaDelta`.
+
+    .. math::
+
+        v \leftarrow \rho v + (1 - \rho) g^2, \quad
+        d = \frac{\sqrt{u + \epsilon}}{\sqrt{v + \epsilon}} g, \quad
+        u \leftarrow \rho u + (1 - \rho) d^2, \quad \Delta = \eta d
+
+    Example:
+        >>> kept = {"v": mx.array(4.0), "u": mx.array(4.0)}
+        >>> adadelta(mx.array(2.0), kept, mx.array(0.5), mx.array(1))[0]
+        array(1, dtype=float32)
+    """
+    v = _moved(kept["v"], g * g, rho)
+    d = mx.sqrt(kept["u"] + eps) / mx.sqrt(v + eps) * g
+    return rate * d, {"v": v, "u": _moved(kept["u"], d * d, rho)}
+
+
+Rule = Callable[..., tuple[mx.array, Kept]]
+
+# ---- The frame ---------------------------------------------------------------------
+
+
+def init(parameters: Any) -> dict[str, Any]:
+    """What a step keeps, before the first one: nothing yet.
+
+    Example:
+        >>> init({"w": mx.ones(2)})["step"]
         array(0, dtype=uint64)
     """
     return {
         "step": mx.array(0, mx.uint64),
         "skipped": mx.array(0, mx.uint64),
         "grad_norm": mx.array(0.0),
-        "tensors": {path: {} for path, _ in _leaves(parameters)},
+        "tensors": [{} for _ in _leaves(parameters)],
     }
 
 
-def full_sgd_step(
+def step(
+    rule: Rule,
     parameters: Any,
     gradients: Any,
     state: dict[str, Any],
     *,
-    learning_rate: float,
-    momentum: float = 0.0,
+    learning_rate: float | mx.array,
     weight_decay: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    momentum_dtype: mx.Dtype | None = None,
+    state_dtype: mx.Dtype | None = None,
     master_weights: bool = False,
     compensated: bool = False,
     clip_norm: float | None = None,
@@ -109,32 +262,40 @@ def full_sgd_step(
     groups: Sequence[tuple[Callable[[str, mx.array], Any], dict[str, Any]]] = (),
     trust_coefficient: float | None = None,
     ema_decay: float | None = None,
+    **numbers: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """One step with the options of :class:`SGD`, rounded to nearest: (parameters, state).
+    """One step by a rule, rounded to nearest: (parameters, state).
 
-    What is kept of a tensor is ``state["tensors"][path]``, a dict of ``"momentum"``,
-    ``"master"``, ``"compensation"`` and ``"ema"``. Norms may differ from the fused step's in
-    the last bits, because their sums are added in another order.
+    All arithmetic is float32, in the order of ``mlx.optimizers``; each result is rounded once.
+    What enters the update is what is kept before that rounding.
+
+    Args:
+        rule (callable): One of those above.
+        parameters, gradients (tree): Of the same structure.
+        state (dict): Of :func:`init` or of the last step. What is kept of each tensor is a dict
+            in ``state["tensors"]``, in the order of ``tree_flatten``: the rule's slots,
+            ``"master"``, ``"compensation"`` and ``"ema"``.
+        **numbers: The rule's own; the others are the options of :class:`FusedOptimizer`.
 
     Example:
         >>> w = {"w": mx.array([3.0, 4.0])}
-        >>> w, state = full_sgd_step(w, w, full_sgd_init(w), learning_rate=1.0, clip_norm=2.5)
+        >>> w, state = step(sgd, w, w, init(w), learning_rate=1.0, clip_norm=2.5)
         >>> w["w"], state["grad_norm"]
         (array([1.5, 2], dtype=float32), array(5, dtype=float32))
     """
-    old = dict(_leaves(parameters))
-    raw = {path: gradient.astype(mx.float32) for path, gradient in _leaves(gradients)}
+    old = _leaves(parameters)
 
     # The gradient that is measured: unscaled, then clipped by value.
     scale = mx.array(grad_scale, mx.float32)
     inverts = (scale >= 2.0**-126) & mx.isfinite(scale)
     unscale = mx.where(inverts, 1 / scale, math.nan)
-    g = {path: (-x if maximize else x) * unscale for path, x in raw.items()}
-    finite = [mx.all(mx.isfinite(x)) for x in g.values()]
+    raw = [x.astype(mx.float32) for _, x in _leaves(gradients)]
+    g = [(-x if maximize else x) * unscale for x in raw]
+    finite = [mx.all(mx.isfinite(x)) for x in g]
     if clip_value is not None:
-        g = {path: mx.clip(x, -clip_value, clip_value) for path, x in g.items()}
-    norms = {path: _norm(x.reshape(-1)) for path, x in g.items()}
-    norm = _norm(mx.stack(list(norms.values()))) if norms else mx.array(0.0)
+        g = [mx.clip(x, -clip_value, clip_value) for x in g]
+    norms = [_norm(x.reshape(-1)) for x in g]
+    norm = _norm(mx.stack(norms)) if norms else mx.array(0.0)
     applies = mx.array(True)
     if skip_nonfinite:
         applies = mx.all(mx.stack([*finite, mx.isfinite(norm) | (clip_norm in (None, math.inf))]))
@@ -143,21 +304,17 @@ def full_sgd_step(
         factor = clip_norm / (norm + 1e-6)
         factor = mx.where(factor > 1, 1.0, factor)
 
-    new, tensors = {}, {}
-    for path, parameter in old.items():
-        own: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-        }
+    new, tensors = [], []
+    for (path, parameter), x, own_norm, kept in zip(old, g, norms, state["tensors"], strict=True):
+        own = dict(numbers)
+        own |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        own |= {"trust_coefficient": trust_coefficient, "learning_rate_factor": 1.0}
         for predicate, overrides in groups:
             if predicate(path, parameter):
                 own.update(overrides)
-                own["learning_rate"] *= own.pop("learning_rate_factor", 1.0)
                 break
-        rate, mu, decay, trust = own.values()
-        kept = state["tensors"][path]
+        rate = own.pop("learning_rate_factor") * mx.array(own.pop("learning_rate"), mx.float32)
+        decay, trust = own.pop("weight_decay"), own.pop("trust_coefficient")
         is_half = parameter.dtype != mx.float32
 
         w = parameter.astype(mx.float32)
@@ -165,31 +322,31 @@ def full_sgd_step(
             # A parameter that is not its master's rounding was set by somebody else.
             master = kept.get("master", w)
             w = mx.where(master.astype(parameter.dtype) == parameter, master, w)
-        x = g[path] * factor
-        if trust is not None:
-            norm_w = _norm(parameter.astype(mx.float32).reshape(-1))
-            norm_g = norms[path] * factor
-            ratio = trust * norm_w / (norm_g + (0.0 if decoupled else decay) * norm_w)
-            ratio = mx.where((norm_g > 0) & (norm_w > 0) & mx.isfinite(ratio), ratio, 1.0)
+        begun = {"master": w, "ema": w}
+        x = x * factor
         if decay != 0 and not decoupled:
             x = x + decay * w
         if trust is not None:
-            x = ratio * x
-        update = x
-        after = dict(kept)
-        if mu != 0:
-            v = kept.get("momentum", mx.zeros_like(w)).astype(mx.float32)
-            v = mu * v + (1 - dampening) * x
-            update = x + mu * v if nesterov else v
-            after["momentum"] = v.astype(momentum_dtype or parameter.dtype)
-        if decay != 0 and decoupled:
-            update = update + decay * w
+            norm_w = _norm(parameter.astype(mx.float32).reshape(-1))
+            norm_g = own_norm * factor
+            ratio = trust * norm_w / (norm_g + (0.0 if decoupled else decay) * norm_w)
+            x = mx.where((norm_g > 0) & (norm_w > 0) & mx.isfinite(ratio), ratio, 1.0) * x
 
-        exact = w - rate * update
+        zeros = mx.zeros_like(w)
+        slots = {slot: value.astype(mx.float32) for slot, value in kept.items()}
+        change, slots = rule(
+            x, defaultdict(partial(mx.zeros_like, w), slots), rate, state["step"] + 1, **own
+        )
+        own_dtype = state_dtype or (parameter.dtype if rule is sgd else mx.float32)
+        after = {**kept, **{slot: value.astype(own_dtype) for slot, value in slots.items()}}
+
+        if decay != 0 and decoupled:
+            w = w * (1 - rate * decay)
+        exact = w - change
         if compensated and is_half:
             # Kahan: the part that the last rounding lost joins this update.
-            lost = kept.get("compensation", mx.zeros_like(w)).astype(mx.float32)
-            change = lost - rate * update
+            lost = kept.get("compensation", zeros).astype(mx.float32)
+            change = lost - change
             exact = w + change
             rounded = exact.astype(parameter.dtype).astype(mx.float32)
             after["compensation"] = (change - (rounded - w)).astype(parameter.dtype)
@@ -198,15 +355,16 @@ def full_sgd_step(
         else:
             exact = exact.astype(parameter.dtype).astype(mx.float32)
         if ema_decay is not None:
-            average = kept.get("ema", w)
+            average = kept.get("ema", begun["ema"])
             after["ema"] = average + (1 - ema_decay) * (exact - average)
         # A skipped step leaves everything as it was; what had not begun begins.
-        begun = {"master": w, "ema": w}
-        new[path] = mx.where(applies, exact.astype(parameter.dtype), parameter)
-        tensors[path] = {
-            slot: mx.where(applies, value, kept.get(slot, begun.get(slot, mx.zeros_like(value))))
-            for slot, value in after.items()
-        }
+        new.append(mx.where(applies, exact.astype(parameter.dtype), parameter))
+        tensors.append(
+            {
+                slot: mx.where(applies, x, kept.get(slot, begun.get(slot, mx.zeros_like(x))))
+                for slot, x in after.items()
+            }
+        )
     counted = applies.astype(mx.uint64)
     next_state = {
         "step": state["step"] + counted,
@@ -214,7 +372,8 @@ def full_sgd_step(
         "grad_norm": norm,
         "tensors": tensors,
     }
-    return _unflattened(new), next_state
+    updated = iter(new)
+    return tree_map(lambda _: next(updated), parameters), next_state
 
 
 def _norm(x: mx.array) -> mx.array:
@@ -226,8 +385,4 @@ def _norm(x: mx.array) -> mx.array:
 
 def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
     leaves: Any = tree_flatten(tree)
-    return [(path, leaf) for path, leaf in leaves if isinstance(leaf, mx.array)]
-
-
-def _unflattened(flat: dict[str, mx.array]) -> Any:
-    return flat[""] if list(flat) == [""] else tree_unflatten(list(flat.items()))
+    return list(leaves)
