@@ -37,18 +37,18 @@ KEPT: dict[mx.Dtype, dict[str, Kept]] = {
     mx.bfloat16: {
         "plain kernel": (dict(), 4),
         "nothing but momentum": (dict(clip_value=1.0), 4),
-        "momentum float32": (dict(momentum_dtype=mx.float32), 8),
+        "momentum float32": (dict(state_dtype=mx.float32), 8),
         "masters": (dict(master_weights=True), 12),
-        "masters, momentum float32": (dict(master_weights=True, momentum_dtype=mx.float32), 16),
+        "masters, momentum float32": (dict(master_weights=True, state_dtype=mx.float32), 16),
         "compensated": (dict(compensated=True), 8),
         "stochastic": (dict(rounding="stochastic"), 4),
         "stochastic, momentum float32": (
-            dict(rounding="stochastic", momentum_dtype=mx.float32),
+            dict(rounding="stochastic", state_dtype=mx.float32),
             8,
         ),
         "compensated, stochastic": (dict(compensated=True, rounding="stochastic"), 8),
         "masters, momentum float32, average": (
-            dict(master_weights=True, momentum_dtype=mx.float32, ema_decay=0.999),
+            dict(master_weights=True, state_dtype=mx.float32, ema_decay=0.999),
             24,
         ),
     },
@@ -61,7 +61,7 @@ FIRST_STEPS = {
     "float32, momentum, transposed gradient": "{}, transposed=True",
     "float32, a cosine decay": "dict(learning_rate=optim.cosine_decay(0.1, 1000))",
     "bfloat16, masters, momentum float32, clip_norm": (
-        "dict(master_weights=True, momentum_dtype=mx.float32, clip_norm=1.0), mx.bfloat16"
+        "dict(master_weights=True, state_dtype=mx.float32, clip_norm=1.0), mx.bfloat16"
     ),
 }
 FIRST_STEP = """

@@ -52,7 +52,7 @@ class Mode(NamedTuple):
 MODES = {
     "float32": Mode(mx.float32, {}),
     "bfloat16": Mode(mx.bfloat16, {}),
-    "bfloat16, momentum float32": Mode(mx.bfloat16, {"momentum_dtype": mx.float32}),
+    "bfloat16, momentum float32": Mode(mx.bfloat16, {"state_dtype": mx.float32}),
     "bfloat16, stochastic": Mode(mx.bfloat16, {"rounding": "stochastic"}),
     "bfloat16, compensated": Mode(mx.bfloat16, {"compensated": True}),
     "bfloat16, compensated, stochastic": Mode(
@@ -60,7 +60,7 @@ MODES = {
     ),
     "bfloat16, master": Mode(mx.bfloat16, {"master_weights": True}),
     "bfloat16, master, momentum float32": Mode(
-        mx.bfloat16, {"master_weights": True, "momentum_dtype": mx.float32}
+        mx.bfloat16, {"master_weights": True, "state_dtype": mx.float32}
     ),
 }
 
