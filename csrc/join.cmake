@@ -1,6 +1,6 @@
 # join_source(LANGUAGE ROOT FOLDER...): joins ROOT and the headers of ours that it includes, each
-# found as its path says or by its name in one of the folders, into one source, which the GPU's
-# compiler gets on the user's machine: no such compiler to build, no headers to install. Writes it as
+# found in one of the folders by its file name, into one source, which the GPU's compiler gets
+# on the user's machine: no such compiler to build, no headers to install. Writes it as
 # LANGUAGE_source/LANGUAGE_source.h, for the extension (kMetalSource of `metal`), and as
 # LANGUAGE_source/ROOT's name with .joined in it, to read and for the tests.
 
@@ -11,17 +11,10 @@ macro(join file)
     file(STRINGS "${PROJECT_SOURCE_DIR}/${file}" includes REGEX "^#include \"")
     foreach(line ${includes})
       string(REGEX REPLACE ".*\"(.*)\".*" "\\1" name "${line}")
-      cmake_path(GET name FILENAME filename)
-      set(folder "${file}")
-      cmake_path(REMOVE_FILENAME folder)
-      set(candidates "${folder}${name}")
+      cmake_path(GET name FILENAME name)
       foreach(folder ${join_folders})
-        list(APPEND candidates "${folder}/${filename}")
-      endforeach()
-      foreach(candidate ${candidates})
-        cmake_path(NORMAL_PATH candidate)
-        if(EXISTS "${PROJECT_SOURCE_DIR}/${candidate}")
-          join("${candidate}")
+        if(EXISTS "${PROJECT_SOURCE_DIR}/${folder}/${name}")
+          join("${folder}/${name}")
           break() # the nested call has changed these variables
         endif()
       endforeach()

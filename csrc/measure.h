@@ -2,7 +2,7 @@
 // of all gradients, without the host. See csrc/math/norm.h for the order of the sums.
 #pragma once
 
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "memory_order.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "math/sgd.h"
+#include "math/frame.h"
 
 namespace mlx_fused_optim {
 

@@ -4,7 +4,7 @@
 #include <array>
 #include <optional>
 
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "mlx/mlx.h"
 
 namespace mlx_fused_optim {

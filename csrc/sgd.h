@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "layout.h"
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "rules.h"
 #include "schedule.h"
 #include "view.h"
@@ -119,7 +119,7 @@ struct SgdStep {
 };
 
 /// The update of every tensor of `layout`, by one rule of csrc/math/rules in the frame of
-/// csrc/math/sgd.h. Parameters have the layout's shapes and dtypes and keep them; a
+/// csrc/math/frame.h. Parameters have the layout's shapes and dtypes and keep them; a
 /// gradient has its parameter's shape and is float32, float16 or bfloat16: Tree has seen to
 /// that. The maths is float32, rounded once on the store. `step` is a uint64 scalar, at which
 /// schedules are evaluated. Parameters and slots are updated in place when

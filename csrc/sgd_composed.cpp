@@ -1,4 +1,4 @@
-// The step in MLX operations: csrc/math/sgd.h once more, for what MLX can transform.
+// The step in MLX operations: csrc/math/frame.h once more, for what MLX can transform.
 #include <bit>
 
 #include "composed_operators.h"

@@ -15,9 +15,8 @@ set(backend_libraries ${CMAKE_DL_LIBS})
 include(cuda/source.cmake)
 add_library(mlx_fused_optim_cuda SHARED
   csrc/cuda/batches.cpp csrc/cuda/compiler.cpp csrc/cuda/disk_cache.cpp csrc/cuda/encoding.cpp
-  csrc/cuda/full_batches.cpp csrc/cuda/full_step.cpp csrc/cuda/kernels.cpp csrc/cuda/measure.cpp
-  csrc/cuda/measure_batches.cpp csrc/cuda/memory.cpp csrc/cuda/packing.cpp
-  csrc/cuda/plain_step.cpp csrc/cuda/schedule.cpp csrc/cuda/sgd.cpp csrc/cuda/variants.cpp)
+  csrc/cuda/kernels.cpp csrc/cuda/measure.cpp csrc/cuda/measure_batches.cpp csrc/cuda/memory.cpp
+  csrc/cuda/packing.cpp csrc/cuda/schedule.cpp csrc/cuda/step.cpp csrc/cuda/variants.cpp)
 target_include_directories(mlx_fused_optim_cuda PRIVATE csrc csrc/cuda/include ${cuda_source_dir})
 target_compile_options(mlx_fused_optim_cuda PRIVATE -Wall -Wextra)
 # libmlx brings the driver and NVRTC with it where it has CUDA; a libmlx without CUDA, like the

@@ -99,12 +99,13 @@ __device__ inline uint32_t format_of(Type type) {
                                            : Type::bfloat16);
 }
 
-/// What a kernel knows of its step when it is compiled: the dtypes of parameters and momentum,
-/// the set of dtypes that gradients have, and SgdFlags.
-template <typename P, typename V, uint32_t gradients, uint32_t flags>
+/// What a kernel knows of its step when it is compiled: the rule, the dtypes of parameters and
+/// of the rule's slots, the set of dtypes that gradients have, and SgdFlags.
+template <uint32_t rule, typename P, typename S, uint32_t gradients, uint32_t flags>
 struct Known {
   using Parameter = P;
-  using Velocity = V;
+  using State = S;
+  static constexpr uint32_t kRule = rule;
   static constexpr uint32_t kGradients = gradients;
   static constexpr uint32_t kFlags = flags;
 };

@@ -2,8 +2,6 @@
 // nothing, and is made float32 when it is needed.
 #pragma once
 
-#include "cuda/full_launch.h"
-
 #include "common.cuh"
 
 namespace mlx_fused_optim::cuda {
@@ -20,7 +18,9 @@ struct Quad {
 
 __device__ inline uint32_t size_of_format(uint32_t format) { return format == kFloat32 ? 4 : 2; }
 
-// __ldca and __stwb: see cuda/sgd.cu.
+// The cache operators are those of any load and store: marking them as streaming, all or
+// some, was no faster on an H200 (docs/cuda.md), and new parameters are soon read again. But
+// spelt out they stay one access, where the compiler would split it.
 __device__ inline void load_whole(Quad& quad, const uint32_t* from) {
   const uint4 words = __ldca(reinterpret_cast<const uint4*>(from));
   quad = {{words.x, words.y, words.z, words.w}};

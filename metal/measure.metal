@@ -1,6 +1,6 @@
 // The norms of all gradients, in the order of sums of csrc/math/norm.h, in three
 // dispatches: the sum of every chunk, of every array, of all.
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "measure_table.h"
 #include "quads.h"
 #include "sources.h"

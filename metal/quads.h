@@ -1,7 +1,7 @@
 // Where a thread works, and its loads and stores: kQuad neighbours of a tensor at once.
 #pragma once
 
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "table.h"
 
 using namespace fused_math;

@@ -25,8 +25,6 @@ struct Buffers {
 /// A switch, not an array: arrays of pointers that are indexed live in memory. Of a number
 /// that is known where the kernel is compiled, nothing is left of it.
 inline device char* buffer_of(Buffers buffers, uint32_t number) {
-  switch (number) {
-    BUFFERS(BUFFER_OF_NUMBER)
-  }
+  switch (number) { BUFFERS(BUFFER_OF_NUMBER) }
   return buffers.of0;
 }

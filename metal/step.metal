@@ -3,7 +3,7 @@
 // blocks contain b. One function for all rules: function constants say what a step has
 // and what is in its memory, so that Metal compiles the combinations in use and none is
 // written out here. This file joins the others.
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "measure.metal"
 #include "pack.metal"
 #include "quads.h"
@@ -60,13 +60,26 @@ inline uint32_t format_of_slot(int slot) {
 
   // With groups, a tensor may be without some of what the step has. What is kept of it stays.
   const uint32_t flags = step_flags & kGroups ? uint32_t(tensor.flags) : step_flags;
-  const SgdHyper hyper = sgd_tensor_hyper(
+  // Only the first thread corrects the bias, for all: its powers cost more than an element.
+  const uint32_t corrected_rule = lane == 0 ? step_rule : uint32_t(kSgd);
+  SgdHyper hyper = sgd_tensor_hyper(
       control,
-      sgd_hyper_of(control, step[0], all, measured),
+      sgd_hyper_of(control, corrected_rule, step[0], all, measured),
+      corrected_rule,
       step[0],
       flags,
       groups + uint64_t(tensor.group) * kGroupNumbers,
       measured + kMeasuredTensors + uint64_t(tensor.number) * 2);
+  threadgroup float corrected[2];
+  if (is_bias_corrected(step_rule, step_flags)) {
+    if (lane == 0) {
+      corrected[0] = hyper.rule.corrected_rate;
+      corrected[1] = hyper.rule.corrected_root;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    hyper.rule.corrected_rate = corrected[0];
+    hyper.rule.corrected_root = corrected[1];
+  }
 
   for (uint32_t pass = 0; pass < kPasses; ++pass) {
     const Piece piece = piece_of_thread(tensor, block, pass, lane, lanes);
@@ -148,7 +161,7 @@ inline uint32_t format_of_slot(int slot) {
   threadgroup float scalars[kScalars];
   const SgdScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
   if (lane == 0) {
-    const SgdHyper hyper = sgd_hyper_of(control, step[0], all, measured);
+    const SgdHyper hyper = sgd_hyper_of(control, control.rule, step[0], all, measured);
     sgd_counters(all, hyper, step[0], step_out, used_out);
   }
 }

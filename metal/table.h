@@ -2,7 +2,7 @@
 // (csrc/metal/dispatch.cpp) and passes by value, and the numbers both sides use.
 #pragma once
 
-#include "math/sgd.h"
+#include "math/frame.h"
 
 namespace fused_metal {
 

@@ -960,6 +960,14 @@ MEMORY = {
     "momentum": ({"momentum": 0.9}, 2),
     "momentum in float32": ({"momentum": 0.9, "state_dtype": mx.float32}, 4),
     "master": ({"momentum": 0.9, "master_weights": True}, 2 + 4),
+    "adamw": ({"optimizer": "AdamW"}, 4 + 4),
+    "adamw in bfloat16": ({"optimizer": "AdamW", "state_dtype": mx.bfloat16}, 2 + 2),
+    "adam with masters": (
+        {"optimizer": "Adam", "amsgrad": True, "bias_correction": True, "master_weights": True},
+        4 + 4 + 4 + 4,
+    ),
+    "lion": ({"optimizer": "Lion", "compensated": True}, 4 + 2),
+    "adadelta": ({"optimizer": "AdaDelta"}, 4 + 4),
     "compensated": ({"momentum": 0.9, "compensated": True}, 2 + 2),
     "stochastic": ({"momentum": 0.9, "rounding": "stochastic"}, 2),
     "ema": ({"ema_decay": 0.9}, 4),
@@ -972,13 +980,14 @@ MEMORY = {
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_bytes_a_parameter(name):
-    options, state_bytes = MEMORY[name]
+    options, state_bytes = dict(MEMORY[name][0]), MEMORY[name][1]
+    cls = getattr(optim, options.pop("optimizer", "SGD"))
     mx.synchronize()
     mx.clear_cache()
     before = mx.get_active_memory()
     parameters = {"a": mx.ones(SIZE // 4, mx.bfloat16), "b": mx.ones(3 * SIZE // 4, mx.bfloat16)}
     gradients = {k: mx.full(v.shape, 1e-3, mx.bfloat16) for k, v in parameters.items()}
-    optimizer = optim.SGD(0.1, **options)
+    optimizer = cls(0.1, **options)
 
     def step():
         nonlocal parameters

@@ -21,6 +21,13 @@ OPTIONS = {
     "master": dict(momentum=0.9, master_weights=True, ema_decay=0.5),
     "compensated": dict(compensated=True, clip_value=0.5),
     "stochastic": dict(momentum=0.9, rounding="stochastic", seed=3),
+    "adamw": dict(optimizer="AdamW", bias_correction=True, amsgrad=True, weight_decay=0.1),
+    "adam": dict(optimizer="Adam", betas=(0.5, 0.75), weight_decay=0.1, state_dtype=mx.bfloat16),
+    "adamax": dict(optimizer="Adamax", master_weights=True),
+    "lion": dict(optimizer="Lion", weight_decay=0.5, ema_decay=0.5),
+    "rmsprop": dict(optimizer="RMSprop", compensated=True),
+    "adagrad": dict(optimizer="Adagrad", rounding="stochastic"),
+    "adadelta": dict(optimizer="AdaDelta"),
     "scaled": dict(grad_scale=4.0, decoupled=True, weight_decay=0.1, maximize=True),
 }
 RATES = {
@@ -75,7 +82,8 @@ def never(monkeypatch):
 
 
 def optimizer_run(options, rate, steps=4):
-    optimizer = optim.SGD(rate, **options)
+    options = dict(options)
+    optimizer = getattr(optim, options.pop("optimizer", "SGD"))(rate, **options)
     parameters = tree(1)
     for i in range(steps):
         parameters = optimizer.apply_gradients(tree(2 + i), parameters)
@@ -84,12 +92,12 @@ def optimizer_run(options, rate, steps=4):
 
 
 def function_run(options, rate, steps=4):
-    parameters = tree(1)
-    state = optim.fused_sgd_init(parameters, **options)
+    options, parameters = dict(options), tree(1)
+    name = f"fused_{options.pop('optimizer', 'SGD').lower()}"
+    begin, step = (getattr(optim, f"{name}_{end}") for end in ("init", "step"))
+    state = begin(parameters, **options)
     for i in range(steps):
-        parameters, state = optim.fused_sgd_step(
-            parameters, tree(2 + i), state, learning_rate=rate, **options
-        )
+        parameters, state = step(parameters, tree(2 + i), state, learning_rate=rate, **options)
         mx.eval(parameters, state)
     return parameters, state
 

@@ -356,6 +356,22 @@ def test_compiled_with_the_captured_state(name):
 
 
 @every
+def test_compiled_without_the_state_is_refused(name):
+    """What it keeps is named; it would go on for ever with what there was when it was traced."""
+    options = {"bias_correction": True} if name in ("Adam", "AdamW") else {}
+    arguments = ARGUMENTS[name][:-1] if options else ARGUMENTS[name]
+    optimizer = getattr(optim, name)(0.05, *arguments, **options)
+    compiled = mx.compile(lambda g: optimizer.apply_gradients(g, tree(0)))
+    kept = {"momentum"} if name == "SGD" else KEYS[name]
+    words = {*kept, *(["bias correction"] if options else [])}
+    with pytest.raises(ValueError, match=rf"^\[{name}\] a compiled step needs ") as error:
+        compiled(tree(1))
+    said = str(error.value).partition(" with ")[2].partition(";")[0].split(", ")
+    assert set(said) == words
+    assert optimizer.step.item() == 0
+
+
+@every
 def test_a_model_is_updated(name):
     """nn.Module and value_and_grad, as in MLX's documentation."""
     results = []
@@ -497,6 +513,25 @@ def test_a_scheduled_number(name, kind):
     constant = train(getattr(optim, name)(0.05), tree(0), range(4))
     assert any(not same(x, y) for x, y in zip(leaves(one).values(), leaves(constant).values(),
                                               strict=True))  # fmt: skip
+
+
+def test_scheduled_betas():
+    """As arguments, one or both; and of a group."""
+    falling = optim.linear_schedule(0.5, 0.25, 4)
+    optimizer = optim.Adam(0.05, betas=(falling, 0.75), bias_correction=True)
+    assert [getattr(x, "item", lambda x=x: x)() for x in optimizer.betas] == [0.5, 0.75]
+    one, two, three = tree(0), tree(0), tree(0)
+    groups = [(lambda *_: True, {"betas": (lambda step: falling(step), 0.75)})]
+    grouped = optim.Adam(0.05, betas=(0.9, 0.75), bias_correction=True, groups=groups)
+    by_hand = optim.Adam(0.05, betas=(0.5, 0.75), bias_correction=True)
+    for seed in range(4):
+        by_hand.beta1 = 0.5 - 0.0625 * seed  # exact, and so is 1 - it
+        one = optimizer.apply_gradients(tree(seed), one)
+        two = by_hand.apply_gradients(tree(seed), two)
+        three = grouped.apply_gradients(tree(seed), three)
+        assert optimizer.betas[0].item() == by_hand.beta1
+    assert_same(one, two)
+    assert_same(three, two)
 
 
 GROUPED = {

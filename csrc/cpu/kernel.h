@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "math/sgd.h"
+#include "math/frame.h"
 
 namespace mlx_fused_optim::cpu {
 

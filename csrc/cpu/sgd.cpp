@@ -108,7 +108,7 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
 void Task::run() const {
   const uint64_t t = counter();
   const auto scalars = fused_math::sgd_scalars(control, t, given);
-  const auto hyper = fused_math::sgd_hyper_of(control, t, scalars, measured);
+  const auto hyper = fused_math::sgd_hyper_of(control, control.rule, t, scalars, measured);
   if (step_out) {
     fused_math::sgd_counters(scalars, hyper, t, step_out, used_out);
   }
@@ -133,7 +133,7 @@ void Task::run() const {
 
 void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper) const {
   const auto own = fused_math::sgd_tensor_hyper(
-      control, hyper, counter(), tensor.flags, groups + tensor.group, measured + tensor.norms);
+      control, hyper, control.rule, counter(), tensor.flags, groups + tensor.group, measured + tensor.norms);
   cpu::kernels().update(
       arenas,
       tensor,

@@ -2,10 +2,54 @@
 
 namespace mlx_fused_optim::cuda {
 
+namespace {
+
+/// How the gradient of a tensor whose parameter is contiguous lies.
+struct Form {
+  uint64_t rows;
+  uint64_t columns;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+Form form_of(const Collapsed& c, uint64_t size) {
+  if (c.dimensions == 2) {
+    return {
+        static_cast<uint64_t>(c.shape[0]),
+        static_cast<uint64_t>(c.shape[1]),
+        c.gradient_strides[0],
+        c.gradient_strides[1]};
+  }
+  const int64_t stride = c.dimensions == 1 ? c.gradient_strides[0] : 1;
+  return {divide_up(size, kTileColumns), kTileColumns, kTileColumns * stride, stride};
+}
+
+/// Whether the kernels' 32 bits hold it.
+bool fits(const Form& m) {
+  auto fits = [](int64_t stride) { return stride >= INT32_MIN && stride <= INT32_MAX; };
+  return fits(m.row_stride) && fits(m.column_stride);
+}
+
+template <typename Kind>
+void add_matrix(
+    BatchList<Kind>& batches,
+    const Tensor& tensor,
+    uint64_t blocks,
+    const Form& m,
+    uint32_t wide) {
+  Matrix& added = append(batches, tensor, blocks);
+  added.wide = wide;
+  added.columns = static_cast<uint32_t>(m.columns);
+  added.row_stride = static_cast<int32_t>(m.row_stride);
+  added.column_stride = static_cast<int32_t>(m.column_stride);
+}
+
+} // namespace
+
 void Batches::add(
     int dimensions,
     const int32_t* shape,
-    uint64_t offset,
+    const Member& member,
     const Source& parameter,
     const Source& gradient) {
   const uint64_t size = element_count(dimensions, shape);
@@ -13,33 +57,43 @@ void Batches::add(
     return;
   }
   gradients |= bit_of(gradient.type);
-  const Tensor tensor{parameter.data, gradient.data, size, offset, 0, gradient.type};
-  const uint64_t tiles = divide_up(size, tile_elements(size_of(type_)));
-
-  if (parameter.contiguous && gradient.contiguous && velocity_contiguous_) {
-    auto& flat_tensor = append(flat, tensor, tiles);
-    // A thread loads as many gradients as parameters: 16 bytes of these.
-    const size_t vector = 16 / size_of(type_) * size_of(gradient.type);
-    flat_tensor.parameter_aligned = is_aligned(parameter.data, 16);
-    flat_tensor.gradient_aligned = is_aligned(gradient.data, vector < 16 ? vector : 16);
+  const Tensor tensor{
+      parameter.data,
+      gradient.data,
+      size,
+      static_cast<uint32_t>(member.offset / kPlace),
+      0,
+      member.number,
+      static_cast<uint16_t>(member.group),
+      static_cast<uint16_t>(member.flags),
+      gradient.type};
+  const bool flat = gradient.contiguous && parameter.contiguous;
+  const auto c = flat ? Collapsed{} : collapse(dimensions, shape, parameter, gradient);
+  const auto m = form_of(c, size);
+  if (!parameter.contiguous || !slots_contiguous_ || c.dimensions > 2 || !fits(m)) {
+    auto& any = append(strided, tensor, divide_up(size, kTile));
+    set_dimensions(any, flat ? collapse(dimensions, shape, parameter, gradient) : c);
     return;
   }
 
-  const auto c = collapse(dimensions, shape, parameter, gradient);
-  if (parameter.contiguous && velocity_contiguous_ && c.dimensions == 2 &&
-      c.gradient_strides[0] == 1) {
-    const uint64_t squares = divide_up(c.shape[0], kSquare) * divide_up(c.shape[1], kSquare);
-    auto& turned = append(transposed, tensor, squares);
-    turned.rows = c.shape[0];
-    turned.columns = c.shape[1];
-    turned.stride = c.gradient_strides[1];
-    turned.aligned = (c.shape[0] | c.shape[1] | turned.stride) % kSquareVector == 0 &&
-        is_aligned(parameter.data, kSquareVector * size_of(type_)) &&
-        is_aligned(gradient.data, kSquareVector * size_of(gradient.type));
+  const bool wide_arenas =
+      m.columns % kQuad == 0 && is_aligned(parameter.data, kQuad * size_of(type_));
+  const bool aligned = is_aligned(gradient.data, kQuad * size_of(gradient.type));
+  if (c.dimensions == 2 && m.row_stride == 1 && wide_arenas && aligned && m.rows % kQuad == 0 &&
+      m.column_stride % kQuad == 0) {
+    const uint64_t squares = divide_up(m.rows, kSquare) * divide_up(m.columns, kSquare);
+    add_matrix(turned, tensor, squares, m, kWideArenas | kWideGradient);
     return;
   }
-
-  set_dimensions(append(strided, tensor, tiles), c);
+  const bool wide_gradient =
+      aligned && m.column_stride == 1 && m.columns % kQuad == 0 && m.row_stride % kQuad == 0;
+  const uint64_t tiles = divide_up(m.rows, kTileRows) * divide_up(m.columns, kTileColumns);
+  add_matrix(
+      tiled,
+      tensor,
+      tiles,
+      m,
+      (wide_arenas ? uint32_t(kWideArenas) : 0) | (wide_gradient ? uint32_t(kWideGradient) : 0));
 }
 
 } // namespace mlx_fused_optim::cuda

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "math/sgd.h"
+#include "math/frame.h"
 
 namespace mlx_fused_optim::cuda {
 
@@ -17,25 +17,42 @@ constexpr size_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 constexpr uint32_t bit_of(Type type) { return uint32_t(1) << static_cast<uint32_t>(type); }
 constexpr uint32_t kAnyType = 7;
 
-/// A block of threads updates one tile of one tensor. Measured on an H200: see
-/// docs/cuda.md.
+/// A block of threads updates one tile of one tensor.
 constexpr uint32_t kThreads = 256;
 
-/// Elements of a tile: each thread has this many vectors of 16 bytes.
-constexpr uint32_t kVectors = 2;
-constexpr uint32_t tile_elements(size_t itemsize) {
-  return static_cast<uint32_t>(kThreads * kVectors * 16 / itemsize);
-}
+/// A thread updates this many neighbours at a time, several times: a block costs a
+/// search of the table and the numbers of the step, so it should have work to do.
+constexpr uint32_t kQuad = 4;
+constexpr uint32_t kPasses = 4;
+constexpr uint32_t kTile = kThreads * kQuad * kPasses; // elements of a block
 
-/// Side of the square tiles of a transposed tensor, in elements, and how many of
-/// them a thread reads at a time where everything is a multiple of that.
+/// A gradient that is a matrix is read in tiles of this many columns: sectors are used
+/// whole along its rows and the parameter's.
+constexpr uint32_t kTileColumns = 16;
+constexpr uint32_t kTileLanes = kTileColumns / kQuad; // threads for a row of a tile
+constexpr uint32_t kTileRows = kThreads / kTileLanes * kPasses;
+
+/// That of `x @ W.T` is transposed, and turned in squares of this side, in elements.
 constexpr uint32_t kSquare = 64;
-constexpr int kSquareVector = 4;
 constexpr uint32_t kSquareThreads = 512;
 
 /// Tensors start at multiples of this in their arena (bytes), and what lies
 /// between their end and the next start is kept at zero.
 constexpr uint32_t kGranule = 256;
+
+/// What the state keeps of every element: an arena before and after the step. Null
+/// where the step has none. Element e of one that is not contiguous lies at
+/// e / columns * row_stride + e % columns * column_stride.
+struct SlotArena {
+  const void* data;
+  void* out;
+  uint64_t columns;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+/// In a kernel's place for SgdFlags: it knows none of them, but takes those of its tensors.
+constexpr uint32_t kGenericFlags = ~0u;
 
 /// What all tensors of a step share. Outputs may be the memory of the inputs:
 /// element i is read and written by one thread, in this order.
@@ -43,45 +60,51 @@ struct Common {
   fused_math::SgdControl control;
   const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
+  const float* measured; // null when nothing was measured
+  const float* groups; // rows of kGroupNumbers; null without groups
   uint64_t* step_out; // null but in one launch of a step
   float* used_out;
   void* parameters_out; // the arena
-  const void* velocity; // the arena; null without momentum, as the next
-  void* velocity_out;
-  // Element e of a velocity that is not contiguous lies at
-  // e / columns * row_stride + e % columns * column_stride.
-  uint64_t velocity_columns;
-  int64_t velocity_row_stride;
-  int64_t velocity_column_stride;
-  uint32_t aligned; // the three arenas start at multiples of 16 bytes
+  SlotArena slots[fused_math::kSlots];
+  uint32_t aligned; // all arenas start at multiples of 16 bytes
   uint32_t count; // of tensors
 };
 
-/// What every tensor has.
+/// Places in an arena are multiples of this (elements), see kGranule.
+constexpr uint32_t kPlace = 64;
+
+/// What every tensor has. Small: hundreds are to fit the arguments of one launch.
 struct Tensor {
   using Shared = Common;
   const void* parameter;
   const void* gradient;
   uint64_t size; // elements
-  uint64_t offset; // in the arenas, elements
+  uint32_t place; // in the arenas, in units of kPlace elements
   uint32_t first_block; // of the launch's blocks, the first that works on it
+  uint32_t number; // in the layout: of its norms
+  uint16_t group;
+  uint16_t flags; // its own SgdFlags
   Type gradient_type;
 };
 
-/// Parameter and gradient are contiguous.
-struct Flat : Tensor {
-  uint32_t parameter_aligned; // to 16 bytes
-  uint32_t gradient_aligned; // to the vector that a thread loads, at most 16 bytes
+enum Wide : uint32_t {
+  kWideArenas = 1, // the parameter, and its place in aligned arenas: a quad an access
+  kWideGradient = 2,
 };
 
-/// The parameter is contiguous; the gradient's element (r, c) lies at
-/// r + c * stride, as the gradient of `x @ W.T` does.
-struct Transposed : Tensor {
-  uint64_t rows;
-  uint64_t columns;
-  int64_t stride;
-  uint32_t aligned; // in kSquareVector elements, all of it
+/// The parameter is contiguous. The gradient's element (r, c) lies at
+/// r * row_stride + c * column_stride. A tensor of one dimension is a matrix of
+/// kTileColumns columns, whose last row may be short.
+struct Matrix : Tensor {
+  uint32_t wide; // Wide
+  uint32_t columns;
+  int32_t row_stride;
+  int32_t column_stride;
 };
+struct Tiled : Matrix {};
+
+/// One whose gradient has a row_stride of 1, and everything is a multiple of kQuad.
+struct Turned : Matrix {};
 
 /// Parameter and gradient lie in any way.
 constexpr int kMaxDimensions = 10;
@@ -112,10 +135,14 @@ struct Launch {
 constexpr uint32_t kFew = 8;
 template <typename T>
 using FewLaunch = Launch<T, kFew>;
-static_assert(sizeof(Launch<Flat>) <= kArgumentBytes && Launch<Flat>::kCapacity >= 512);
-static_assert(sizeof(FewLaunch<Flat>) <= 4096);
-static_assert(sizeof(Launch<Transposed>) <= kArgumentBytes);
+static_assert(sizeof(Launch<Tiled>) <= kArgumentBytes && Launch<Tiled>::kCapacity >= 448);
+static_assert(sizeof(FewLaunch<Tiled>) <= 4096);
 static_assert(sizeof(Launch<Strided>) <= kArgumentBytes);
+static_assert(
+    static_cast<uint32_t>(Type::float32) == fused_math::kFloat32 &&
+    static_cast<uint32_t>(Type::float16) == fused_math::kFloat16 &&
+    static_cast<uint32_t>(Type::bfloat16) == fused_math::kBfloat16);
+static_assert(fused_math::kMeasureNorm <= 0xffff, "a tensor's flags have 16 bits");
 
 /// The arguments of the kernel that evaluates a schedule.
 struct ScheduleLaunch {

@@ -42,16 +42,16 @@ MeasureKernels kernels_for(const MeasurePlan& plan, const MeasureBatches& batche
   Variant dense{Kind::measure_dense};
   dense.gradients = batches.types;
   dense.flags = control.flags & (kGradScale | kClipValue);
-  if (control.flags & kGradScale && !(control.given >> kGradScaleFactor & 1)) {
-    dense.schedules = parts_of(control.schedules[kGradScaleFactor]);
+  if (control.flags & kGradScale && control.scheduled >> kGradScaleFactor & 1) {
+    dense.schedules = parts_of(control);
   }
   Variant sparse = dense;
   sparse.kind = Kind::measure_sparse;
   return {
       kernels_for(batches.dense, dense, dense, device),
       kernels_for(batches.sparse, sparse, sparse, device),
-      kernel({Kind::measure_fold}, device),
-      kernel({Kind::measure_finish}, device)};
+      kernel(Variant{Kind::measure_fold}, device),
+      kernel(Variant{Kind::measure_finish}, device)};
 }
 
 void launch_chunks(
@@ -137,7 +137,7 @@ void measure(const Measurement& measurement) {
   const auto kernels = kernels_for(plan, batches, encoder.device().cuda_device());
 
   // The step that follows finds this work pending, and cannot wait for MLX to let go of
-  // the last step's buffers (see cuda/sgd.cpp).
+  // the last step's buffers (see cuda/step.cpp).
   if (has_nothing_to_do(encoder)) {
     encoder.synchronize();
   }

@@ -1,8 +1,8 @@
 #include "cuda/variants.h"
 
+#include <bit>
 #include <cstdio>
 
-#include "cuda/full_launch.h"
 #include "cuda_source.h" // generated: csrc/math, csrc/cuda's launches and cuda/ joined
 
 namespace mlx_fused_optim::cuda {
@@ -17,13 +17,11 @@ struct EntryPoint {
 
 /// By Kind.
 constexpr EntryPoint kEntryPoints[] = {
-    {"sgd_flat", "Launch<Flat>", "kThreads"},
-    {"sgd_flat_few", "FewLaunch<Flat>", "kThreads"},
-    {"sgd_transposed", "Launch<Transposed>", "kSquareThreads, 2"},
-    {"sgd_transposed_few", "FewLaunch<Transposed>", "kSquareThreads, 2"},
-    {"sgd_strided", "Launch<Strided>", "kThreads"},
-    {"sgd_full_tiled", "Launch<Tiled>", "kThreads, kFullBlocks"},
-    {"sgd_full_strided", "Launch<FullStrided>", "kThreads"},
+    {"step_tiled", "Launch<Tiled>", "kThreads, kTiledBlocks"},
+    {"step_tiled_few", "FewLaunch<Tiled>", "kThreads, kTiledBlocks"},
+    {"step_turned", "Launch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
+    {"step_turned_few", "FewLaunch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
+    {"step_strided", "Launch<Strided>", "kThreads"},
     {"measure_dense", "Launch<Dense>", "kThreads"},
     {"measure_sparse", "Launch<Sparse>", "kThreads"},
     {"measure_fold", "FoldLaunch", "kFoldLanes"},
@@ -56,21 +54,18 @@ ScheduleParts parts_of(const fused_math::Schedule& schedule) {
 
 ScheduleParts parts_of(const fused_math::SgdControl& control) {
   ScheduleParts parts;
-  for (int i = 0; i < fused_math::kScalars; ++i) {
-    if (!(control.given >> i & 1)) {
-      const auto more = parts_of(control.schedules[i]);
-      parts.kinds |= more.kinds;
-      parts.flags |= more.flags;
-    }
+  for (int i = 0; i < std::popcount(control.scheduled); ++i) {
+    const auto more = parts_of(control.schedules[i]);
+    parts.kinds |= more.kinds;
+    parts.flags |= more.flags;
   }
   return parts;
 }
 
 Variant Variant::generic() const {
   Variant any = *this;
-  const bool is_full = kind == Kind::full_tiled || kind == Kind::full_strided;
   any.gradients = kAnyType;
-  any.flags = is_full ? kGenericFlags : flags;
+  any.flags = kind <= Kind::strided ? kGenericFlags : flags;
   any.schedules = {~0u, ~0u};
   return any;
 }
@@ -79,10 +74,11 @@ const char* Variant::name() const { return entry_point(kind).name; }
 
 std::string Variant::description() const {
   return formatted(
-      "%s: parameters %s, momentum %s, gradients %#x, flags %#x, schedules %#x %#x",
+      "%s: rule %u, parameters %s, state %s, gradients %#x, flags %#x, schedules %#x %#x",
       name(),
+      rule,
       name_of(parameter),
-      name_of(velocity),
+      name_of(state),
       gradients,
       flags,
       schedules.kinds,
@@ -91,6 +87,8 @@ std::string Variant::description() const {
 
 std::string Variant::text() const {
   auto& entry = entry_point(kind);
+  const auto known = formatted(
+      "Known<%uu, %s, %s, %uu, %uu>", rule, name_of(parameter), name_of(state), gradients, flags);
   return formatted(
              "#define SCHEDULE_KINDS %uu\n#define SCHEDULE_FLAGS %uu\n",
              schedules.kinds,
@@ -100,16 +98,13 @@ std::string Variant::text() const {
              "namespace mlx_fused_optim::cuda {\n"
              "extern \"C\" __global__ __launch_bounds__(%s) void %s(\n"
              "    const __grid_constant__ %s launch) {\n"
-             "  run<Known<%s, %s, %uu, %uu>>(launch);\n"
+             "  run<%s>(launch);\n"
              "}\n"
              "} // namespace mlx_fused_optim::cuda\n",
-             entry.threads,
+             formatted(entry.threads, known.c_str()).c_str(),
              entry.name,
              entry.arguments,
-             name_of(parameter),
-             name_of(velocity),
-             gradients,
-             flags);
+             known.c_str());
 }
 
 } // namespace mlx_fused_optim::cuda

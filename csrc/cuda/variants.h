@@ -10,13 +10,11 @@
 namespace mlx_fused_optim::cuda {
 
 enum class Kind : uint32_t {
-  flat, // "few" in its name: for up to kFew tensors, as the next
-  flat_few,
-  transposed,
-  transposed_few,
+  tiled, // "few" in its name: for up to kFew tensors, as the next
+  tiled_few,
+  turned,
+  turned_few,
   strided,
-  full_tiled,
-  full_strided,
   measure_dense,
   measure_sparse,
   measure_fold,
@@ -32,20 +30,21 @@ struct ScheduleParts {
 };
 ScheduleParts parts_of(const fused_math::Schedule& schedule);
 
-/// Of the schedules that a step evaluates: those of scalars that are not given.
+/// Of all schedules that a step evaluates.
 ScheduleParts parts_of(const fused_math::SgdControl& control);
 
 /// A kernel, and what it knows when it is compiled. What a kind has no use for is left out.
 struct Variant {
   Kind kind;
+  uint32_t rule = fused_math::kSgd;
   Type parameter = Type::float32;
-  Type velocity = Type::float32;
+  Type state = Type::float32; // of the rule's slots
   uint32_t gradients = bit_of(Type::float32); // a set of types
   uint32_t flags = 0; // fused_math::SgdFlags
   ScheduleParts schedules = {};
   auto operator<=>(const Variant&) const = default;
 
-  /// The same kernel, for all schedules, gradients and, in a full step, options.
+  /// The same kernel, for all schedules, gradients and options.
   Variant generic() const;
 
   /// The name of its entry point.

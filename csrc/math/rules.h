@@ -11,7 +11,7 @@
 namespace fused_math {
 
 /// How many slots a rule has with these flags; they are the first ones.
-MATH_FN int rule_slots(uint32_t rule, uint32_t flags) {
+MATH_FN constexpr int rule_slots(uint32_t rule, uint32_t flags) {
   return rule == kSgd                        ? (flags & kMomentum ? 1 : 0)
       : rule == kAdam                        ? (flags & kAmsgrad ? 3 : 2)
       : rule == kAdamax || rule == kAdadelta ? 2

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "math/sgd.h"
+#include "math/frame.h"
 #include "mlx/array.h"
 #include "mlx/backend/metal/device.h"
 

@@ -47,13 +47,13 @@ size_t count_of(const std::string& text, const std::string& word) {
 }
 
 Variant read_variant(std::istream& numbers) {
-  uint32_t kind, parameter, velocity;
+  uint32_t kind, parameter, state;
   Variant v{};
-  numbers >> kind >> parameter >> velocity >> v.gradients >> v.flags >> v.schedules.kinds >>
+  numbers >> kind >> v.rule >> parameter >> state >> v.gradients >> v.flags >> v.schedules.kinds >>
       v.schedules.flags;
   v.kind = static_cast<Kind>(kind);
   v.parameter = static_cast<Type>(parameter);
-  v.velocity = static_cast<Type>(velocity);
+  v.state = static_cast<Type>(state);
   return v;
 }
 
@@ -93,7 +93,7 @@ int main(int, char** arguments) {
   const std::string what = arguments[1];
   try {
     if (what == "broken") {
-      Compiler(90).compile(Variant{Kind::flat}.text() + "int x = no_such_thing;\n");
+      Compiler(90).compile(Variant{Kind::tiled}.text() + "int x = no_such_thing;\n");
     }
     for (std::string line; std::getline(std::cin, line);) {
       std::istringstream numbers(line);

@@ -400,7 +400,7 @@ void CommandEncoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
         }
         char* begin = by_value ? b.bytes.data() : b.begin;
         buffers[a.slot] = begin + b.offset;
-        const auto use = by_value ? Memory::value
+        const auto use = by_value       ? Memory::value
             : b.kind == Binding::output ? Memory::output
                                         : Memory::input;
         memory.add(begin, b.size, a.name, use);

@@ -23,8 +23,8 @@ struct Traffic {
 /// Memory of a threadgroup lasts as long as it, and has barriers of its own.
 ///
 /// An error is an access outside every buffer, one that is not aligned to its own
-/// width, a write into what is no output, one byte written twice, and a byte that one thread writes and another
-/// reads or writes: between barriers, threads and dispatches run in any order.
+/// width, a write into what is no output, one byte written twice, and a byte that one thread writes
+/// and another reads or writes: between barriers, threads and dispatches run in any order.
 class Memory {
  public:
   /// Begins a dispatch; `after_barrier` forgets what earlier ones touched.

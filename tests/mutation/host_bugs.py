@@ -25,6 +25,14 @@ STEP = "csrc/sgd.cpp"
 COMPOSED = "csrc/sgd_composed.cpp"
 TRANSFORMS = "csrc/composed_transforms.cpp"
 ROUNDING = "csrc/rounding_composed.cpp"
+RULES_PY = "python/mlx_fused_optim/_rules.py"
+FRAME = "csrc/math/frame.h"
+RULES_H = "csrc/math/rules.h"
+RULES_COMPOSED = "csrc/rules_composed.cpp"
+RULE, SGD, ADAM, ADAMAX, LION, RMSPROP, ADADELTA = (
+    f"csrc/math/rules/{name}.h"
+    for name in ("rule", "sgd", "adam", "adamax", "lion", "rmsprop", "adadelta")
+)
 CPU = "csrc/cpu/sgd.cpp"
 CPU_MEASURE = "csrc/cpu/measure.cpp"
 
@@ -36,13 +44,13 @@ MUTANTS = [
     Mutant("edits_overlooked", PACKING, "or not entries.keys() <= set(known)", "or False", "optimizer bad_input full_step"),
     Mutant("shapes_of_one_rank", PACKING, "if own != shape:", "if len(own) != len(shape):", "bad_input optimizer"),
     Mutant("another_table", LAYOUT_PY, "if layout.key != key:", "if False:", "bad_input optimizer"),
-    Mutant("arenas_of_all_types", PACKING, "return layout.halves if self.of_halves else range(len(layout.arenas))", "return range(len(layout.arenas))", "full_step"),
+    Mutant("arenas_of_all_types", PACKING, "return layout.halves if slot.of_halves else range(len(layout.arenas))", "return range(len(layout.arenas))", "full_step"),
     # ---- Python: options and groups
     Mutant("infinite_norm_clips", OPTIONS, "self.clip_norm not in (None, math.inf)", "self.clip_norm is not None", "norm full_step options"),
     Mutant("average_never_moves", OPTIONS, "if not 0 <= number < 1:", "if not 0 <= number <= 1:", "options"),
     Mutant("last_group_wins", GROUPS, "in enumerate(groups.members):\n        if member.predicate", "in reversed(list(enumerate(groups.members))):\n        if member.predicate", "groups options"),
     Mutant("factor_of_a_group", GROUPS, 'row[0] = overrides.get("learning_rate_factor", 1.0)', "row[0] = 1.0", "groups"),
-    Mutant("term_of_a_group_stays", GROUPS, "row &= ~_ext.FLAGS[term]", "row &= ~0", "groups"),
+    Mutant("term_of_a_group_stays", GROUPS, "row &= ~term\n", "row &= ~0\n", "groups"),
     Mutant("zero_is_a_term", GROUPS, "or callable(value) or value != 0)", "or callable(value) or True)", "groups"),
     Mutant("groups_mistaken", GROUPS, "isinstance(value, float) else id(value))", "isinstance(value, float) else 0)", "groups"),
     Mutant("no_group_left_out", GROUPS, "if number + 1 not in taken:", "if False:", "options groups"),
@@ -96,18 +104,83 @@ MUTANTS = [
     Mutant("derivatives_side_by_side", TRANSFORMS, "result[function.positions[i]] = found[i];", "result[i] = found[i];", "transforms_full modes"),
     Mutant("composed_position", ROUNDING, "word(static_cast<uint32_t>(first))", "word(0u)", "full_conformance"),
     # ---- The CPU's kernels
-    Mutant("position_in_the_tensor", CPU, "tensor.position = offset;", "tensor.position = 0;", "rounding full_step full_conformance"),
+    Mutant("position_in_the_tensor", CPU, "tensor.position = plan.arena->offsets[i];", "tensor.position = 0;", "rounding full_step full_conformance"),
     Mutant("gaps_stay", CPU, "if (next > end) {", "if (false) {", "optimizer holding conformance"),
     Mutant("parameters_clipped", CPU_MEASURE, "a < plan.gradient_count ? control.flags : 0", "control.flags", "norm full_step full_conformance"),
     Mutant("each_step_skipped", CPU_MEASURE, "*skipped + !apply", "*skipped + 1", "full_step"),
     Mutant("rows_run_over", "csrc/cpu/blocks.h", "d == last && length - index < run", "d == last && length < run", "modes optimizer conformance"),
-    Mutant("tail_begins_late", "csrc/cpu/kernel.cpp", "  for (; i < n; ++i) {\n    update_at<float, flags>", "  for (++i; i < n; ++i) {\n    update_at<float, flags>", "optimizer"),
-    Mutant("one_position_a_vector", "csrc/cpu/full_kernel.cpp", "result[i] = first + i;", "result[i] = first;", "rounding full_step"),
+    Mutant("tail_begins_late", "csrc/cpu/kernel.cpp", "  for (; i < n; ++i) {\n    update_at<float>", "  for (++i; i < n; ++i) {\n    update_at<float>", "optimizer"),
+    Mutant("one_position_a_vector", "csrc/cpu/kernel.cpp", "result[i] = first + i;", "result[i] = first;", "rounding full_step"),
     Mutant("half_to_infinity_late", "csrc/cpu/half.h", "magnitude >= 0x477ff000 ? 0x7c00", "magnitude > 0x477ff000 ? 0x7c00", "conformance"),
     # ---- Arithmetic
     Mutant("fold_loses_the_rest", "csrc/math/norm.h", "(a.lo + b.lo) + high.lo", "a.lo + b.lo", "norm"),
     Mutant("scale_of_the_last", "csrc/math/norm.h", "sum.scale > more.scale ? sum.scale : more.scale", "more.scale", "norm"),
-    Mutant("master_of_another_parameter", "csrc/math/sgd.h", "round_nearest(e.master, parameter_format) == e.parameter ? e.master : e.parameter", "e.master", "full_step"),
-    Mutant("random_bits_of_both", "csrc/math/sgd.h", "round_random(next.velocity, velocity_format, random >> 16)", "round_random(next.velocity, velocity_format, random)", "rounding full_step full_conformance"),
+    Mutant("master_of_another_parameter", FRAME, "round_nearest(e.master, parameter_format) == e.parameter ? e.master : e.parameter", "e.master", "full_step"),
     Mutant("half_of_a_product", "csrc/math/real.h", "p.lo + (a.hi * b.lo + a.lo * b.hi)", "p.lo + a.hi * b.lo", "schedules_exact exponential_decay"),
+    # ---- The rules
+    Mutant("momentum_of_the_step", SGD, "velocity = moved(slots.of[kVelocity], gradient, momentum,", "velocity = moved(gradient, gradient, momentum,", "conformance rules"),
+    Mutant("dampening_forgotten", SGD, "momentum, n.rest[kDampening]);", "momentum, 1.0f);", "conformance"),
+    Mutant("nesterov_of_the_old", SGD, "gradient + momentum * velocity", "gradient + momentum * slots.of[kVelocity]", "conformance"),
+    Mutant("rates_swapped", ADAM, "kFirstMoment], gradient, n.scalar[kBeta1], n.rest[kBeta1]", "kFirstMoment], gradient, n.scalar[kBeta2], n.rest[kBeta2]", "rules"),
+    Mutant("rest_of_the_other", ADAM, "gradient * gradient, n.scalar[kBeta2], n.rest[kBeta2]", "gradient * gradient, n.scalar[kBeta2], n.rest[kBeta1]", "rules"),
+    Mutant("moment_not_squared", ADAM, "gradient * gradient, n.scalar[kBeta2]", "magnitude_of(gradient), n.scalar[kBeta2]", "rules"),
+    Mutant("first_moment_not_kept", ADAM, "  slots.of[kFirstMoment] = m;\n", "", "rules"),
+    Mutant("second_moment_not_kept", ADAM, "  slots.of[kSecondMoment] = v;\n", "", "rules"),
+    Mutant("largest_not_kept", ADAM, "    slots.of[kLargestMoment] = second;\n", "", "rules full_conformance"),
+    Mutant("largest_of_the_moment", ADAM, "larger(slots.of[kLargestMoment], v)", "larger(slots.of[kSecondMoment], v)", "rules full_conformance"),
+    Mutant("eps_under_the_root", ADAM, "const T scale = corrected ? root(second) * n.corrected_root : root(second);", "const T scale = corrected ? root(second) * n.corrected_root : root(second + n.scalar[kAdamEps]);", "rules"),
+    Mutant("root_not_corrected", ADAM, "root(second) * n.corrected_root", "root(second)", "correction full_conformance"),
+    Mutant("rate_not_corrected", ADAM, "corrected ? n.corrected_rate : n.learning_rate", "n.learning_rate", "correction full_conformance"),
+    Mutant("eps_corrected_too", ADAM, "scale + n.scalar[kAdamEps]), slots}", "scale + (corrected ? n.scalar[kAdamEps] * n.corrected_root : n.scalar[kAdamEps])), slots}", "full_conformance"),
+    Mutant("sign_forgotten", ADAMAX, "magnitude_of(gradient)", "gradient", "rules"),
+    Mutant("infinity_norm_never_falls", ADAMAX, "n.scalar[kBeta2] * slots.of[kSecondMoment]", "slots.of[kSecondMoment]", "rules"),
+    Mutant("root_of_the_infinity_norm", ADAMAX, "v + n.scalar[kAdamEps])", "root(v) + n.scalar[kAdamEps])", "rules"),
+    Mutant("direction_of_the_new", LION, "const T old = slots.of[kFirstMoment];\n  const T direction = moved(old,", "const T old = slots.of[kFirstMoment];\n  const T direction = moved(moved(old, gradient, n.scalar[kBeta2], n.rest[kBeta2]),", "rules"),
+    Mutant("lions_rates_swapped", LION, "moved(old, gradient, n.scalar[kBeta1], n.rest[kBeta1])", "moved(old, gradient, n.scalar[kBeta2], n.rest[kBeta2])", "rules"),
+    Mutant("zero_goes_down", LION, "direction < zero ? -one : zero", "direction <= zero ? -one : zero", "rules"),
+    Mutant("nan_has_a_direction", LION, "direction > zero ? one : below", "direction < zero ? below : one", "rules"),
+    Mutant("no_average_of_squares", RMSPROP, "const T v = moved(slots.of[kSquares], gradient * gradient, n.scalar[kAlpha], n.rest[kAlpha]);", "const T v = slots.of[kSquares] + gradient * gradient;", "rules"),
+    Mutant("squares_forgotten", RMSPROP, "slots.of[kSquares] + gradient * gradient", "gradient * gradient", "rules"),
+    Mutant("squares_not_kept", RMSPROP, "  slots.of[kSquares] = squares;\n", "", "rules"),
+    Mutant("eps_of_the_other", RMSPROP, "n.scalar[kAdagradEps]", "n.scalar[kRmspropEps]", "rules"),
+    Mutant("divided_before_the_rate", RMSPROP, "quotient(rate * gradient, root(squares) + eps)", "rate * quotient(gradient, root(squares) + eps)", "rules"),
+    Mutant("changes_of_this_step", ADADELTA, "root(old + eps)", "root(moved(old, gradient * gradient, rho, rest) + eps)", "rules"),
+    Mutant("one_root_of_a_quotient", ADADELTA, "quotient(root(old + eps), root(v + eps))", "root(quotient(old + eps, v + eps))", "rules"),
+    Mutant("changes_not_kept", ADADELTA, "  slots.of[kChangeSquares] = moved(old, change * change, rho, rest);\n", "", "rules"),
+    Mutant("squares_of_the_gradient", ADADELTA, "change * change", "gradient * gradient", "rules"),
+    Mutant("nan_is_not_larger", RULE, "(a > b) | (a != a) ? a : b", "a > b ? a : b", "rules full_conformance"),
+    # ---- The frame
+    Mutant("corrected_by_the_step_before", FRAME, "        low_part(control, kFirstRuleScalar + 1),\n        step + 1);", "        low_part(control, kFirstRuleScalar + 1),\n        step);", "correction"),
+    Mutant("correction_in_float32", FRAME, "control.constants[i].lo : 0.0f", "0.0f : 0.0f", "correction"),
+    Mutant("rest_of_float32", FRAME, "? control.rest[i] : 1.0f - scalar", "? 1.0f - scalar : 1.0f - scalar", "rules conformance"),
+    Mutant("no_correction_without_a_moment", FRAME, "if (factor.hi <= 0.0f) {", "if (false) {", "correction"),
+    Mutant("group_rest", FRAME, "times * n.rest[i] + group[kFirstScalarPlusRest + at]", "1.0f - n.scalar[i]", "rules groups"),
+    Mutant("group_low_part", FRAME, "low_part(control, kFirstRuleScalar + i) + group[kFirstScalarPlusLow + at]", "low_part(control, kFirstRuleScalar + i)", "rules full_conformance"),
+    Mutant("group_not_corrected", FRAME, "      n = bias_corrected(n, low[0], low[1], step + 1);\n", "", "rules full_conformance"),
+    Mutant("decay_after_the_change", FRAME, "T exact = w - next.change;", "T exact = e.parameter - next.change;", "rules"),
+    Mutant("decoupled_without_the_rate", FRAME, "1.0f - hyper.rule.learning_rate * hyper.weight_decay", "1.0f - hyper.weight_decay", "rules"),
+    Mutant("decay_twice", FRAME, "(flags & kWeightDecay) && (flags & kDecoupled)", "(flags & kWeightDecay)", "rules conformance"),
+    Mutant("decay_of_the_rounding", FRAME, "gradient + hyper.weight_decay * w;", "gradient + hyper.weight_decay * e.parameter;", "full_conformance"),
+    Mutant("slots_not_at_random", FRAME, "if (!(flags & kStochastic)) {\n    return round_nearest(x, format);", "if (true) {\n    return round_nearest(x, format);", "rounding full_conformance"),
+    Mutant("random_bits_of_both", FRAME, "slot == 2 ? more : more >> 16", "more", "rounding full_conformance"),
+    Mutant("random_bits_of_one_slot", FRAME, "slot == 0 ? random : mix32(random)", "random", "full_conformance"),
+    Mutant("slots_in_the_parameters_format", FRAME, "slot, random, flags, state_format)", "slot, random, flags, parameter_format)", "full_conformance rules"),
+    Mutant("rates_of_the_frame_swapped", FRAME, "hyper.weight_decay = scalars.of[kWeightDecayFactor];", "hyper.weight_decay = scalars.of[kLearningRate];", "conformance rules"),
+    Mutant("master_takes_the_rounding", FRAME, "    e.master = exact;\n", "    e.master = round_nearest(exact, parameter_format);\n", "full_conformance full_step"),
+    Mutant("compensation_of_nothing", FRAME, "const T change = e.compensation - next.change;", "const T change = T() - next.change;", "full_conformance full_step"),
+    Mutant("slots_of_amsgrad", RULES_H, "(flags & kAmsgrad ? 3 : 2)", "3", "rules options"),
+    # ---- The rules in MLX's operations, and their table
+    Mutant("composed_rest", RULES_COMPOSED, "velocity = moved(*slots[kVelocity], gradient, momentum, n.rest[kDampening])", "velocity = moved(*slots[kVelocity], gradient, momentum, n.rest[kMomentumFactor])", "transforms_full full_conformance"),
+    Mutant("composed_largest", RULES_COMPOSED, "      slots[kLargestMoment] = second;\n", "", "transforms_full full_conformance"),
+    Mutant("composed_correction", RULES_COMPOSED, "multiply(root(second), n.corrected_root)", "root(second)", "transforms_full full_conformance"),
+    Mutant("scalars_in_another_order", "csrc/rules.cpp", '{"alpha", "eps"}', '{"eps", "alpha"}', "rules full_conformance"),
+    # ---- Python: the rules
+    Mutant("moments_in_half", RULES_PY, "state_dtype: mx.Dtype | None = mx.float32,", "state_dtype: mx.Dtype | None = None,", "rules"),
+    Mutant("factors_of_one", RULES_PY, "BELOW_ONE = Range(0.0, 1.0, (False, True))", "BELOW_ONE = Range(0.0, 1.0, (False, False))", "rules"),
+    Mutant("eps_of_nothing", RULES_PY, "ABOVE_ZERO = Range(is_open=(True, False))", "ABOVE_ZERO = Range(is_open=(False, False))", "rules"),
+    Mutant("coupled_adamw", "python/mlx_fused_optim/optimizers/adam.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
+    Mutant("coupled_lion", "python/mlx_fused_optim/optimizers/lion.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
+    Mutant("betas_swapped", GROUPS, 'return {"beta1": betas[0], "beta2": betas[1]}', 'return {"beta1": betas[1], "beta2": betas[0]}', "rules"),
+    Mutant("numbers_checked_once", "python/mlx_fused_optim/optimizers/base.py", "not all(map(operator.is_, given, self._checked[0]))", "False", "rules optimizer"),
+    Mutant("correction_without_a_state", STEP_PY, "    if hyper.rule is ADAM and hyper.flags & ADAM.flags[\"bias_correction\"]:\n", "    if False:\n", "rules"),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ PACKING = "csrc/metal/dispatch.cpp"
 LIBRARY = "csrc/metal/library.cpp"
 SOURCES = "csrc/metal/sources.cpp"
 MEASURING = "csrc/metal/measure.cpp"
-STEP = "csrc/math/sgd.h"
+STEP = "csrc/math/frame.h"
 NORM = "csrc/math/norm.h"
 DONATION = "csrc/donation.cpp"
 
@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant("pack_once_a_thread", KERNEL, "    to[i] = from[at];", "    to[i] = from[at];\n    break;"),
     Mutant("narrowed_twice", QUADS, "quad[i] = T(values[i]);", "quad[i] = T(float(half(values[i])));"),
     Mutant("counter_stands_still", STEP, "step + hyper.apply", "step"),
-    Mutant("another_rate_reported", STEP, "used_out[kLearningRate] = hyper.learning_rate", "used_out[kLearningRate] = hyper.momentum"),
+    Mutant("another_rate_reported", STEP, "used_out[i] = scalars.of[i];", "used_out[i] = scalars.of[kLearningRate];"),
     # ---- The kernel of the full step
     Mutant("full_gap_left_as_it_was", FULL, "if (block == 0) {", "if (block == 1) {"),
     Mutant("full_gap_of_one_slot", FULL, "store_quad_of(kFloat32, averages_out, at, zero, 1, false);", ""),
@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant("given_away_though_shared", DONATION, "input.is_donatable() &&", ""),
     # ---- Maths
     Mutant("contraction_left_on", "csrc/math/portability.h", "#pragma METAL fp contract(off)", ""),
-    Mutant("decay_after_momentum", "csrc/math/sgd.h", "gradient + hyper.momentum * velocity", "gradient + hyper.momentum * gradient"),
+    Mutant("decay_after_momentum", "csrc/math/rules/sgd.h", "gradient + momentum * velocity", "gradient + momentum * gradient"),
     Mutant("logarithm_of_two", "csrc/math/elementary.h", "-1.904654299957767e-9f", "1.904654299957767e-9f"),
     Mutant("two_by_the_logarithm", "csrc/math/elementary.h", "3.851926067e-8f", "-3.851926067e-8f"),
     Mutant("third_of_the_logarithm", "csrc/math/elementary.h", "-9.934107758624577e-9f", "9.934107758624577e-9f"),

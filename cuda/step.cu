@@ -1,6 +1,6 @@
-// The kernels of the full step. They know when they are compiled what a step consists of, what
-// is kept of each element and in which formats (Known); a group of tensors may be without some
-// of it, in branches that are the same for all threads of a block.
+// The kernels of a step: indexing around csrc/math. They know when they are compiled what a
+// step consists of, what is kept of each element and in which formats (Known); a group of tensors
+// may be without some of it, in branches that are the same for all threads of a block.
 #pragma once
 
 #include "quad.cuh"
@@ -17,47 +17,45 @@ constexpr uint32_t kFormatOf<float16> = kFloat16;
 template <>
 constexpr uint32_t kFormatOf<bfloat16> = kBfloat16;
 
-/// What a kernel of the full step knows.
+/// What a kernel of a step knows.
 template <typename K>
-struct FullKnown {
-  using V = typename K::Velocity;
+struct StepKnown {
+  static constexpr uint32_t kRule = K::kRule;
   static constexpr uint32_t kFormat = kFormatOf<typename K::Parameter>;
-  static constexpr uint32_t kVelocityFormat = kFormatOf<V>;
+  static constexpr uint32_t kStateFormat = kFormatOf<typename K::State>;
   static constexpr uint32_t kGradients = K::kGradients;
   static constexpr uint32_t kMay = K::kFlags; // flags of some tensors
   /// Flags of every tensor. With the generic kernel's they are known at run time only.
   static constexpr uint32_t kHas = kMay == kGenericFlags ? 0
       : kMay & kGroups                                   ? kMay & ~kTensorFlags
                                                          : kMay;
-  /// Quads that a thread loads before it uses one: two where one has few bytes, and registers
-  /// are left. Rounding at random to float16 takes many.
+  /// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
+  static constexpr bool may_have(int slot) { return has_slot(kRule, kMay, slot); }
+  static constexpr uint32_t format_of_slot(int slot) {
+    return slot < kRuleSlots      ? kStateFormat
+        : slot == kCompensation   ? kFormat
+                                  : uint32_t(kFloat32);
+  }
+  /// Registers that a quad of everything takes.
+  static constexpr uint32_t words() {
+    uint32_t n = 2 * words_of(kFormat);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      n += may_have(slot) ? words_of(format_of_slot(slot)) : 0;
+    }
+    return n;
+  }
+  static constexpr uint32_t words_of(uint32_t format) { return format == kFloat32 ? 4 : 2; }
+  /// Quads that a thread loads before it uses one: two where registers are left. Rounding at
+  /// random to float16 takes many.
   static constexpr bool kRoundsToHalf =
-      (kMay & kStochastic) && (kFormat == kFloat16 || kVelocityFormat == kFloat16);
-  static constexpr uint32_t kBytes = 2 * sizeof(typename K::Parameter) + sizeof(V) +
-      (kMay & kMaster ? 4 : 0) + (kMay & kCompensated ? 2 : 0) + (kMay & kAverage ? 4 : 0);
-  static constexpr uint32_t kInFlight = kBytes <= 8 && !kRoundsToHalf ? 2 : 1;
+      (kMay & kStochastic) && (kFormat == kFloat16 || kStateFormat == kFloat16);
+  static constexpr uint32_t kInFlight = words() <= 12 && !kRoundsToHalf ? 2 : 1;
 };
-
-template <typename Known>
-__device__ constexpr uint32_t slot_format(int slot) {
-  return slot == kVelocity    ? Known::kVelocityFormat
-      : slot == kCompensation ? Known::kFormat
-                              : uint32_t(kFloat32);
-}
-
-/// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
-template <typename Known>
-__device__ constexpr bool may_have(int slot) {
-  constexpr uint32_t flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
-  return Known::kMay & flags[slot];
-}
 
 /// A warp computes the numbers of the step, for this block's tensor: a lane each scalar,
 /// which may be a schedule's. None may be used before the next barrier.
-__device__ void compute_numbers(
-    const FullCommon& common,
-    const FullTensor& tensor,
-    SgdHyper& shared) {
+template <typename Known>
+__device__ void compute_numbers(const Common& common, const Tensor& tensor, SgdHyper& shared) {
   __shared__ SgdScalars scalars;
   if (threadIdx.x >= 32) {
     return;
@@ -65,41 +63,48 @@ __device__ void compute_numbers(
   const SgdControl& control = common.control;
   const uint64_t step = common.step ? *common.step : 0;
   if (threadIdx.x < kScalars) {
-    const float scalar = sgd_full_scalar(control, threadIdx.x, step, common.given);
-    scalars.of[threadIdx.x] = scalar;
+    const int i = threadIdx.x;
+    const bool absent = i == kGradScaleFactor && !(control.flags & kGradScale);
+    const float scalar = absent ? 1.0f : sgd_scalar(control, i, step, common.given);
+    scalars.of[i] = scalar;
     if (common.step_out && blockIdx.x == 0) {
-      common.used_out[threadIdx.x] = scalar;
+      common.used_out[i] = scalar;
     }
   }
   __syncwarp();
   if (threadIdx.x != 0) {
     return;
   }
-  const SgdHyper hyper = sgd_full_hyper_of(control, step, scalars, common.measured);
+  const SgdHyper hyper =
+      sgd_hyper_of(control, Known::kRule, step, scalars, common.measured);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }
   shared = sgd_tensor_hyper(
+      control,
       hyper,
-      control.trust_coefficient,
-      tensor.flags,
+      Known::kRule,
+      step,
+      (tensor.flags & Known::kMay) | Known::kHas,
       common.groups + uint64_t(tensor.group) * kGroupNumbers,
       common.measured + kMeasuredTensors + uint64_t(tensor.number) * 2);
 }
 
+__device__ uint64_t offset_of(const Tensor& tensor) { return uint64_t(tensor.place) * kPlace; }
+
 /// Zeroes the gap behind the last element of a tensor; one block must do it.
 template <typename Known>
-__device__ void clear_gap(const FullCommon& common, const FullTensor& tensor) {
+__device__ void clear_gap(const Common& common, const Tensor& tensor) {
   constexpr uint64_t kStep = kGranule / (Known::kFormat == kFloat32 ? 4 : 2);
   const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
   if (threadIdx.x < gap) {
     const Quad zero = {};
-    const uint64_t at = tensor.offset + tensor.size + threadIdx.x;
+    const uint64_t at = offset_of(tensor) + tensor.size + threadIdx.x;
     store<false>(common.parameters_out, Known::kFormat, at, zero, 1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (may_have<Known>(slot) && common.slots[slot].out) {
-        store<false>(common.slots[slot].out, slot_format<Known>(slot), at, zero, 1);
+      if (Known::may_have(slot) && common.slots[slot].out) {
+        store<false>(common.slots[slot].out, Known::format_of_slot(slot), at, zero, 1);
       }
     }
   }
@@ -107,7 +112,7 @@ __device__ void clear_gap(const FullCommon& common, const FullTensor& tensor) {
 
 /// Blocks that a multiprocessor is to hold at once: what is on its way from memory for
 /// all of them takes as long as the way. A register more a thread would be one too many.
-constexpr uint32_t kFullBlocks = 4;
+constexpr uint32_t kTiledBlocks = 4;
 
 // ---- Contiguous tensors, and gradients that are matrices ----------------------------
 
@@ -123,7 +128,9 @@ struct Way {
 /// Rows that a block has at a time, and from a quad of a thread to its next.
 constexpr uint32_t kPassRows = kThreads / kTileLanes;
 __device__ uint64_t step_of(const Tiled& tensor) { return uint64_t(kPassRows) * tensor.columns; }
-__device__ int64_t gradient_step_of(const Tiled& tensor) { return kPassRows * tensor.row_stride; }
+__device__ int64_t gradient_step_of(const Tiled& tensor) {
+  return int64_t(kPassRows) * tensor.row_stride;
+}
 
 __device__ Way find_way(const Tiled& tensor) {
   const uint32_t block = blockIdx.x - tensor.first_block;
@@ -132,7 +139,7 @@ __device__ Way find_way(const Tiled& tensor) {
   const uint64_t row = uint64_t(block / tiles) * kTileRows + threadIdx.x / kTileLanes;
   const uint64_t first = row * tensor.columns + column;
   Way way = {
-      tensor.offset + first,
+      offset_of(tensor) + first,
       int64_t(row) * tensor.row_stride + int64_t(column) * tensor.column_stride,
       0,
       0,
@@ -165,39 +172,40 @@ __device__ uint32_t count_of(const Way& way, uint32_t n) {
 template <typename Known, bool whole>
 __device__ void load(
     Quads& quads,
-    const FullCommon& common,
-    const Tiled& tensor,
+    const Common& common,
+    const Matrix& tensor,
     uint64_t at,
     uint32_t count) {
-  load<whole>(quads.parameter, tensor.parameter, Known::kFormat, at - tensor.offset, 1, count);
+  load<whole>(
+      quads.parameter, tensor.parameter, Known::kFormat, at - offset_of(tensor), 1, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const void* data = common.slots[slot].data;
     quads.slots[slot] = {};
-    if (may_have<Known>(slot) && data) {
-      load<whole>(quads.slots[slot], data, slot_format<Known>(slot), at, 1, count);
+    if (Known::may_have(slot) && data) {
+      load<whole>(quads.slots[slot], data, Known::format_of_slot(slot), at, 1, count);
     }
   }
 }
 
 template <typename Known, bool whole>
-__device__ void store(const Quads& quads, const FullCommon& common, uint64_t at, uint32_t count) {
+__device__ void store(const Quads& quads, const Common& common, uint64_t at, uint32_t count) {
   store<whole>(common.parameters_out, Known::kFormat, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     void* out = common.slots[slot].out;
-    if (may_have<Known>(slot) && out) {
-      store<whole>(out, slot_format<Known>(slot), at, quads.slots[slot], count);
+    if (Known::may_have(slot) && out) {
+      store<whole>(out, Known::format_of_slot(slot), at, quads.slots[slot], count);
     }
   }
 }
 
-/// Whether nothing follows from the rounded parameter, or velocity, but what is stored.
+/// Whether nothing follows from the rounded parameter, or slot, but what is stored.
 template <typename Known>
 constexpr bool kRoundsParameterLast =
     !(Known::kMay & (kMaster | kCompensated | kStochastic | kAverage));
 template <typename Known>
-constexpr bool kRoundsVelocityLast = !(Known::kMay & kStochastic);
+constexpr bool kRoundsStateLast = !(Known::kMay & kStochastic);
 
 template <bool rounds>
 __device__ void narrow_to(uint32_t format, float (&values)[kQuad], Quad& quad) {
@@ -212,50 +220,74 @@ __device__ void narrow_to(uint32_t format, float (&values)[kQuad], Quad& quad) {
 template <typename Known>
 __device__ void update(
     Quads& quads,
+    const float (&gradients)[kQuad],
     uint32_t position,
     const SgdHyper& hyper,
-    const FullTensor& tensor) {
+    const Tensor& tensor) {
   const uint32_t flags = (tensor.flags & Known::kMay) | Known::kHas;
-  constexpr uint32_t velocity_format = Known::kVelocityFormat;
-  float g[kQuad], p[kQuad], v[kQuad], m[kQuad], c[kQuad], a[kQuad];
-  widen(quads.gradient, format_of<Known::kGradients>(tensor.gradient_type), g);
+  constexpr uint32_t state_format = Known::kStateFormat;
+  float p[kQuad], slots[kSlots][kQuad];
   widen(quads.parameter, Known::kFormat, p);
-  widen(quads.slots[kVelocity], velocity_format, v);
-  widen(quads.slots[kMasterCopy], kFloat32, m);
-  widen(quads.slots[kCompensation], Known::kFormat, c);
-  widen(quads.slots[kMovingAverage], kFloat32, a);
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    widen(quads.slots[slot], Known::format_of_slot(slot), slots[slot]);
+  }
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
-    SgdFullElement e = {p[k], v[k], m[k], c[k], a[k]};
-    e = sgd_full_element(
+    SgdElement e = {
+        p[k],
+        {{slots[0][k], slots[1][k], slots[2][k]}},
+        slots[kMasterCopy][k],
+        slots[kCompensation][k],
+        slots[kMovingAverage][k]};
+    e = sgd_element(
         e,
-        g[k],
+        gradients[k],
         position + k,
         hyper,
+        Known::kRule,
         flags,
         kRoundsParameterLast<Known> ? uint32_t(kFloat32) : Known::kFormat,
-        kRoundsVelocityLast<Known> ? uint32_t(kFloat32) : velocity_format);
+        kRoundsStateLast<Known> ? uint32_t(kFloat32) : state_format);
     p[k] = e.parameter;
-    v[k] = e.velocity;
-    m[k] = e.master;
-    c[k] = e.compensation;
-    a[k] = e.average;
+#pragma unroll
+    for (int slot = 0; slot < kRuleSlots; ++slot) {
+      slots[slot][k] = e.slots.of[slot];
+    }
+    slots[kMasterCopy][k] = e.master;
+    slots[kCompensation][k] = e.compensation;
+    slots[kMovingAverage][k] = e.average;
   }
   narrow_to<kRoundsParameterLast<Known>>(Known::kFormat, p, quads.parameter);
-  narrow_to<kRoundsVelocityLast<Known>>(velocity_format, v, quads.slots[kVelocity]);
-  narrow(m, kFloat32, quads.slots[kMasterCopy]);
-  narrow(c, Known::kFormat, quads.slots[kCompensation]);
-  narrow(a, kFloat32, quads.slots[kMovingAverage]);
+#pragma unroll
+  for (int slot = 0; slot < kRuleSlots; ++slot) {
+    narrow_to<kRoundsStateLast<Known>>(state_format, slots[slot], quads.slots[slot]);
+  }
+#pragma unroll
+  for (int slot = kRuleSlots; slot < kSlots; ++slot) {
+    narrow(slots[slot], Known::format_of_slot(slot), quads.slots[slot]);
+  }
 }
 
-template <typename K>
-__device__ void run(const Launch<Tiled>& launch) {
-  using Known = FullKnown<K>;
+template <typename Known>
+__device__ void update(
+    Quads& quads,
+    uint32_t position,
+    const SgdHyper& hyper,
+    const Tensor& tensor) {
+  float gradients[kQuad];
+  widen(quads.gradient, format_of<Known::kGradients>(tensor.gradient_type), gradients);
+  update<Known>(quads, gradients, position, hyper, tensor);
+}
+
+template <typename K, uint32_t capacity>
+__device__ void run(const Launch<Tiled, capacity>& launch) {
+  using Known = StepKnown<K>;
   constexpr uint32_t kInFlight = Known::kInFlight;
   __shared__ SgdHyper shared;
-  const FullCommon& common = launch.common;
+  const Common& common = launch.common;
   const Tiled& tensor = find_tensor(launch);
-  compute_numbers(common, tensor, shared);
+  compute_numbers<Known>(common, tensor, shared);
   const bool wide_arenas = common.aligned && (tensor.wide & kWideArenas);
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
@@ -330,22 +362,109 @@ __device__ void run(const Launch<Tiled>& launch) {
   }
 }
 
+// ---- Transposed gradients -----------------------------------------------------------
+
+/// Blocks of a multiprocessor: as above, but a thread has two quads of everything.
+template <typename K>
+constexpr uint32_t kTurnedBlocks = StepKnown<K>::words() <= 12 ? 2 : 1;
+
+/// A square of the gradient, read along its rows and used along the parameter's. One more
+/// column spreads a column of the square over the banks of shared memory.
+template <typename K, uint32_t capacity>
+__device__ void run(const Launch<Turned, capacity>& launch) {
+  using Known = StepKnown<K>;
+  constexpr uint32_t kPerLine = kSquare / kQuad; // threads on a line of the square
+  constexpr uint32_t kLines = kSquareThreads / kPerLine; // lines at a time
+  constexpr uint32_t kSteps = kSquare / kLines;
+  __shared__ float turned[kSquare][kSquare + 1];
+  __shared__ SgdHyper shared;
+  const Common& common = launch.common;
+  const Turned& tensor = find_tensor(launch);
+  const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
+  const uint32_t along = threadIdx.x % kPerLine * kQuad;
+  const uint32_t line = threadIdx.x / kPerLine;
+  const uint32_t square = blockIdx.x - tensor.first_block;
+  const uint32_t columns = tensor.columns;
+  const uint64_t rows = tensor.size / columns;
+  const uint32_t squares_in_row = (columns + kSquare - 1) / kSquare;
+  const uint64_t row = uint64_t(square / squares_in_row) * kSquare;
+  const uint32_t column = square % squares_in_row * kSquare;
+
+  Quads quads[kSteps];
+#pragma unroll
+  for (uint32_t k = 0; k < kSteps; ++k) {
+    const uint32_t j = line + k * kLines;
+    if (row + along < rows && column + j < columns) {
+      const int64_t at = int64_t(row + along) + int64_t(column + j) * tensor.column_stride;
+      load<true>(quads[k].gradient, tensor.gradient, format, at);
+    }
+  }
+#pragma unroll
+  for (uint32_t k = 0; k < kSteps; ++k) {
+    const uint32_t j = line + k * kLines;
+    if (row + j < rows && column + along < columns) {
+      const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
+      if (common.aligned) {
+        load<Known, true>(quads[k], common, tensor, at, kQuad);
+      } else {
+        load<Known, false>(quads[k], common, tensor, at, kQuad);
+      }
+    }
+  }
+  // While they are under way: few of these large blocks run at once.
+  compute_numbers<Known>(common, tensor, shared);
+#pragma unroll
+  for (uint32_t k = 0; k < kSteps; ++k) {
+    float gradients[kQuad];
+    widen(quads[k].gradient, format, gradients);
+#pragma unroll
+    for (uint32_t w = 0; w < kQuad; ++w) {
+      turned[line + k * kLines][along + w] = gradients[w];
+    }
+  }
+  __syncthreads();
+  const SgdHyper hyper = shared;
+#pragma unroll
+  for (uint32_t k = 0; k < kSteps; ++k) {
+    const uint32_t j = line + k * kLines;
+    if (row + j < rows && column + along < columns) {
+      const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
+      float gradients[kQuad];
+#pragma unroll
+      for (uint32_t w = 0; w < kQuad; ++w) {
+        gradients[w] = turned[along + w][j];
+      }
+      if (hyper.apply) { // else what was loaded is stored, to the bit
+        update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
+      }
+      if (common.aligned) {
+        store<Known, true>(quads[k], common, at, kQuad);
+      } else {
+        store<Known, false>(quads[k], common, at, kQuad);
+      }
+    }
+  }
+  if (square == 0) {
+    clear_gap<Known>(common, tensor);
+  }
+}
+
 // ---- Tensors that lie in any way --------------------------------------------------
 
 template <typename K>
-__device__ void run(const Launch<FullStrided>& launch) {
-  using Known = FullKnown<K>;
+__device__ void run(const Launch<Strided>& launch) {
+  using Known = StepKnown<K>;
   __shared__ SgdHyper shared;
-  const FullCommon& common = launch.common;
-  const FullStrided& tensor = find_tensor(launch);
-  compute_numbers(common, tensor, shared);
+  const Common& common = launch.common;
+  const Strided& tensor = find_tensor(launch);
+  compute_numbers<Known>(common, tensor, shared);
   __syncthreads();
   const SgdHyper hyper = shared;
-  const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kFullTile;
-  const uint64_t end = min(begin + kFullTile, tensor.size);
+  const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile;
+  const uint64_t end = min(begin + kTile, tensor.size);
   for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const Place place = find_element(tensor, i);
-    const uint64_t at = tensor.offset + i;
+    const uint64_t at = offset_of(tensor) + i;
     Quads quads = {};
     load<false>(quads.parameter, tensor.parameter, Known::kFormat, place.parameter, 1, 1);
     load<false>(
@@ -358,11 +477,11 @@ __device__ void run(const Launch<FullStrided>& launch) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const SlotArena& arena = common.slots[slot];
-      if (may_have<Known>(slot) && arena.data) {
+      if (Known::may_have(slot) && arena.data) {
         load<false>(
             quads.slots[slot],
             arena.data,
-            slot_format<Known>(slot),
+            Known::format_of_slot(slot),
             int64_t(at / arena.columns) * arena.row_stride +
                 int64_t(at % arena.columns) * arena.column_stride,
             1,

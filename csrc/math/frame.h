@@ -68,7 +68,7 @@ enum SgdSlot : int {
 };
 
 /// Whether a step keeps a slot.
-MATH_FN bool has_slot(uint32_t rule, uint32_t flags, int slot) {
+MATH_FN constexpr bool has_slot(uint32_t rule, uint32_t flags, int slot) {
   return slot < kRuleSlots    ? slot < rule_slots(rule, flags)
       : slot == kMasterCopy   ? (flags & kMaster) != 0
       : slot == kCompensation ? (flags & kCompensated) != 0
@@ -253,6 +253,7 @@ MATH_FN float low_part(MATH_CONSTANT SgdControl& control, int i) {
 template <typename Measured>
 MATH_FN SgdHyper sgd_hyper_of(
     MATH_CONSTANT SgdControl& control,
+    uint32_t rule,
     uint64_t step,
     SgdScalars scalars,
     Measured measured) {
@@ -264,7 +265,7 @@ MATH_FN SgdHyper sgd_hyper_of(
     hyper.rule.rest[i] =
         is_constant(control, kFirstRuleScalar + i) ? control.rest[i] : 1.0f - scalar;
   }
-  if (is_bias_corrected(control.rule, control.flags)) {
+  if (is_bias_corrected(rule, control.flags)) {
     hyper.rule = bias_corrected(
         hyper.rule,
         low_part(control, kFirstRuleScalar),
@@ -287,7 +288,7 @@ MATH_FN SgdHyper sgd_hyper_of(
 template <typename Given, typename Measured>
 MATH_FN SgdHyper
 sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
-  return sgd_hyper_of(control, step, sgd_scalars(control, step, given), measured);
+  return sgd_hyper_of(control, control.rule, step, sgd_scalars(control, step, given), measured);
 }
 
 /// The numbers of one tensor. `flags` are the tensor's own. `group` is its row of
@@ -297,6 +298,7 @@ template <typename Group, typename Norms>
 MATH_FN SgdHyper sgd_tensor_hyper(
     MATH_CONSTANT SgdControl& control,
     SgdHyper hyper,
+    uint32_t rule,
     uint64_t step,
     uint32_t flags,
     Group group,
@@ -313,7 +315,7 @@ MATH_FN SgdHyper sgd_tensor_hyper(
       n.scalar[i] = times * n.scalar[i] + group[kFirstScalarPlus + at];
       n.rest[i] = times * n.rest[i] + group[kFirstScalarPlusRest + at];
     }
-    if (is_bias_corrected(control.rule, flags)) {
+    if (is_bias_corrected(rule, flags)) {
       n = bias_corrected(n, low[0], low[1], step + 1);
     }
     hyper.rule = n;
