@@ -61,7 +61,8 @@ MTL::ComputePipelineState* step_kernel(
   for (size_t i = 0; i < std::size(values); ++i) {
     constants.emplace_back(&values[i], MTL::DataType::DataTypeUInt, i);
     // A size_t: of to_string, the cross-build knows the overloads that MLX uses.
-    specialised += "_" + std::to_string(size_t(values[i]));
+    specialised += '_';
+    specialised += std::to_string(size_t(values[i]));
   }
   return explained(
       [&] { return device.get_kernel("sgd_step", library(device), specialised, constants); });

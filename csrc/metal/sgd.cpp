@@ -25,7 +25,7 @@ static_assert(sizeof(SgdControl) <= kMaxBytes);
 static_assert(sizeof(SgdTable) <= kMaxBytes);
 static_assert(sizeof(Schedule) <= kMaxBytes);
 static_assert(fused_math::kMeasureNorm <= UINT16_MAX, "a tensor's flags have 16 bits");
-static_assert(fused_math::kScalars <= kSimdWidth, "a thread each scalar");
+static_assert(size_t(fused_math::kScalars) <= kSimdWidth, "a thread each scalar");
 
 /// The kernels of a step, compiled, and threadgroups that suit all of them.
 struct StepKernels {
@@ -134,7 +134,7 @@ void bind_buffers(
     const Readable& readable,
     const SgdOutputs& out) {
   const uint32_t rule = plan.control.rule, flags = plan.flags();
-  encoder.set_output_array(*out.parameters, kFirstBuffer + kParameterOutPlace);
+  encoder.set_output_array(*out.parameters, int(kFirstBuffer) + kParameterOutPlace);
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
       const int at = kFirstBuffer + slot_place(rule, flags, slot);

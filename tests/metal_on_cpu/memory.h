@@ -52,7 +52,7 @@ class Memory {
     size_t size = 0;
     std::string name;
     enum Kind { buffer, value, shared } kind = buffer; // traffic is counted of buffers
-    Traffic traffic;
+    Traffic traffic = {};
     bool is_input = false, is_output = false; // of buffers
   };
   struct Users { // of a byte: numbers of threads
