@@ -8,12 +8,12 @@ set(METAL_ON_CPU_FLAGS "" CACHE STRING "More flags for the kernels, such as a sa
 
 # FMA is on so that it shows if the source failed to switch contraction off.
 add_custom_command(OUTPUT ${kernels}.o
-  COMMAND ${Python_EXECUTABLE} ${harness}/translate.py run ${metal_source_dir}/sgd.joined.metal ${kernels}
+  COMMAND ${Python_EXECUTABLE} ${harness}/translate.py run ${metal_source_dir}/step.joined.metal ${kernels}
   COMMAND clang++-19 -std=c++20 -O1 -g -fPIC -mfma -mf16c -ffp-contract=fast-honor-pragmas
           -fsanitize-coverage=func,trace-loads,trace-stores -fvisibility=hidden -Wall
           -Wno-unknown-attributes -Wno-duplicate-decl-specifier -Wno-unused-function
           ${METAL_ON_CPU_FLAGS} -c ${kernels} -o ${kernels}.o
-  DEPENDS ${metal_source_dir}/sgd.joined.metal ${harness}/translate.py ${harness}/grid.h
+  DEPENDS ${metal_source_dir}/step.joined.metal ${harness}/translate.py ${harness}/grid.h
           ${harness}/shared.h ${harness}/include/metal_stdlib
   COMMAND_EXPAND_LISTS VERBATIM)
 
