@@ -13,6 +13,8 @@ MAX_CYCLE_FACTOR: int
 # Of a step: name -> bit, see SgdFlags in csrc/math/frame.h; and the length of a group's row.
 FLAGS: dict[str, int]
 GROUP_NUMBERS: int
+# The table of csrc/rules.cpp; a rule is known by its place.
+RULES: list[dict[str, Any]]
 
 class Schedule:
     """A schedule in the form that the kernels evaluate."""
@@ -98,33 +100,40 @@ def arena_views(arena: mx.array, layout: Layout, number: int) -> list[mx.array]:
 def pack_slot(
     tensors: Sequence[mx.array | None], layout: Layout, number: int, dtype: mx.Dtype | None
 ) -> mx.array: ...
+def rule_slots(rule: int, flags: int) -> int: ...
 
 class Groups:
     """Tensors that differ from the others: see csrc/sgd.h."""
 
     def __init__(self, group_of: Sequence[int], flags_of: Sequence[int]) -> None: ...
 
-def sgd_step(
+class Options:
+    """What a step does: see csrc/sgd.h."""
+
+    def __init__(
+        self,
+        *,
+        rule: int,
+        scalars: Sequence[mx.array | Schedule | float],
+        flags: int,
+        clip_value: float = 0.0,
+        clip_norm: float = 0.0,
+        trust_coefficient: float = 0.0,
+        ema_decay: float = 0.0,
+        seed: int = 0,
+        state_dtype: mx.Dtype | None = None,
+        groups: Groups | None = None,
+        group_numbers: mx.array | None = None,
+        skipped: mx.array | None = None,
+    ) -> None: ...
+
+def fused_step(
     tree: Tree,
     layout: Layout,
     slots: Sequence[Sequence[mx.array]],
     step: mx.array,
+    options: Options,
     *,
-    learning_rate: mx.array | Schedule | float,
-    momentum: mx.array | Schedule | float,
-    weight_decay: mx.array | Schedule | float,
-    grad_scale: mx.array | Schedule | float,
-    dampening: float,
-    flags: int,
-    clip_value: float,
-    clip_norm: float,
-    trust_coefficient: float,
-    ema_decay: float,
-    seed: int,
-    momentum_dtype: mx.Dtype | None,
-    groups: Groups | None,
-    group_numbers: mx.array | None,
-    skipped: mx.array | None,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> tuple[
     Any,
@@ -138,23 +147,7 @@ def sgd_step(
 class PreparedStep:
     """A step that is taken again: see csrc/prepared.h."""
 
-    def __init__(
-        self,
-        layout: object,
-        key: str,
-        entries: int,
-        *,
-        learning_rate: mx.array | Schedule | float,
-        momentum: float,
-        weight_decay: float,
-        grad_scale: float,
-        dampening: float,
-        flags: int,
-        clip_value: float,
-        ema_decay: float,
-        seed: int,
-        momentum_dtype: mx.Dtype | None,
-    ) -> None: ...
+    def __init__(self, layout: object, key: str, entries: int, options: Options) -> None: ...
     def __call__(
         self,
         tree: Tree,

@@ -123,8 +123,8 @@ WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule k
             ``learning_rate_factor`` (times the optimizer's), {scalars}
             ``weight_decay`` (each a number or scheduled), ``trust_coefficient`` (a float or
             ``None``). A constant 0 of momentum or weight decay, or ``None``, leaves the term
-            out. Predicates are called once for a set of tensors; each must take a tensor of the first tree of
-            parameters. Default: ``()``.
+            out. Predicates are called once for a set of tensors; each must take a tensor of the
+            first tree of parameters. Default: ``()``.
         trust_coefficient (float): LARS's :math:`\\kappa`, for SGD only; needs a weight decay of 0
             or more. Default: ``None``, no ratio.
         ema_decay (float): Keep a moving average of the parameters in float32,
@@ -150,7 +150,7 @@ class _Fields(NamedTuple):
 
 
 class Options(_Fields):
-    """Checked options; without arguments those of the plain step."""
+    """Checked options; without arguments nothing beyond mlx.optimizers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled with the name of a dtype, which itself cannot be."""
@@ -187,7 +187,7 @@ class Options(_Fields):
 
     @cached_property
     def slots(self) -> tuple[str, ...]:
-        """What the state keeps besides momentum, in the order of _packing.SLOTS."""
+        """What the state keeps besides the rule's own, in the order of FRAME_SLOTS."""
         kept = {
             "master": self.master_weights,
             "compensation": self.compensated,

@@ -216,7 +216,8 @@ def take_step(
             raise ValueError(
                 f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got "
                 "the state of other parameters, or of steps with other options; allowed one "
-                "from fused_sgd_init(parameters, state=..., and the options of the step)."
+                f"from {op.removesuffix('_step')}_init(parameters, state=..., and the options of "
+                "the step)."
             )
         state = _packing.packed(state, tree, layout, wanted, parameters, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []

@@ -97,7 +97,8 @@ def _init_of(cls: type[FusedOptimizer], name: str) -> Init:
         >>> state["step"]
         array(0, dtype=uint64)
     """
-    return _named(init, op)
+    init.__name__ = init.__qualname__ = op
+    return init
 
 
 def _step_of(cls: type[FusedOptimizer], name: str) -> Step:
@@ -166,16 +167,12 @@ def _step_of(cls: type[FusedOptimizer], name: str) -> Step:
     Example:
         >>> w = mx.array([1.0, 2.0])
         >>> state = {name}_init(w)
-        >>> w, state = {op}(w, mx.array([0.0, 0.0]), state, learning_rate=0.25)
-        >>> w, state["step"]
-        (array([1, 2], dtype=float32), array(1, dtype=uint64))
+        >>> w, state = {op}(w, mx.array([0.5, 0.0]), state, learning_rate=0.25)
+        >>> state["step"], state["learning_rate"]
+        (array(1, dtype=uint64), array(0.25, dtype=float32))
     """
-    return _named(step, op)
-
-
-def _named(function: Any, name: str) -> Any:
-    function.__name__ = function.__qualname__ = name
-    return function
+    step.__name__ = step.__qualname__ = op
+    return step
 
 
 def fused_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:

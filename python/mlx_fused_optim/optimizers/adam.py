@@ -21,7 +21,8 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
     r"""Adam, the whole parameter tree in one kernel.
 
     Takes the place of ``mlx.optimizers.Adam``: the same arguments, the same methods and,
-    in float32 with a constant learning rate and no bias correction, the same bits as its eager step.
+    in float32 with a constant learning rate and no bias correction, the same bits as its
+    eager step.
 
     .. math::
 
@@ -42,8 +43,7 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
             ulp of float32 at every step. Default: ``False``.
         amsgrad (bool): Divide by the largest :math:`v` so far. Default: ``False``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
-            Coupled (L2)
-            unless ``decoupled``. Default: ``0.0``.
+            Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
     Raises:
@@ -55,11 +55,12 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
         Reddi, Kale and Kumar, 2018, https://arxiv.org/abs/1904.09237.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = Adam(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([-0.581138, 3.58114], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "Adam"
@@ -108,7 +109,8 @@ class AdamW(Adam, mlx.optimizers.AdamW):
     r"""Adam with decoupled weight decay, the whole parameter tree in one kernel.
 
     Takes the place of ``mlx.optimizers.AdamW``: the same arguments, the same methods and,
-    in float32 with a constant learning rate and no bias correction, the same bits as its eager step.
+    in float32 with a constant learning rate and no bias correction, the same bits as its
+    eager step.
 
     .. math::
 
@@ -141,11 +143,12 @@ class AdamW(Adam, mlx.optimizers.AdamW):
         ``mlx.optimizers.AdamW``. Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = AdamW(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([-0.586138, 3.57114], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "AdamW"
@@ -196,8 +199,7 @@ class Adamax(Adam, mlx.optimizers.Adamax):
             from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
         eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
-            Coupled (L2)
-            unless ``decoupled``. Default: ``0.0``.
+            Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
     Raises:
@@ -205,14 +207,16 @@ class Adamax(Adam, mlx.optimizers.Adamax):
             groups or state do not fit. Nothing has been changed then.
 
     References:
-        ``mlx.optimizers.Adamax``. Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980, section 7.1.
+        ``mlx.optimizers.Adamax``. Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980,
+        section 7.1.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = Adamax(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([0.95, 2.05], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "Adamax"

@@ -35,8 +35,7 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
             Default: ``0.99``.
         eps (float): The term :math:`\epsilon` in the denominator, above 0. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
-            Coupled (L2)
-            unless ``decoupled``. Default: ``0.0``.
+            Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
     Raises:
@@ -48,11 +47,12 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
         networks for machine learning.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = RMSprop(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([-4, 7], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "RMSprop"
@@ -92,8 +92,7 @@ class Adagrad(FusedOptimizer, mlx.optimizers.Adagrad):
             :math:`\eta_t`.
         eps (float): The term :math:`\epsilon` in the denominator, above 0. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
-            Coupled (L2)
-            unless ``decoupled``. Default: ``0.0``.
+            Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
     Raises:
@@ -105,11 +104,12 @@ class Adagrad(FusedOptimizer, mlx.optimizers.Adagrad):
         https://jmlr.org/papers/v12/duchi11a.html.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = Adagrad(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([0.5, 2.5], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "Adagrad"
@@ -151,8 +151,7 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
             Default: ``0.9``.
         eps (float): The term :math:`\epsilon` under the roots, above 0. Default: ``1e-6``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
-            Coupled (L2)
-            unless ``decoupled``. Default: ``0.0``.
+            Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
     Raises:
@@ -163,11 +162,12 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
         ``mlx.optimizers.AdaDelta``. Zeiler, 2012, https://arxiv.org/abs/1212.5701.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = AdaDelta(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([0.998419, 2.00158], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "AdaDelta"

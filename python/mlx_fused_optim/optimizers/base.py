@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -16,7 +16,7 @@ from .._checks import LearningRate, checked_scalar
 from .._groups import Groups, named_betas
 from .._layout import layout_of
 from .._options import FRAME, WORDS, Options, StepOptions, checked_options
-from .._rules import Rule
+from .._rules import Rule, Slots
 from .._step import (
     Hyper,
     begun,
@@ -28,9 +28,6 @@ from .._step import (
 )
 from ..schedules import Schedule
 from ..schedules._of_mlx import as_ours
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Prepared:
@@ -70,7 +67,7 @@ class _State(dict[str, Any]):
     """A state, which also answers for what its arenas hold: ``state["layer"]["weight"]["v"]``
     is a view, without being in the state. Copied and pickled as the dict that it is."""
 
-    def __init__(self, state: dict[str, Any], slots: _packing.Slots):
+    def __init__(self, state: dict[str, Any], slots: Slots):
         super().__init__(state)
         self._slots = slots
 
@@ -497,7 +494,7 @@ class FusedOptimizer(Optimizer):
             parameter (array): The parameter.
             state (dict): Of this tensor alone, for instance ``state["v"]``.
         """
-        super().init_single(parameter, state)  # type: ignore[no-untyped-call]
+        super().init_single(parameter, state)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
         """The step of one tensor in plain MLX operations: what the class of
@@ -527,7 +524,7 @@ class FusedOptimizer(Optimizer):
             (array(0.5, dtype=float32), {'v': array(1, dtype=float32)})
         """
         self._check_single()
-        return super().apply_single(gradient, parameter, state)  # type: ignore[no-untyped-call]
+        return super().apply_single(gradient, parameter, state)
 
     def __repr__(self) -> str:
         """The call that makes it, without what has its default."""
@@ -599,8 +596,8 @@ class FusedOptimizer(Optimizer):
             uses = uses_of_state(rate, hyper, self._options, grad_scale)
             if uses:
                 raise ValueError(
-                    f"[{self._op}] a compiled step needs the optimizer's state: got a function that does "
-                    f"not capture it, for steps with {', '.join(uses)}; allowed "
+                    f"[{self._op}] a compiled step needs the optimizer's state: got a function "
+                    f"that does not capture it, for steps with {', '.join(uses)}; allowed "
                     "mx.compile(function, inputs=state, outputs=state) with "
                     "state = [model.state, optimizer.state]."
                 )
@@ -616,9 +613,10 @@ class FusedOptimizer(Optimizer):
         for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
             if isinstance(module, FullyShardedModule):
                 raise ValueError(
-                    f"[{self._op}] clip_norm, skip_nonfinite and trust_coefficient see the gradients "
-                    f"of this process alone: got shards, of mlx.nn.fully_shard, in '{path}'; allowed "
-                    "mlx.nn.utils.clip_grad_norm_sharded before a step without these options."
+                    f"[{self._op}] clip_norm, skip_nonfinite and trust_coefficient see the "
+                    f"gradients of this process alone: got shards, of mlx.nn.fully_shard, in "
+                    f"'{path}'; allowed mlx.nn.utils.clip_grad_norm_sharded before a step without "
+                    "these options."
                 )
         self._whole |= {key}
 

@@ -48,11 +48,12 @@ class Lion(FusedOptimizer, mlx.optimizers.Lion):
         ``mlx.optimizers.Lion``. Chen et al., 2023, https://arxiv.org/abs/2302.06675.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = Lion(learning_rate=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> parameters = optimizer.apply_gradients({"w": mx.array([0.5, -0.5])}, parameters)
         >>> parameters["w"], optimizer.step
-        (@, array(1, dtype=uint64))
+        (array([0.5, 2.5], dtype=float32), array(1, dtype=uint64))
     """
 
     _op = "Lion"

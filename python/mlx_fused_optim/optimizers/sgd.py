@@ -56,6 +56,7 @@ class SGD(FusedOptimizer, mlx.optimizers.SGD):
         al., 2018, https://arxiv.org/abs/1710.03740.
 
     Example:
+        >>> import mlx.core as mx
         >>> optimizer = SGD(learning_rate=0.5, momentum=0.5)
         >>> parameters = {"w": mx.array([1.0, 2.0])}
         >>> for _ in range(2):
