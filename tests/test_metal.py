@@ -151,7 +151,9 @@ class FullTraining:
             state_dtype=self.state_dtype,
             groups=self.groups,
             group_numbers=self.group_numbers,
-            skipped=self.skipped if any(self.flags & FLAGS[name] for name in NEEDS_MEASURE) else None,
+            skipped=self.skipped
+            if any(self.flags & FLAGS[name] for name in NEEDS_MEASURE)
+            else None,
         )
         result, self.slots, self.step_number, self.used, self.measured, skipped = _ext.fused_step(
             tree, self.layout, slots, self.step_number, options
@@ -357,6 +359,7 @@ def test_options_are_specialised_and_named():
 
 
 # ---- The full step -----------------------------------------------------------------
+
 
 def test_448_tensors_of_a_full_step_take_few_dispatches_and_four_stages():
     training = FullTraining([(16, 12)] * 448, ["momentum", "clip_norm", "skip_nonfinite"])

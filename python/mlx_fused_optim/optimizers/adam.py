@@ -72,7 +72,7 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
     bias_correction = False
     amsgrad = False
 
-    @property
+    @property  # type: ignore[override]
     def betas(self) -> tuple[Any, Any]:
         """The factors of the moving averages. A pair to be replaced as a whole, where
         ``mlx.optimizers`` has a list."""

@@ -63,7 +63,7 @@ class Lion(FusedOptimizer, mlx.optimizers.Lion):
     beta1 = Number()
     beta2 = Number()
 
-    @property
+    @property  # type: ignore[override]
     def betas(self) -> tuple[Any, Any]:
         """The factors of the moving averages. A pair to be replaced as a whole, where
         ``mlx.optimizers`` has a list."""
