@@ -151,7 +151,9 @@ class FullTraining:
             state_dtype=self.state_dtype,
             groups=self.groups,
             group_numbers=self.group_numbers,
-            skipped=self.skipped if any(self.flags & FLAGS[name] for name in NEEDS_MEASURE) else None,
+            skipped=self.skipped
+            if any(self.flags & FLAGS[name] for name in NEEDS_MEASURE)
+            else None,
         )
         result, self.slots, self.step_number, self.used, self.measured, skipped = _ext.fused_step(
             tree, self.layout, slots, self.step_number, options
@@ -357,6 +359,7 @@ def test_options_are_specialised_and_named():
 
 
 # ---- The full step -----------------------------------------------------------------
+
 
 def test_448_tensors_of_a_full_step_take_few_dispatches_and_four_stages():
     training = FullTraining([(16, 12)] * 448, ["momentum", "clip_norm", "skip_nonfinite"])
@@ -581,8 +584,7 @@ def test_gradients_in_pieces_are_packed_for_their_norm_and_for_their_step():
     # A norm wants neighbours; a step reads any matrix as it is.
     packs = kernels.index("measure_chunks")
     assert kernels == (
-        ["pack_4"] * packs
-        + ["measure_chunks", "measure_arrays", "measure_finish", "sgd_step"]
+        ["pack_4"] * packs + ["measure_chunks", "measure_arrays", "measure_finish", "sgd_step"]
     )
     assert packs == 3
     exact = math.sqrt(sum(float(mx.square(g).sum()) for g in training.gradients))
