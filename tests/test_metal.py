@@ -389,8 +389,9 @@ def test_a_full_step_moves_exactly_its_bytes(dtype, state_dtype, slots):
     )
     training.step()
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_step", "sgd_finish"]
     half = dtype != mx.float32
+    # Of float32 nothing is rounded at random, so that nothing depends on the step.
+    assert [d["kernel"] for d in log] == ["sgd_step", *["sgd_finish"] * half]
     size, count = sum(math.prod(s) for s in shapes), dtype.size
     widths = {
         "velocities": state_dtype.size,
@@ -418,11 +419,11 @@ def test_measuring_reads_each_gradient_once():
     size = 4 * sum(math.prod(s) for s in shapes)
     read = bytes_of(log[:1], "source")
     assert (read["read"], read["read_again"]) == (2 * size, 0)  # gradients and parameters
-    # A sum in two parts and a peak, of each chunk and of each array.
+    # A sum in two parts, its scale and a peak, of each chunk and of each array.
     chunks = 2 * sum(math.ceil(math.prod(s) / CHUNK) for s in shapes)
-    assert bytes_of(log[:1], "chunk_sums")["written"] == 12 * chunks
-    assert bytes_of(log[1:2], "chunk_sums")["read"] == 12 * chunks
-    assert bytes_of(log[1:2], "array_sums_out")["written"] == 12 * 2 * len(shapes)
+    assert bytes_of(log[:1], "chunk_sums")["written"] == 16 * chunks
+    assert bytes_of(log[1:2], "chunk_sums")["read"] == 16 * chunks
+    assert bytes_of(log[1:2], "array_sums_out")["written"] == 16 * 2 * len(shapes)
     assert bytes_of(log[2:3], "measured_out")["written"] == 4 * (2 + 2 * len(shapes))
     squares = [np.square(np.array(g, np.float64)).sum() for g in training.gradients]
     exact = [math.sqrt(sum(squares)), 1.0]
@@ -583,8 +584,7 @@ def test_gradients_in_pieces_are_packed_for_their_norm_and_for_their_step():
     # A norm wants neighbours; a step reads any matrix as it is.
     packs = kernels.index("measure_chunks")
     assert kernels == (
-        ["pack_4"] * packs
-        + ["measure_chunks", "measure_arrays", "measure_finish", "sgd_step", "sgd_finish"]
+        ["pack_4"] * packs + ["measure_chunks", "measure_arrays", "measure_finish", "sgd_step"]
     )
     assert packs == 3
     exact = math.sqrt(sum(float(mx.square(g).sum()) for g in training.gradients))

@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("wide_without_alignment", KERNEL, "count == kQuad && (tensor.wide & kWideGradient)", "count == kQuad"),
     Mutant("never_wide", KERNEL, "count == kQuad && (tensor.wide & kWideArena)", "false"),
     Mutant("tile_of_another_width", PACKING, "tensor.columns, groups.tile_columns)", "tensor.columns, kTileColumns)"),
-    Mutant("count_bounds_the_loop", QUADS, "i < kQuad; ++i) {\n      if (i < count) {\n        to", "i < count; ++i) {\n      {\n        to"),
+    Mutant("count_bounds_the_loop", QUADS, "i < kQuad; ++i) {\n      if (i < count) {\n        values", "i < count; ++i) {\n      {\n        values"),
     Mutant("scalars_without_a_barrier", QUADS, "  threadgroup_barrier(mem_flags::mem_threadgroup);\n  SgdScalars", "  SgdScalars"),
     Mutant("scalars_of_three_threads", QUADS, "lane < kScalars)", "lane < kScalars - 1)"),
     # ---- The kernels: memory
@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant("no_address_space", KERNEL, "constant SgdTensor& tensor = ", "const SgdTensor& tensor = "),
     Mutant("not_ascii", KERNEL, "// The step on the GPU", "// The st\u00e9p on the GPU"),
     Mutant("division_as_it_comes", "csrc/math/portability.h", "return precise::divide(a, b);", "return a / b;"),
-    Mutant("given_is_constant", QUADS, "device const float* given", "constant float* given"),
+    Mutant("given_is_constant", KERNEL, "device const float* given [[buffer(kGivenBuffer)]],\n    // clang-format off", "constant float* given [[buffer(kGivenBuffer)]],\n    // clang-format off"),
     Mutant("slot_given_twice", "metal/sources.h", "X(5, 9)", "X(5, 8)"),
     # ---- The host: bindings
     Mutant("source_at_its_own_offset", SOURCES, "-source.offset()", "0"),
