@@ -191,20 +191,22 @@ constexpr uint32_t kF32 = bit_of(Type::float32), kF16 = bit_of(Type::float16),
                    kBF16 = bit_of(Type::bfloat16);
 constexpr uint32_t kFrame = kWeightDecay | kMaximize | kGradScale | kClipValue | kClipNorm |
     kSkipNonfinite | kTrustRatio | kGroups | kDecoupled;
+constexpr uint32_t kWithMomentum = kMomentum, kWithNesterov = kMomentum | kNesterov,
+                   kCorrected = kBiasCorrection, kCorrectedLargest = kBiasCorrection | kAmsgrad;
 constexpr Tested kTested[] = {
     tested<kSgd, float32, float32, kF32, 0>(),
-    tested<kSgd, bfloat16, bfloat16, kBF16, kMomentum | kNesterov | kWeightDecay>(),
-    tested<kSgd, float16, float16, kF16, kMomentum | kNesterov | kFrame | kCompensated>(),
-    tested<kSgd, bfloat16, float16, kF32, kMomentum | kCompensated | kStochastic | kAverage>(),
-    tested<kAdam, float32, float32, kF32, kBiasCorrection | kWeightDecay | kDecoupled>(),
-    tested<kAdam, float32, bfloat16, kF32 | kBF16, kBiasCorrection | kAmsgrad | kFrame>(),
+    tested<kSgd, bfloat16, bfloat16, kBF16, kWithNesterov | kWeightDecay>(),
+    tested<kSgd, float16, float16, kF16, kWithNesterov | kFrame | kCompensated>(),
+    tested<kSgd, bfloat16, float16, kF32, kWithMomentum | kCompensated | kStochastic | kAverage>(),
+    tested<kAdam, float32, float32, kF32, kCorrected | kWeightDecay | kDecoupled>(),
+    tested<kAdam, float32, bfloat16, kF32 | kBF16, kCorrectedLargest | kFrame>(),
     tested<kAdam, bfloat16, bfloat16, kBF16, kMaster | kSkipNonfinite>(),
     tested<
         kAdam,
         float16,
         float16,
         kF16,
-        kBiasCorrection | kAmsgrad | kFrame | kMaster | kStochastic | kAverage>(),
+        kCorrectedLargest | kFrame | kMaster | kStochastic | kAverage>(),
     tested<kAdamax, bfloat16, float32, kBF16, kMaster | kAverage | kGroups | kWeightDecay>(),
     tested<kLion, bfloat16, bfloat16, kBF16, kWeightDecay | kDecoupled | kStochastic>(),
     tested<kRmsprop, float16, float32, kAnyType, kClipNorm | kCompensated>(),
