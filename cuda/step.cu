@@ -32,9 +32,7 @@ struct StepKnown {
   /// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
   static constexpr bool may_have(int slot) { return has_slot(kRule, kMay, slot); }
   static constexpr uint32_t format_of_slot(int slot) {
-    return slot < kRuleSlots      ? kStateFormat
-        : slot == kCompensation   ? kFormat
-                                  : uint32_t(kFloat32);
+    return slot < kRuleSlots ? kStateFormat : slot == kCompensation ? kFormat : uint32_t(kFloat32);
   }
   /// Registers that a quad of everything takes.
   static constexpr uint32_t words() {
@@ -75,8 +73,7 @@ __device__ void compute_numbers(const Common& common, const Tensor& tensor, SgdH
   if (threadIdx.x != 0) {
     return;
   }
-  const SgdHyper hyper =
-      sgd_hyper_of(control, Known::kRule, step, scalars, common.measured);
+  const SgdHyper hyper = sgd_hyper_of(control, Known::kRule, step, scalars, common.measured);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }
@@ -176,8 +173,7 @@ __device__ void load(
     const Matrix& tensor,
     uint64_t at,
     uint32_t count) {
-  load<whole>(
-      quads.parameter, tensor.parameter, Known::kFormat, at - offset_of(tensor), 1, count);
+  load<whole>(quads.parameter, tensor.parameter, Known::kFormat, at - offset_of(tensor), 1, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const void* data = common.slots[slot].data;

@@ -101,7 +101,7 @@ inline ThreadSum sum_of_thread(
     device const float* given [[buffer(kGivenBuffer)]],
     device Squares* chunk_sums [[buffer(kChunkSumsBuffer)]],
     // clang-format off
-    SOURCES(SOURCE_ARGUMENT)
+    LATER_BUFFERS(SOURCE_ARGUMENT)
     // clang-format on
     uint32_t block [[threadgroup_position_in_grid]],
     uint32_t lane [[thread_position_in_threadgroup]],
@@ -110,8 +110,8 @@ inline ThreadSum sum_of_thread(
   threadgroup uint32_t peaks[kMostThreads];
 
   constant MeasuredArray& array = table.arrays[array_of_block(table, block)];
-  device const char* elements = source0;
-  switch (array.source) { SOURCES(TAKE_ELEMENTS) }
+  device const char* elements = buffer1;
+  switch (array.source) { LATER_BUFFERS(TAKE_ELEMENTS) }
   elements += array.begin;
 
   const SgdHyper hyper = sgd_gradient_hyper(control, step[0], given);

@@ -12,11 +12,13 @@ enum : uint32_t {
   kChunkThreads = 8,
   kChunkQuads = 4, // of lanes, a thread
   kMaxArrays = 120,
+  kMeasuredSources = 26, // buffers of a dispatch in which arrays lie
 };
 
-/// Buffer slots; the first four are SgdBuffer's, as are the sources of measure_chunks.
+/// Buffer slots; the first four are SgdBuffer's.
 enum MeasureBuffer : uint32_t {
   kChunkSumsBuffer = 4, // measure_chunks writes them, measure_arrays reads them
+  kFirstMeasuredBuffer = 5, // of measure_chunks
   // Of measure_arrays:
   kFirstChunksBuffer = 0,
   kArraySumsOutBuffer = 1,

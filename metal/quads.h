@@ -7,9 +7,12 @@
 using namespace fused_math;
 using namespace fused_metal;
 
+// Of a constant trip count: a vector or an array that no variable indexes stays in registers.
+#define UNROLLED _Pragma("clang loop unroll(full)")
+
 // ---- Where a thread works ------------------------------------------------------
 
-constant uint32_t tile_columns [[function_constant(7)]];
+constant uint32_t tile_columns [[function_constant(5)]];
 
 /// The last tensor that starts at or before `block`.
 inline uint32_t tensor_of_block(constant SgdTable& table, uint32_t block) {
@@ -74,17 +77,17 @@ inline SgdScalars scalars_of_threadgroup(
     threadgroup float* scalars,
     uint32_t lane) {
   if (lane < kScalars) {
-    scalars[lane] = sgd_full_scalar(control, lane, step, given);
+    scalars[lane] = sgd_scalar(control, lane, step, given);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return {{scalars[0], scalars[1], scalars[2], scalars[3]}};
+  SgdScalars all;
+  UNROLLED for (int i = 0; i < kScalars; ++i) { all.of[i] = scalars[i]; }
+  return all;
 }
 
 // ---- Memory --------------------------------------------------------------------
 //
-// Loops over a quad have kQuad turns, conditions inside, and are unrolled: a vector that
-// no variable indexes stays in registers.
-#define UNROLLED _Pragma("clang loop unroll(full)")
+// Loops over a quad have kQuad turns, and conditions inside.
 
 /// `count` elements as float32, in one access where `wide`; the rest are zero.
 template <typename T>

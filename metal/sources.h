@@ -1,17 +1,30 @@
-// The buffers of parameters and gradients, in whatever way they are spread: one
-// arena and a buffer a gradient, or a buffer for each of both. (number, slot)
+// The buffers of a dispatch that are told apart by number: bytes, as what lies in which one
+// differs from step to step (metal/table.h). (number, slot)
 #pragma once
 
+#include "math/portability.h"
+
 // clang-format off
-#define SOURCES(X)                                                             \
-  X(0, 7) X(1, 8) X(2, 9) X(3, 10) X(4, 11) X(5, 12) X(6, 13) X(7, 14)         \
-  X(8, 15) X(9, 16) X(10, 17) X(11, 18) X(12, 19) X(13, 20) X(14, 21) X(15, 22) \
-  X(16, 23) X(17, 24) X(18, 25) X(19, 26) X(20, 27) X(21, 28) X(22, 29) X(23, 30)
-#define FULL_SOURCES(X)                                                        \
-  X(0, 15) X(1, 16) X(2, 17) X(3, 18) X(4, 19) X(5, 20) X(6, 21) X(7, 22)      \
-  X(8, 23) X(9, 24) X(10, 25) X(11, 26) X(12, 27) X(13, 28) X(14, 29) X(15, 30)
-#define SOURCE_ARGUMENT(i, slot) device const char* source##i [[buffer(slot)]],
-#define TAKE_PARAMETER(i, slot) case i: parameters = source##i; break;
-#define TAKE_GRADIENT(i, slot) case i: gradients = source##i; break;
-#define TAKE_ELEMENTS(i, slot) case i: elements = source##i; break;
+#define LATER_BUFFERS(X)                                                        \
+  X(1, 5) X(2, 6) X(3, 7) X(4, 8) X(5, 9) X(6, 10) X(7, 11) X(8, 12) X(9, 13)   \
+  X(10, 14) X(11, 15) X(12, 16) X(13, 17) X(14, 18) X(15, 19) X(16, 20) X(17, 21) \
+  X(18, 22) X(19, 23) X(20, 24) X(21, 25) X(22, 26) X(23, 27) X(24, 28) X(25, 29) X(26, 30)
+#define BUFFERS(X) X(0, 4) LATER_BUFFERS(X)
+#define BUFFER_ARGUMENT(i, slot) device char* buffer##i [[buffer(slot)]],
+#define SOURCE_ARGUMENT(i, slot) device const char* buffer##i [[buffer(slot)]],
+#define BUFFER_FIELD(i, slot) device char* of##i;
+#define BUFFER_NAME(i, slot) buffer##i,
+#define BUFFER_OF_NUMBER(i, slot) case i: return buffers.of##i;
+#define TAKE_ELEMENTS(i, slot) case i - 1: elements = buffer##i; break;
 // clang-format on
+
+struct Buffers {
+  BUFFERS(BUFFER_FIELD)
+};
+
+/// A switch, not an array: arrays of pointers that are indexed live in memory. Of a number
+/// that is known where the kernel is compiled, nothing is left of it.
+inline device char* buffer_of(Buffers buffers, uint32_t number) {
+  switch (number) { BUFFERS(BUFFER_OF_NUMBER) }
+  return buffers.of0;
+}

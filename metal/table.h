@@ -2,15 +2,15 @@
 // (csrc/metal/dispatch.cpp) and passes by value, and the numbers both sides use.
 #pragma once
 
-#include "math/portability.h"
+#include "math/frame.h"
 
 namespace fused_metal {
 
 enum : uint32_t {
-  // Metal has 31 buffer slots a dispatch: 7 fixed ones, and the rest for the
-  // buffers in which parameters and gradients lie. The full step has 15 fixed ones.
-  kSources = 24,
-  kFullSources = 16,
+  // Metal has 31 buffer slots a dispatch: four for the numbers of a step, and the rest
+  // for what it has of outputs and slots, and for sources: the buffers in which parameters
+  // and gradients lie.
+  kBuffers = 27,
   // The table must fit the 4 KiB that Metal takes by value.
   kMaxTensors = 48,
   // Threads of a threadgroup: a multiple of every tile's lanes and of the SIMD width,
@@ -36,21 +36,36 @@ enum SgdBuffer : uint32_t {
   kTableBuffer = 1,
   kStepBuffer = 2,
   kGivenBuffer = 3,
-  // Of sgd_step:
-  kParameterOutBuffer = 4,
-  kVelocityBuffer = 5,
-  kVelocityOutBuffer = 6,
-  kFirstSourceBuffer = 7,
-  // Of sgd_full:
+  kFirstBuffer = 4, // of sgd_step: kBuffers of them, see below
+  // Of sgd_finish:
   kMeasuredBuffer = 4,
-  kGroupsBuffer = 5,
-  kFullParameterOutBuffer = 6,
-  kFirstSlotBuffer = 7, // of SgdSlot i: 2 * i in, 2 * i + 1 out
-  kFirstFullSourceBuffer = 15,
-  // Of sgd_finish, beside kMeasuredBuffer:
   kStepOutBuffer = 5,
   kUsedOutBuffer = 6,
 };
+
+// The places of a step's buffers, counted from kFirstBuffer. Only what a step has takes
+// one, and all other places are sources. Known where a kernel is compiled.
+
+enum : uint32_t { kParameterOutPlace = 0 };
+
+/// Of what a slot was; what it becomes is in the next place.
+MATH_FN uint32_t slot_place(uint32_t rule, uint32_t flags, int slot) {
+  uint32_t place = kParameterOutPlace + 1;
+  for (int before = 0; before < fused_math::kSlots; ++before) {
+    place += before < slot && fused_math::has_slot(rule, flags, before) ? 2 : 0;
+  }
+  return place;
+}
+MATH_FN uint32_t measured_place(uint32_t rule, uint32_t flags) {
+  return slot_place(rule, flags, fused_math::kSlots);
+}
+MATH_FN uint32_t groups_place(uint32_t rule, uint32_t flags) {
+  return measured_place(rule, flags) + (flags & fused_math::kMeasuredFlags ? 1 : 0);
+}
+/// The first source.
+MATH_FN uint32_t source_place(uint32_t rule, uint32_t flags) {
+  return groups_place(rule, flags) + (flags & fused_math::kGroups ? 1 : 0);
+}
 
 enum SgdWide : uint32_t {
   kWideArena = 1, // parameter, slots and all outputs are aligned to a quad
@@ -61,7 +76,7 @@ enum SgdWide : uint32_t {
 struct SgdTensor {
   uint64_t size; // elements
   uint64_t gap; // elements behind it that become zero
-  uint64_t offset; // elements, in the arenas of momentum and of outputs
+  uint64_t offset; // elements, in the arenas of slots and of outputs
   uint64_t parameter; // bytes, in its source
   uint64_t gradient; // bytes, in its source
   int64_t row_stride; // of the gradient, in elements; without columns unused
@@ -71,9 +86,8 @@ struct SgdTensor {
   uint16_t parameter_source;
   uint16_t gradient_source;
   uint16_t wide; // SgdWide
-  // Only the full step reads these.
-  uint16_t flags; // its own SgdFlags
-  uint32_t group; // its row of SgdGroup
+  uint16_t flags; // its own SgdFlags, read with kGroups
+  uint32_t group; // likewise: its row of SgdGroup
   uint32_t number; // in the layout: of its pair of norms
 };
 

@@ -1,15 +1,18 @@
-"""The full step and the measurement on a real GPU, to the bit of the CPU backend.
+"""Every rule and every option on a real GPU, and the measurement, to the bit of the CPU backend.
 
-At the extension's interface, so that every combination can be had.
+At the extension's interface, so that every combination can be had. A variant of a kernel takes
+half a second to compile: dtypes of gradients and of the state come in turn.
 """
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from mlx_fused_optim import _ext
+from full_cases import GROUPS
+from full_step import Full, first_state, full_step, layout_of
 from test_cuda import (
     DTYPES,
     GPU,
@@ -22,132 +25,87 @@ from test_cuda import (
     strided_cases,
 )
 
-NUMBERS = dict(
-    learning_rate=0.1,
-    momentum=0.9,
-    weight_decay=0.01,
-    grad_scale=4.0,
-    dampening=0.25,
-    clip_value=0.2,
-    clip_norm=2.0,
-    trust_coefficient=0.05,
-    ema_decay=0.9,
-    seed=12345,
-    state_dtype=None,
-    groups=None,
-    group_numbers=None,
-    skipped=None,
-)
-SCALARS = ("learning_rate", "weight_decay", "grad_scale", "momentum", "dampening")
+MOMENTUM = Full(momentum=0.9, dampening=0.25)
+NESTEROV = Full(momentum=0.9, nesterov=True)
+CLIPS = dict(grad_scale=4.0, clip_value=0.2, clip_norm=2.0)
+AT_RANDOM = dict(stochastic=True, seed=12345)
+AVERAGE = dict(ema_decay=0.9)
+FRAME = dict(**CLIPS, weight_decay=0.01, skip_nonfinite=True, trust_coefficient=0.05)
+ALL = dict(**FRAME, **AT_RANDOM, **AVERAGE, maximize=True, decoupled=True, master_weights=True)
+ALL_COMPENSATED = dict(**FRAME, **AT_RANDOM, **AVERAGE, compensated=True)
 OPTIONS = {
-    "maximize": "maximize",
-    "scaled": "grad_scale",
-    "clipped by value": "clip_value momentum",
-    "clipped by norm": "clip_norm momentum nesterov",
-    "scaled and clipped": "grad_scale clip_value clip_norm momentum",
-    "skips": "skip_nonfinite momentum",
-    "trust ratio": "trust_ratio weight_decay momentum",
-    "trust ratio, decoupled": "trust_ratio weight_decay decoupled momentum clip_norm",
-    "decoupled": "weight_decay decoupled momentum nesterov",
-    "masters": "master_weights momentum weight_decay",
-    "compensated": "compensated momentum weight_decay",
-    "stochastic": "stochastic momentum weight_decay",
-    "stochastic, masters": "stochastic master_weights momentum",
-    "averaged": "ema",
-    "averaged masters": "ema master_weights momentum",
-    "averaged, compensated": "ema compensated momentum",
-    "all": "momentum nesterov weight_decay decoupled maximize grad_scale clip_value clip_norm "
-    "skip_nonfinite trust_ratio master_weights stochastic ema",
-    "all, compensated": "momentum weight_decay grad_scale clip_value clip_norm skip_nonfinite "
-    "trust_ratio compensated stochastic ema",
+    "nothing": Full(),
+    "maximize": Full(maximize=True),
+    "scaled": Full(grad_scale=4.0),
+    "clipped by value": replace(MOMENTUM, clip_value=0.2),
+    "clipped by norm": replace(NESTEROV, clip_norm=2.0),
+    "scaled and clipped": replace(MOMENTUM, **CLIPS),
+    "skips": replace(MOMENTUM, skip_nonfinite=True),
+    "trust ratio": replace(MOMENTUM, trust_coefficient=0.05, weight_decay=0.01),
+    "trust ratio, decoupled": replace(
+        MOMENTUM, trust_coefficient=0.05, weight_decay=0.01, decoupled=True, clip_norm=2.0
+    ),
+    "decoupled": replace(NESTEROV, weight_decay=0.01, decoupled=True),
+    "masters": replace(MOMENTUM, master_weights=True, weight_decay=0.01),
+    "compensated": replace(MOMENTUM, compensated=True, weight_decay=0.01),
+    "stochastic": replace(MOMENTUM, weight_decay=0.01, **AT_RANDOM),
+    "stochastic, masters": replace(MOMENTUM, master_weights=True, **AT_RANDOM),
+    "averaged": Full(**AVERAGE),
+    "averaged masters": replace(MOMENTUM, master_weights=True, **AVERAGE),
+    "averaged, compensated": replace(MOMENTUM, compensated=True, **AVERAGE),
+    "all": replace(NESTEROV, **ALL),
+    "all, compensated": replace(MOMENTUM, **ALL_COMPENSATED),
 }
 
 # What is kept of each element, in every way that takes different code.
 KERNELS = ["clipped by norm", "masters", "compensated", "stochastic", "all", "all, compensated"]
 
-
-def flags_of(names):
-    bits = {**_ext.FLAGS, **_ext.RULES[0]["flags"]}
-    return sum(bits[name] for name in names.split())
-
-
-def layout_of(parameters):
-    return _ext.Layout(_ext.Tree(parameters, parameters, "test"))
-
-
-def empty_slots(layout, names, state_dtype):
-    """Zeros for every slot that a step of these options has."""
-    names = names.split()
-    half = [a for a in layout.arenas if a[0] != mx.float32]
-    return [
-        [mx.zeros(a[1], state_dtype or a[0]) for a in layout.arenas if "momentum" in names],
-        [],
-        [],
-        [mx.zeros(a[1], mx.float32) for a in half if "master_weights" in names],
-        [mx.zeros(a[1], a[0]) for a in half if "compensated" in names],
-        [mx.zeros(a[1], mx.float32) for a in layout.arenas if "ema" in names],
-    ]
+RULES = {
+    "adam": Full("adam"),
+    "adam, corrected": Full("adam", bias_correction=True),
+    "adam, amsgrad": Full("adam", bias_correction=True, amsgrad=True),
+    **{rule: Full(rule) for rule in ("adamax", "lion", "rmsprop", "adagrad", "adadelta")},
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def step_once(parameters, gradients, slots, step, names, **numbers):
-    """(parameters, slots, step, used, measured or None, skipped or None)"""
-    options = {**NUMBERS, **numbers}
-    scalars = [options.pop(name) for name in SCALARS]
-    return _ext.fused_step(
-        _ext.Tree(gradients, parameters, "test"),
-        layout_of(parameters),
-        slots,
-        step,
-        _ext.Options(rule=0, scalars=scalars, flags=flags_of(names), **options),
-    )
+def everything(parameters, state):
+    """All that a step gives, as one list."""
+    told = [x for x in state[1:] if x is not None]
+    return [*parameters, *itertools.chain(*state.slots), *told]
 
 
-def run(device, parameters, gradients, names, steps=3, evaluate_each=True, **numbers):
+def run(device, parameters, gradients, options, steps=3, evaluate_each=True, rate=0.1, **scalars):
     """Everything that there is after some steps."""
     previous = mx.default_device()
     mx.set_default_device(device)
     try:
         parameters = copied(parameters)
-        slots = empty_slots(layout_of(parameters), names, numbers.get("state_dtype"))
-        step, skipped = mx.array(7, mx.uint64), mx.array(2, mx.uint64)
-        mx.eval(parameters, slots, step, skipped)
+        state = first_state(options, parameters, step=7)
+        mx.eval(everything(parameters, state))
         for _ in range(steps):
-            parameters, slots, step, used, measured, skipped = step_once(
-                parameters, gradients(), slots, step, names, **{**numbers, "skipped": skipped}
-            )
+            parameters, state = full_step(options, parameters, gradients(), state, rate, **scalars)
             if evaluate_each:
-                mx.eval(parameters, slots, step)
-        result = [*parameters, *itertools.chain(*slots), step]
-        result += [] if used is None else [used]
-        result += [] if measured is None else [measured, skipped]
+                mx.eval(everything(parameters, state))
+        result = everything(parameters, state)
         mx.eval(result)
         return result
     finally:
         mx.set_default_device(previous)
 
 
-def assert_devices_agree(parameters, gradients, names, **more):
-    got = run(GPU, parameters, gradients, names, **more)
-    assert_same(got, run(mx.cpu, parameters, gradients, names, **more))
+def assert_devices_agree(parameters, gradients, options, **more):
+    got = run(GPU, parameters, gradients, options, **more)
+    assert_same(got, run(mx.cpu, parameters, gradients, options, **more))
     return got
 
 
-def groups_of(tensors, names):
-    """Three groups of different numbers and flags, in turn."""
-    tensor_flags = ["momentum", "nesterov", "weight_decay", "trust_ratio"]
-    own = [name for name in names.split() if name in tensor_flags]
-    flags = [flags_of(" ".join(own)), flags_of(" ".join(own[1:])), 0]
-    numbers = np.zeros((3, _ext.GROUP_NUMBERS), np.float32)
-    # Learning rate, weight decay, trust coefficient, momentum and 1 - momentum, dampening.
-    numbers[:, :13] = [
-        [1, 0, 1, 0, 0.05, 1, 0, 0, 0, 1, 0, 0, 0],
-        [0.1, 0, 2, 0.001, 0.01, 0, 0.8, 0, 0.2, 1, 0, 0, 0],
-        [0, 0.03, 1, 0, 1, 1, -0.1, 0, 0.1, 1, 0, 0, 0],
-    ]
-    return dict(
-        groups=_ext.Groups([t % 3 for t in range(tensors)], flags),
-        group_numbers=mx.array(numbers),
-    )
+def in_turn(number, dtype):
+    """A dtype of gradients, and one of the state or None."""
+    gradients = [dtype, mx.float32, mx.bfloat16, mx.float16]
+    states = [None, "float32", "bfloat16", "float16", None]
+    return gradients[number % 4], states[number % 5]
 
 
 def flat_tensors(dtype, gradient_dtype):
@@ -156,33 +114,62 @@ def flat_tensors(dtype, gradient_dtype):
     return parameters, lambda: gradients
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
-def test_every_option_has_the_bits_of_the_cpu(names, dtype):
-    for gradient_dtype, state_dtype in itertools.product(DTYPES, [None, *DTYPES]):
+@every_dtype
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_has_the_bits_of_the_cpu(name, dtype):
+    number = list(OPTIONS).index(name) + DTYPES.index(dtype)
+    for gradient_dtype, state_dtype in ((dtype, None), in_turn(number, dtype)):
         parameters, gradients = flat_tensors(dtype, gradient_dtype)
-        assert_devices_agree(parameters, gradients, names, state_dtype=state_dtype)
-        if "momentum" not in names.split():
-            break
+        options = replace(OPTIONS[name], state_dtype=state_dtype)
+        assert_devices_agree(parameters, gradients, options)
+
+
+@every_dtype
+@every_rule
+def test_every_rule_has_the_bits_of_the_cpu(rule, dtype):
+    """With the frame's code for each way to keep an element, in turn."""
+    number = list(RULES.values()).index(rule) + DTYPES.index(dtype)
+    kept = [dict(weight_decay=0.01), ALL, dict(master_weights=True), ALL_COMPENSATED, AT_RANDOM]
+    cases = [({}, dtype, None), (kept[number % len(kept)], *in_turn(number, dtype))]
+    for options, gradient_dtype, state_dtype in cases:
+        parameters, gradients = flat_tensors(dtype, gradient_dtype)
+        options = replace(rule, state_dtype=state_dtype, **options)
+        assert_devices_agree(parameters, gradients, options)
+
+
+@every_dtype
+@every_rule
+def test_every_rule_with_arrays_that_are_not_contiguous(rule, dtype):
+    number = list(RULES.values()).index(rule) + DTYPES.index(dtype)
+    gradient_dtype, state_dtype = in_turn(number, dtype)
+    assert_any_way_to_lie(dtype, gradient_dtype, replace(rule, state_dtype=state_dtype))
+
+
+def assert_any_way_to_lie(dtype, gradient_dtype, options):
+    """All ways to lie in memory at once; the gradients are made on the device that steps."""
+    parameters = [p for p, _ in strided_cases(dtype, gradient_dtype)]
+    assert_devices_agree(
+        parameters,
+        lambda: [g for _, g in strided_cases(dtype, gradient_dtype)],
+        options,
+        steps=2,
+    )
 
 
 @pytest.mark.parametrize("dtype, gradient_dtype", list(itertools.product(DTYPES, DTYPES)), ids=str)
-@pytest.mark.parametrize("names", [*(OPTIONS[name] for name in KERNELS), "ema"])
-def test_arrays_that_are_not_contiguous(names, dtype, gradient_dtype):
-    """All ways to lie in memory at once; the gradients are made on the device that steps."""
-    parameters = [p for p, _ in strided_cases(dtype, gradient_dtype)]
-    for state_dtype in (None, mx.float32):
-        assert_devices_agree(
-            parameters,
-            lambda: [g for _, g in strided_cases(dtype, gradient_dtype)],
-            names,
-            steps=2,
-            state_dtype=state_dtype,
-        )
+def test_every_pair_of_dtypes_that_is_not_contiguous(dtype, gradient_dtype):
+    assert_any_way_to_lie(dtype, gradient_dtype, replace(OPTIONS["masters"], **AVERAGE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("name", KERNELS)
+def test_arrays_that_are_not_contiguous(name, dtype):
+    for state_dtype in (None, "float32") if dtype != mx.float32 else (None,):
+        assert_any_way_to_lie(dtype, dtype, replace(OPTIONS[name], state_dtype=state_dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize("name", [*KERNELS, *RULES])
 def test_numbers_at_which_formats_end(name, dtype):
     """To the bit, but for which NaN it is: that is the processor's."""
     special = [0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 6e-8, -3e-5, 65504, 65520, -3.4e38]
@@ -194,84 +181,111 @@ def test_numbers_at_which_formats_end(name, dtype):
         gradients = [mx.tile(values, n), mx.repeat(values, n), random((n * n,), dtype, 2)]
         mx.eval(parameters, gradients)
     # A norm of these would make everything NaN.
-    measured = {"clip_norm", "skip_nonfinite", "trust_ratio"}
-    names = " ".join({*OPTIONS[name].split(), "maximize"} - measured)
-    for state_dtype in (None, mx.float32):
-        more = dict(state_dtype=state_dtype)
-        got = run(GPU, parameters, lambda: gradients, names, **more)
-        want = run(mx.cpu, parameters, lambda: gradients, names, **more)
-        for a, b in zip(got, want, strict=True):
-            nan = np.isnan(np.array(b.astype(mx.float32)))
-            np.testing.assert_array_equal(np.isnan(np.array(a.astype(mx.float32))), nan)
-            np.testing.assert_array_equal(bits(a)[~nan], bits(b)[~nan])
+    measured = dict(clip_norm=None, skip_nonfinite=False, trust_coefficient=None)
+    options = replace({**OPTIONS, **RULES}[name], maximize=True, **measured)
+    got = run(GPU, parameters, lambda: gradients, options)
+    want = run(mx.cpu, parameters, lambda: gradients, options)
+    for a, b in zip(got, want, strict=True):
+        if a.dtype == mx.uint64:
+            assert a.item() == b.item()
+            continue
+        nan = np.isnan(np.array(b.astype(mx.float32)))
+        np.testing.assert_array_equal(np.isnan(np.array(a.astype(mx.float32))), nan)
+        np.testing.assert_array_equal(bits(a)[~nan], bits(b)[~nan])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*KERNELS, "decoupled", "trust ratio"])
+@every_dtype
+@pytest.mark.parametrize("name", [*KERNELS, "decoupled", "trust ratio", *RULES])
 def test_groups(name, dtype):
     parameters, gradients = flat_tensors(dtype, mx.float32)
-    names = OPTIONS[name] + " groups"
-    for state_dtype in (None, mx.float32):
-        more = dict(state_dtype=state_dtype, **groups_of(len(SIZES), names))
-        assert_devices_agree(parameters, gradients, names, **more)
+    options = {**OPTIONS, **RULES}[name]
+    state_dtype = in_turn(len(name), dtype)[1]
+    options = replace(options, groups=GROUPS, state_dtype=state_dtype)
+    assert_devices_agree(parameters, gradients, options)
 
 
 def test_dtypes_side_by_side():
     """An arena of each: the norm is of all, and slots are where there is a use for them."""
     parameters = [random((n,), DTYPES[i % 3], n) for i, n in enumerate(SIZES)]
     gradients = [random((n,), DTYPES[i % 2], 1000 + n) for i, n in enumerate(SIZES)]
-    for names in OPTIONS.values():
-        assert_devices_agree(parameters, lambda: gradients, names)
+    for options in (*OPTIONS.values(), replace(RULES["adam, corrected"], **ALL)):
+        assert_devices_agree(parameters, lambda: gradients, options)
 
 
 def test_scheduled_and_given_numbers():
     parameters, gradients = flat_tensors(mx.bfloat16, mx.bfloat16)
     schedule = optim.exponential_decay(0.5, 0.9)._device
-    names = OPTIONS["all"]
     for numbers in (
         dict(grad_scale=schedule),
         dict(grad_scale=mx.array(8.0)),
-        dict(learning_rate=mx.array(0.2), momentum=schedule, weight_decay=mx.array(0.1)),
+        dict(rate=mx.array(0.2), momentum=schedule, weight_decay=mx.array(0.1)),
     ):
-        assert_devices_agree(parameters, gradients, names, **numbers)
+        assert_devices_agree(parameters, gradients, OPTIONS["all"], **numbers)
+    adam = RULES["adam, corrected"]
+    for numbers in (
+        dict(rate=schedule, beta1=schedule, beta2=schedule, eps=schedule),
+        dict(beta1=mx.array(0.8), beta2=mx.array(0.95)),
+    ):
+        assert_devices_agree(parameters, gradients, adam, **numbers)
+
+
+def test_corrections_of_late_steps():
+    """From the first to beyond what a float32 counts."""
+    parameters, gradients = flat_tensors(mx.float32, mx.float32)
+    for step in (0, 1, 1000, 2**24 + 1, 2**40):
+        results = []
+        for device in (GPU, mx.cpu):
+            with mx.stream(device):
+                own = copied(parameters)
+                state = first_state(RULES["adam, corrected"], own, step=step)
+                results.append(
+                    everything(*full_step(RULES["adam, corrected"], own, gradients(), state, 0.1))
+                )
+                mx.eval(results[-1])
+        assert_same(*results)
 
 
 def test_more_tensors_than_a_launch_holds():
     rng = np.random.default_rng(0)
-    shapes = [(int(n),) for n in rng.integers(0, 300, 2500)] + [(70000,), (17, 9)]
+    shapes = [(int(n),) for n in rng.integers(0, 300, 2500)] + [(70000,), (17, 9), (40, 16)]
     parameters = [random(s, mx.bfloat16, i) for i, s in enumerate(shapes)]
     gradients = [random(s, mx.bfloat16, 5000 + i) for i, s in enumerate(shapes)]
-    gradients[-1] = random((9, 17)).T
-    names = OPTIONS["all"] + " groups"
-    assert_devices_agree(
-        parameters, lambda: gradients, names, steps=2, **groups_of(len(shapes), names)
-    )
+    gradients[-2] = random((9, 17)).T
+    gradients[-1] = random((16, 40)).T
+    for options in (OPTIONS["all"], RULES["adam, amsgrad"]):
+        options = replace(options, groups=GROUPS)
+        assert_devices_agree(parameters, lambda: gradients, options, steps=2)
 
 
 def test_arenas_of_the_state_that_are_not_contiguous():
-    parameters = [random((n,), mx.bfloat16, n) for n in (5, 70, 4097)]
-    gradients = [random((n,), mx.bfloat16, n + 1) for n in (5, 70, 4097)]
-    names = OPTIONS["averaged masters"]
+    parameters = [random((n,), mx.bfloat16, n) for n in (5, 70, 4097)] + [
+        random((16, 24), mx.bfloat16)
+    ]
+    gradients = [random((n,), mx.bfloat16, n + 1) for n in (5, 70, 4097)] + [
+        random((24, 16), mx.bfloat16).T
+    ]
 
-    def step(device):
+    def step(device, options):
         with mx.stream(device):
             own = copied(parameters)
-            slots = empty_slots(layout_of(own), names, mx.float32)
-            (size,) = slots[0][0].shape
+            state = first_state(options, own)
+            (size,) = state.slots[0][0].shape
             wide = mx.array(np.arange(2 * size, dtype=np.float32) % 13)
-            slots[0] = [wide[::2]]
-            new, slots, *_ = step_once(
-                own, gradients, slots, mx.array(0, mx.uint64), names, state_dtype=mx.float32
-            )
-            mx.eval(new, slots)
+            state.slots[0][0] = wide[::2]
+            new, state = full_step(options, own, gradients, state, 0.1)
+            mx.eval(new, state.slots)
             # What is between the tensors is not zero here, and becomes so.
-            ranges = ((0, 5), (128, 198), (256, 4353))
-            return [*new, *[arena[0][a:b] for arena in (slots[0], slots[3]) for a, b in ranges]]
+            ((_, _, _, offsets),) = layout_of(parameters).arenas
+            ends = [(begin, begin + p.size) for begin, p in zip(offsets, parameters, strict=True)]
+            slots = [arena for arenas in state.slots for arena in arenas]
+            return [*new, *[arena[a:b] for arena in slots for a, b in ends]]
 
-    assert_same(step(GPU), step(mx.cpu))
+    for options in (OPTIONS["averaged masters"], RULES["adam"]):
+        options = replace(options, state_dtype="float32")
+        assert_same(step(GPU, options), step(mx.cpu, options))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_norms_have_the_bits_of_the_cpu(dtype):
     """Around chunks, and with more chunks than a fold has lanes; in every order."""
     sizes = [*SIZES, 2047, 2048, 2049, 1024 * 2048, 1025 * 2048 + 1, 3 << 20]
@@ -280,78 +294,87 @@ def test_norms_have_the_bits_of_the_cpu(dtype):
     for p, g in strided_cases(dtype, dtype):
         parameters.append(p)
         gradients.append(g)
-    for names in ("trust_ratio", "trust_ratio grad_scale clip_value", "clip_norm skip_nonfinite"):
-        got = assert_devices_agree(parameters, lambda: gradients, names, steps=1)
-        measured = got[-2]
-        assert measured.size == (2 + 2 * len(parameters) if "trust" in names else 2)
+    for options in (
+        Full(trust_coefficient=0.05),
+        Full(trust_coefficient=0.05, grad_scale=4.0, clip_value=0.2),
+        Full(clip_norm=2.0, skip_nonfinite=True),
+    ):
+        got = assert_devices_agree(parameters, lambda: gradients, options, steps=1)
+        measured = got[-1]
+        is_ratio = options.trust_coefficient is not None
+        assert measured.size == (2 + 2 * len(parameters) if is_ratio else 2)
     total = sum((np.array(g.astype(mx.float32)).astype(np.float64) ** 2).sum() for g in gradients)
     assert measured[0].item() == pytest.approx(np.sqrt(total), rel=8e-7)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("held", [False, True], ids=["in place", "held"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kept", ["master_weights ema stochastic", "master_weights", "stochastic"])
+@every_dtype
+@pytest.mark.parametrize(
+    "kept",
+    [
+        replace(MOMENTUM, master_weights=True, **AVERAGE, **AT_RANDOM),
+        replace(MOMENTUM, master_weights=True),
+        replace(MOMENTUM, **AT_RANDOM),
+        Full("adam", bias_correction=True, amsgrad=True),
+    ],
+    ids=["all", "masters", "stochastic", "adam"],
+)
 def test_a_skipped_step_changes_nothing(kept, dtype, held, bad):
-    names = f"momentum skip_nonfinite clip_norm {kept}"
+    options = replace(kept, skip_nonfinite=True, clip_norm=2.0)
     parameters, gradients = flat_tensors(dtype, mx.float32)
-    slots = empty_slots(layout_of(parameters), names, None)
-    step = mx.array(4, mx.uint64)
-    parameters, slots, step, _, _, skipped = step_once(parameters, gradients(), slots, step, names)
-    mx.eval(parameters, slots, step, skipped)
-    before = [bits(a) for a in [*parameters, *itertools.chain(*slots)]]
+    state = first_state(options, parameters, step=4)
+    parameters, state = full_step(options, parameters, gradients(), state, 0.1)
+    mx.eval(everything(parameters, state))
+    before = [bits(a) for a in [*parameters, *itertools.chain(*state.slots)]]
     poisoned = list(gradients())
     poisoned[-1] = mx.where(mx.arange(SIZES[-1]) == 4097, bad, poisoned[-1])
-    keep = (parameters, slots) if held else None
-    parameters, slots, step, used, measured, skipped = step_once(
-        parameters, poisoned, slots, step, names, skipped=skipped
-    )
-    mx.eval(parameters, slots, step, used, measured, skipped, keep)
-    for a, b in zip([*parameters, *itertools.chain(*slots)], before, strict=True):
+    keep = everything(parameters, state) if held else None
+    parameters, state = full_step(options, parameters, poisoned, state, 0.1)
+    mx.eval(everything(parameters, state), keep)
+    for a, b in zip([*parameters, *itertools.chain(*state.slots)], before, strict=True):
         np.testing.assert_array_equal(bits(a), b)
-    assert (step.item(), skipped.item(), measured[1].item()) == (5, 1, 0)
+    assert (state.step.item(), state.skipped.item(), state.measured[1].item()) == (5, 1, 0)
 
 
-def test_gaps_of_fresh_memory_are_zero():
+@pytest.mark.parametrize(
+    "kept",
+    [replace(MOMENTUM, compensated=True), Full("adam", amsgrad=True, bias_correction=True)],
+    ids=["sgd", "adam"],
+)
+def test_gaps_of_fresh_memory_are_zero(kept):
     trash = [mx.full((1 << 18,), 7.0) for _ in range(12)]
     mx.eval(trash)
     del trash  # the step's memory comes from what these leave in the cache
-    names = "momentum compensated ema stochastic skip_nonfinite"
+    options = replace(kept, skip_nonfinite=True, state_dtype="float32", **AVERAGE, **AT_RANDOM)
     for apply in (True, False):
-        shapes = [(1,), (65,), (4097,), (70001,), (9, 7), (3, 5, 7)]
+        shapes = [(1,), (65,), (4097,), (70001,), (12, 4), (9, 7), (3, 5, 7)]
         parameters = [random(s, mx.bfloat16) for s in shapes]
         gradients = [p * (1 if apply else np.inf) for p in parameters]
+        gradients[-3] = (parameters[-3] * 1).reshape(4, 12).T
         gradients[-2] = (parameters[-2] * 1).reshape(7, 9).T
         gradients[-1] = (parameters[-1] * 1).reshape(7, 5, 3).transpose(2, 1, 0)
-        layout = layout_of(parameters)
-        slots = empty_slots(layout, names, mx.float32)
-        _, new, *_ = step_once(
-            parameters,
-            gradients,
-            slots,
-            mx.array(0, mx.uint64),
-            names,
-            state_dtype=mx.float32,
-        )
-        mx.eval(new, slots)  # the old are held: all memory is fresh
-        ((_, _, _, offsets),) = layout.arenas
-        for arena in itertools.chain(*new):
+        state = first_state(options, parameters)
+        _, new = full_step(options, parameters, gradients, state, 0.1)
+        mx.eval(new.slots, state.slots)  # the old are held: all memory is fresh
+        ((_, _, _, offsets),) = layout_of(parameters).arenas
+        for arena in itertools.chain(*new.slots):
             values = np.array(arena.astype(mx.float32))
             for offset, p in zip(offsets, parameters, strict=True):
                 end = -(-(offset + p.size) // 128) * 128
                 assert (values[offset + p.size : end] == 0).all()
 
 
-def test_steps_in_place_need_no_memory():
+@pytest.mark.parametrize("kept", [MOMENTUM, Full("adam", amsgrad=True)], ids=["sgd", "adam"])
+def test_steps_in_place_need_no_memory(kept):
     """But for sums: arenas are 4 to 8 MiB."""
-    names = "momentum master_weights ema clip_norm skip_nonfinite"
+    options = replace(kept, master_weights=True, clip_norm=2.0, skip_nonfinite=True, **AVERAGE)
     parameters = [random((1 << 20,), mx.bfloat16, i) + 0 for i in range(2)]
     gradients = [random((1 << 20,), mx.bfloat16, 100 + i) + 0 for i in range(2)]
-    slots = empty_slots(layout_of(parameters), names, None)
-    step = mx.array(0, mx.uint64)
+    state = first_state(options, parameters)
     for number in range(6):
-        parameters, slots, step, *_ = step_once(parameters, gradients, slots, step, names)
-        mx.eval(parameters, slots, step)
+        parameters, state = full_step(options, parameters, gradients, state, 0.1)
+        mx.eval(everything(parameters, state))
         mx.synchronize()
         if number == 2:
             mx.reset_peak_memory()
@@ -360,68 +383,73 @@ def test_steps_in_place_need_no_memory():
     assert mx.get_active_memory() - active < 1 << 20
 
 
-def test_a_chain_of_steps_evaluated_at_once():
+@pytest.mark.parametrize("options", [OPTIONS["all"], replace(RULES["adam, corrected"], **ALL)])
+def test_a_chain_of_steps_evaluated_at_once(options):
     parameters, gradients = flat_tensors(mx.bfloat16, mx.bfloat16)
-    assert_devices_agree(parameters, gradients, OPTIONS["all"], steps=20, evaluate_each=False)
+    assert_devices_agree(parameters, gradients, options, steps=20, evaluate_each=False)
 
 
 def test_compiled():
     parameters, gradients = flat_tensors(mx.float16, mx.float16)
-    names = OPTIONS["all"]
-    want = run(GPU, parameters, gradients, names, steps=4)
+    options = OPTIONS["all"]
+    want = run(GPU, parameters, gradients, options, steps=4)
 
     @mx.compile
-    def step(parameters, gradients, slots, step, skipped):
-        return step_once(parameters, gradients, slots, step, names, skipped=skipped)
+    def step(parameters, gradients, slots, count, skipped):
+        state = first_state(options, [])._replace(slots=slots, step=count, skipped=skipped)
+        return full_step(options, parameters, gradients, state, 0.1)
 
-    new, slots = copied(parameters), empty_slots(layout_of(parameters), names, None)
-    count, skipped = mx.array(7, mx.uint64), mx.array(2, mx.uint64)
+    new = copied(parameters)
+    state = first_state(options, new, step=7)
     for _ in range(4):
-        new, slots, count, used, measured, skipped = step(new, gradients(), slots, count, skipped)
-        mx.eval(new, slots, count)
-    assert_same([*new, *itertools.chain(*slots), count, used, measured, skipped], want)
+        new, state = step(new, gradients(), state.slots, state.step, state.skipped)
+        state = type(first_state(options, []))(*state)
+        mx.eval(everything(new, state))
+    assert_same(everything(new, state), want)
 
 
 def test_no_tensors_count_steps():
-    names = "momentum ema clip_norm skip_nonfinite"
-    got = run(GPU, [], lambda: [], names, steps=3)
-    step, used, measured, skipped = got
-    assert step.item() == 10 and skipped.item() == 2
-    assert measured.tolist() == [0, 1]
-    assert used.tolist() == pytest.approx([0.1, 0.01, 1.0, 0.9, 0.25, 0])
+    options = replace(MOMENTUM, weight_decay=0.01, clip_norm=2.0, skip_nonfinite=True, **AVERAGE)
+    state = first_state(options, [], step=7)
+    for _ in range(3):
+        _, state = full_step(options, [], [], state, 0.1)
+    assert state.step.item() == 10 and state.skipped.item() == 0
+    assert state.measured.tolist() == [0, 1]
+    assert state.used.tolist() == pytest.approx([0.1, 0.01, 1.0, 0.9, 0.25, 0])
 
 
 def test_out_of_memory_changes_nothing():
-    names = "momentum ema clip_norm"
+    options = replace(MOMENTUM, clip_norm=2.0, **AVERAGE)
     parameters = [mx.random.normal((1 << 24,)) for _ in range(8)]  # 64 MiB each, two an arena
     gradients = [p * 0.5 for p in parameters]
-    slots = empty_slots(layout_of(parameters), names, None)
-    step = mx.array(0, mx.uint64)
+    state = first_state(options, parameters)
     before = [p * 1 for p in parameters]
-    mx.eval(parameters, gradients, slots, step, before)
-    new, new_slots, after, *_ = step_once(parameters, gradients, slots, step, names)
+    mx.eval(everything(parameters, state), gradients, before)
+    averages = [a * 1 for a in state.slots[-1]]
+    mx.eval(averages)
+    new, after = full_step(options, parameters, gradients, state, 0.1)
     # The step wants 1.5 GiB, as all its inputs are held.
     with (
         little_memory(),
         pytest.raises(RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"),
     ):
-        mx.eval(new, new_slots, after)
+        mx.eval(new, after.slots, after.step)
     assert_same(parameters, before)
-    assert all((a == 0).all().item() for a in itertools.chain(*slots))
-    assert step.item() == 0
+    assert all((a == 0).all().item() for a in state.slots[0])
+    assert_same(state.slots[-1], averages)
+    assert state.step.item() == 0
     # The very same graph succeeds once there is room, as does a fresh one.
-    mx.eval(new, new_slots, after)
-    again, again_slots, *_ = step_once(parameters, gradients, slots, step, names)
-    assert after.item() == 1
-    assert_same([*new, *itertools.chain(*new_slots)], [*again, *itertools.chain(*again_slots)])
+    mx.eval(new, after.slots, after.step)
+    again, more = full_step(options, parameters, gradients, state, 0.1)
+    assert after.step.item() == 1
+    assert_same([*new, *itertools.chain(*after.slots)], [*again, *itertools.chain(*more.slots)])
 
 
-def test_too_many_dimensions():
+@pytest.mark.parametrize("options", [Full(**AVERAGE), Full(clip_norm=2.0), Full("adam")])
+def test_too_many_dimensions(options):
     shape = (2,) * 12
     parameter = mx.zeros(shape)
     gradient = random((3,) * 12).transpose(*range(11, -1, -1))[(slice(0, 2),) * 12]
-    for names in ("ema", "clip_norm"):
-        slots = empty_slots(layout_of([parameter]), names, None)
-        new, *_ = step_once([parameter], [gradient], slots, mx.array(0, mx.uint64), names)
-        with pytest.raises(ValueError, match=r"too many dimensions: got more than 10"):
-            mx.eval(new)
+    new, _ = full_step(options, [parameter], [gradient], first_state(options, [parameter]), 0.1)
+    with pytest.raises(ValueError, match=r"too many dimensions: got more than 10"):
+        mx.eval(new)

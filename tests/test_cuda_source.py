@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -18,68 +19,96 @@ CAPABILITIES = [80, 90, 100, 120]
 
 # Kind, Type and fused_math::ScheduleKind, in the order of csrc/cuda/variants.h, csrc/cuda/launch.h
 # and csrc/math/schedule.h.
-PLAIN = range(5)
-TILED, STRIDED, DENSE, SPARSE, FOLD, FINISH, SCHEDULE = range(5, 12)
+TILED, TILED_FEW, TURNED, TURNED_FEW, STRIDED, DENSE, SPARSE, FOLD, FINISH, SCHEDULE = range(10)
 FLOAT32, FLOAT16, BFLOAT16 = TYPES = range(3)
 ANY_TYPE = 7
 GENERIC = 2**32 - 1
 NO_SCHEDULE, COSINE, ANY_SCHEDULE = (0, 0), (1 << 2, 8), (GENERIC, GENERIC)
 
-# What a full step consists of; the first of each line is one that has no other of its kind.
-FULL_STEPS = [
+# The rules, with the flags of their own that they come with.
+RULES = {rule["name"]: (number, rule["flags"]) for number, rule in enumerate(_ext.RULES)}
+OWN = [
+    "sgd",
+    "sgd momentum",
+    "sgd momentum nesterov",
+    "adam",
+    "adam bias_correction",
+    "adam bias_correction amsgrad",
+    *(name for name in RULES if name not in ("sgd", "adam")),
+]
+# What else a step consists of; the first of each line is one that has no other of its kind.
+FRAMES = [
     "maximize",
-    "grad_scale clip_value clip_norm momentum",
-    "skip_nonfinite momentum nesterov",
-    "trust_ratio weight_decay decoupled momentum clip_norm",
-    "groups momentum nesterov weight_decay trust_ratio",
-    "master_weights momentum weight_decay",
-    "master_weights momentum stochastic groups",
-    "master_weights momentum ema",
-    "compensated momentum weight_decay",
-    "compensated momentum stochastic ema",
-    "stochastic momentum weight_decay",
+    "grad_scale clip_value clip_norm",
+    "skip_nonfinite",
+    "trust_ratio weight_decay decoupled clip_norm",
+    "groups weight_decay trust_ratio",
+    "master_weights weight_decay",
+    "master_weights stochastic groups",
+    "master_weights ema",
+    "compensated weight_decay",
+    "compensated stochastic ema",
+    "stochastic weight_decay",
     "ema",
-    "momentum nesterov weight_decay decoupled maximize grad_scale clip_value clip_norm "
-    "skip_nonfinite trust_ratio groups master_weights stochastic ema",
+    "weight_decay decoupled maximize grad_scale clip_value clip_norm skip_nonfinite trust_ratio "
+    "groups master_weights stochastic ema",
 ]
 OF_HALF_TYPES = {"master_weights", "compensated"}
 
 
-def flags_of(names):
-    bits = {**_ext.FLAGS, **_ext.RULES[0]["flags"]}
+def flags_of(rule, names):
+    bits = {**_ext.FLAGS, **RULES[rule][1]}
     return sum(bits[name] for name in names.split())
 
 
+def step(kind, own, frame, parameter, state=None, gradients=None, schedules=NO_SCHEDULE):
+    """(kind, rule, parameter, state, set of gradients' types, flags, schedule's kinds and flags)"""
+    rule, _, flags = own.partition(" ")
+    state = parameter if state is None else state
+    gradients = 1 << parameter if gradients is None else gradients
+    flags = frame if isinstance(frame, int) else flags_of(rule, f"{flags} {frame}")
+    return kind, RULES[rule][0], parameter, state, gradients, flags, *schedules
+
+
+def measurement(kind, gradients=1, flags="", schedules=NO_SCHEDULE):
+    return kind, 0, FLOAT32, FLOAT32, gradients, flags_of("sgd", flags), *schedules
+
+
 def variants():
-    """(kind, parameter, momentum, set of gradients' types, flags, schedule's kinds and flags)"""
-    plain = itertools.cycle(["momentum", "", "momentum nesterov weight_decay"])
-    for kind, dtype in itertools.product(PLAIN, TYPES):
-        yield kind, dtype, dtype, 1 << dtype, flags_of(next(plain)), *NO_SCHEDULE
-    turn = itertools.count()
-    for names, dtype in itertools.product(FULL_STEPS, TYPES):
-        if dtype == FLOAT32 and OF_HALF_TYPES & {*names.split()}:
+    kinds = itertools.cycle([TURNED_FEW, STRIDED, TURNED, TILED_FEW])
+    frames = itertools.cycle(["", "weight_decay", "weight_decay decoupled"])
+    for own, dtype in itertools.product(OWN, TYPES):
+        frame = next(frames)
+        yield step(TILED, own, frame, dtype)
+        yield step(next(kinds), own, frame, dtype)
+    # Every way to keep an element, with every rule's slots in their own and in float32.
+    turn, owns = itertools.count(), itertools.cycle(OWN)
+    for frame, dtype in itertools.product(FRAMES, TYPES):
+        if dtype == FLOAT32 and OF_HALF_TYPES & {*frame.split()}:
             continue
-        number = next(turn)
-        momentum = FLOAT32 if number % 3 == 1 else dtype
+        own, number = next(owns), next(turn)
+        state = FLOAT32 if number % 3 == 1 else dtype
         gradients = 1 << (FLOAT32 if number % 5 == 2 else dtype)
-        yield TILED, dtype, momentum, gradients, flags_of(names), *NO_SCHEDULE
-        if number % 4 == 0:
-            yield STRIDED, dtype, momentum, gradients, flags_of(names), *NO_SCHEDULE
-    for number, kind in enumerate([DENSE, DENSE, DENSE, SPARSE]):
-        scaled = flags_of("grad_scale clip_value") if number % 2 else 0
-        yield kind, FLOAT32, FLOAT32, 1 << number % 3, scaled, *NO_SCHEDULE
-    yield FOLD, FLOAT32, FLOAT32, 1, 0, *NO_SCHEDULE
-    yield FINISH, FLOAT32, FLOAT32, 1, 0, *NO_SCHEDULE
-    for kind in (0, TILED):
-        yield kind, BFLOAT16, BFLOAT16, 1 << BFLOAT16, flags_of("momentum"), *COSINE
+        for kind in (TILED, STRIDED if number % 4 == 0 else TURNED):
+            yield step(kind, own, frame, dtype, state, gradients)
+    # What takes most: three slots, masters and an average, all of float32.
+    most = FRAMES[-1]
+    for own, kind in itertools.product(["sgd momentum", *OWN[5:]], [TILED, TURNED]):
+        yield step(kind, own, most, BFLOAT16, FLOAT32)
+    for number in range(3):
+        scaled = "grad_scale clip_value" if number % 2 else ""
+        yield measurement(DENSE, 1 << number, scaled)
+    yield measurement(SPARSE)
+    yield measurement(FOLD)
+    yield measurement(FINISH)
+    for kind, own in itertools.product([TILED, TURNED], ["sgd momentum", "adam bias_correction"]):
+        yield step(kind, own, "", BFLOAT16, schedules=COSINE)
     # Every schedule, gradients of several types, and every option known at run time only.
-    yield SCHEDULE, FLOAT32, FLOAT32, 1, 0, *ANY_SCHEDULE
-    for kind in PLAIN:
-        yield kind, BFLOAT16, BFLOAT16, ANY_TYPE, flags_of("momentum"), *ANY_SCHEDULE
-    for kind, momentum in itertools.product([TILED, STRIDED], [FLOAT32, BFLOAT16]):
-        yield kind, BFLOAT16, momentum, ANY_TYPE, GENERIC, *ANY_SCHEDULE
+    yield measurement(SCHEDULE, schedules=ANY_SCHEDULE)
+    for kind, own in zip([TILED, TURNED, STRIDED] * 3, RULES, strict=False):
+        yield step(kind, own, GENERIC, BFLOAT16, FLOAT32, ANY_TYPE, ANY_SCHEDULE)
     for kind in (DENSE, SPARSE):
-        yield kind, FLOAT32, FLOAT32, ANY_TYPE, flags_of("grad_scale"), *ANY_SCHEDULE
+        yield measurement(kind, ANY_TYPE, "grad_scale", ANY_SCHEDULE)
 
 
 def nvrtc():
@@ -127,6 +156,14 @@ def compiler(tmp_path_factory):
     return run
 
 
+def is_light(description):
+    """Whether a quad of everything has 12 words or fewer: at least those that keep nothing but
+    slots of half types (kTurnedBlocks in cuda/step.cu)."""
+    halves = re.search(r"parameters \w?float16, state \w?float16", description)
+    flags = int(re.search(r"flags (\w+)", description)[1], 16)
+    return bool(halves) and flags < _ext.FLAGS["master_weights"]
+
+
 @pytest.mark.parametrize("part", range(4))  # so that they share the work of many processes
 def test_every_kind_of_step_compiles_and_spills_nothing(compiler, part):
     """For sm_90, and for one of the others in turn; what takes long for one of them all."""
@@ -141,28 +178,34 @@ def test_every_kind_of_step_compiles_and_spills_nothing(compiler, part):
     for line in said:
         _, registers, stack, spilled, _, description = line.split("|")
         assert int(registers) > 0, line
-        # Four blocks of the full step's threads at once, two of those for transposed gradients.
-        limited = "full_tiled" in description or "transposed" in description
-        assert not limited or int(registers) <= 64, line
+        # Four blocks of the threads of tiles at once, and one or two of the many of a square.
+        most = {"step_tiled": 64, "step_turned": 64 if is_light(description) else 128}
+        limits = [limit for name, limit in most.items() if description.startswith(name)]
+        assert all(int(registers) <= limit for limit in limits), line
         if "schedules 0xffffffff" not in description:  # of which one may spill
             assert (int(stack), int(spilled)) == (0, 0), line
 
 
 def test_nothing_is_contracted(compiler):
-    """Only schedules have a fused multiply-add, and they say so. Of PTX, which is what a GPU that
-    NVRTC does not know gets."""
+    """Only schedules and bias corrections, so Adam, have a fused multiply-add, and they say so.
+    Of PTX, which is what a GPU that NVRTC does not know gets."""
     kernels = [
-        (0, FLOAT32, FLOAT32, 1, flags_of("momentum nesterov weight_decay")),
-        (2, BFLOAT16, BFLOAT16, 4, flags_of("momentum weight_decay")),
-        (TILED, BFLOAT16, FLOAT32, 4, flags_of(FULL_STEPS[-1])),
-        (DENSE, FLOAT32, FLOAT32, 1, flags_of("grad_scale clip_value")),
-        (FOLD, FLOAT32, FLOAT32, 1, 0),
+        *(step(TILED, own, "weight_decay", FLOAT32) for own in OWN if "adam " not in f"{own} "),
+        step(TURNED, "sgd momentum nesterov", "weight_decay", BFLOAT16),
+        step(TILED, "sgd momentum", FRAMES[-1], BFLOAT16, FLOAT32),
+        step(STRIDED, "adadelta", "compensated stochastic ema", FLOAT16),
+        measurement(DENSE, 1, "grad_scale clip_value"),
+        measurement(FOLD),
     ]
-    said, status = compiler("ptx", [(0, *k, *NO_SCHEDULE) for k in kernels])
+    said, status = compiler("ptx", [(0, *k) for k in kernels])
     assert status == 0 and len(said) == len(kernels), "\n".join(said)
     assert [line.split("|")[0] for line in said] == ["0"] * len(kernels), "\n".join(said)
-    ((with_schedule,), _) = compiler("ptx", [(0, *kernels[0], *ANY_SCHEDULE)])
-    assert int(with_schedule.split("|")[0]) > 0
+    exact = [
+        step(TILED, "sgd momentum", "", FLOAT32, schedules=COSINE),
+        step(TILED, "adam bias_correction", "", FLOAT32),
+    ]
+    said, _ = compiler("ptx", [(0, *k) for k in exact])
+    assert all(int(line.split("|")[0]) > 0 for line in said) and len(said) == 2, "\n".join(said)
 
 
 def test_errors_have_the_words_of_the_compiler(compiler):

@@ -21,7 +21,7 @@ build() { # FOLDER FLAGS...: the package as it would be on a Mac, but for the do
 }
 mkdir -p build
 build metal_on_cpu
-"$python" tests/metal_on_cpu/translate.py check build/metal_on_cpu/metal_source/sgd.joined.metal
+"$python" tests/metal_on_cpu/translate.py check build/metal_on_cpu/metal_source/step.joined.metal
 build metal_on_cpu_asan -DCMAKE_CXX_COMPILER=clang++-19 \
   -DCMAKE_CXX_FLAGS="-fsanitize=address -shared-libasan -Wno-deprecated-declarations" \
   -DMETAL_ON_CPU_FLAGS=-fsanitize=address

@@ -133,7 +133,13 @@ void Task::run() const {
 
 void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper) const {
   const auto own = fused_math::sgd_tensor_hyper(
-      control, hyper, control.rule, counter(), tensor.flags, groups + tensor.group, measured + tensor.norms);
+      control,
+      hyper,
+      control.rule,
+      counter(),
+      tensor.flags,
+      groups + tensor.group,
+      measured + tensor.norms);
   cpu::kernels().update(
       arenas,
       tensor,

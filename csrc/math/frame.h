@@ -151,9 +151,13 @@ MATH_FN bool is_constant(MATH_CONSTANT SgdControl& control, int i) {
 }
 
 /// `given` is the array of given values, one for each SgdScalar up to the last
-/// that is given.
+/// that is given. A scalar that is absent is never looked at: that of gradients which are
+/// not scaled is 1.
 template <typename Given>
 MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step, Given given) {
+  if (i == kGradScaleFactor && !(control.flags & kGradScale)) {
+    return 1.0f;
+  }
   if (control.given >> i & 1) {
     return given[i];
   }
@@ -172,15 +176,12 @@ struct SgdScalars {
   float of[kScalars];
 };
 
-/// A scalar that is absent is never looked at: that of gradients which are not scaled is 1.
 template <typename Given>
 MATH_FN SgdScalars sgd_scalars(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
   // In a loop: one copy of a schedule's code, where more cost the CUDA kernels registers.
   SgdScalars scalars = {};
   for (int i = 0; i < kScalars; ++i) {
-    scalars.of[i] = i == kGradScaleFactor && !(control.flags & kGradScale)
-        ? 1.0f
-        : sgd_scalar(control, i, step, given);
+    scalars.of[i] = sgd_scalar(control, i, step, given);
   }
   return scalars;
 }

@@ -16,7 +16,8 @@ using namespace metal;
 #else
 #pragma STDC FP_CONTRACT OFF
 #endif
-#define MATH_FN inline
+// Inlined, so that structs by value are in registers.
+#define MATH_FN inline __attribute__((always_inline))
 #define MATH_MEMBER static inline
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)

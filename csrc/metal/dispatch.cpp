@@ -29,7 +29,7 @@ std::vector<std::pair<int64_t, int64_t>> merged_dimensions(const mx::array& a) {
   return merged;
 }
 
-/// Threadgroups that cover a tensor: see piece_of_thread in metal/sgd.metal.
+/// Threadgroups that cover a tensor: see piece_of_thread in metal/quads.h.
 size_t block_count(const SgdTensor& tensor, Threadgroups groups) {
   if (tensor.columns == 0) {
     return ceil_div(tensor.size, groups.threads * kQuad * kPasses);

@@ -4,17 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "math/frame.h"
 #include "metal_source.h" // generated: csrc/math and metal/ joined
 #include "table.h"
 
 namespace mlx_fused_optim::metal {
 
 namespace {
-
-// Function constants: see metal/*.metal. Those before are sgd_step's.
-constexpr size_t kFirstFullConstant = 3;
-constexpr size_t kTileConstant = 7;
 
 /// Calls build(), and tells a user whose Mac refuses the kernels what to do.
 template <typename Build>
@@ -47,44 +42,30 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
-    const std::string& name,
-    uint32_t flags,
+    const fused_math::SgdControl& control,
+    mx::Dtype gradient,
     uint32_t tile_columns) {
   using namespace fused_math;
-  const bool values[] = {
-      (flags & kMomentum) != 0, (flags & kNesterov) != 0, (flags & kWeightDecay) != 0};
+  // Where the rule has no slots, their format makes no kernel of its own.
+  const bool has_slots = rule_slots(control.rule, control.flags) > 0;
+  const uint32_t values[] = {
+      control.rule,
+      control.flags,
+      control.parameter_format,
+      format_of(gradient),
+      has_slots ? control.state_format : control.parameter_format,
+      tile_columns};
   mx::metal::MTLFCList constants;
   // MLX caches by this name alone, so it has every constant's value.
-  std::string specialised = name + "_";
+  std::string specialised = "sgd_step";
   for (size_t i = 0; i < std::size(values); ++i) {
-    constants.emplace_back(&values[i], MTL::DataType::DataTypeBool, i);
-    specialised += values[i] ? '1' : '0';
-  }
-  constants.emplace_back(&tile_columns, MTL::DataType::DataTypeUInt, kTileConstant);
-  specialised += "_" + std::to_string(size_t(tile_columns));
-  return explained(
-      [&] { return device.get_kernel(name, library(device), specialised, constants); });
-}
-
-MTL::ComputePipelineState* full_kernel(
-    mx::metal::Device& device,
-    uint32_t flags,
-    uint32_t parameter_format,
-    uint32_t gradient_format,
-    uint32_t velocity_format,
-    uint32_t tile_columns) {
-  const uint32_t values[] = {
-      flags, parameter_format, gradient_format, velocity_format, tile_columns};
-  static_assert(kFirstFullConstant + std::size(values) == kTileConstant + 1);
-  mx::metal::MTLFCList constants;
-  std::string specialised = "sgd_full";
-  for (size_t i = 0; i < std::size(values); ++i) {
-    constants.emplace_back(&values[i], MTL::DataType::DataTypeUInt, kFirstFullConstant + i);
+    constants.emplace_back(&values[i], MTL::DataType::DataTypeUInt, i);
     // A size_t: of to_string, the cross-build knows the overloads that MLX uses.
-    specialised += "_" + std::to_string(size_t(values[i]));
+    specialised += '_';
+    specialised += std::to_string(size_t(values[i]));
   }
   return explained(
-      [&] { return device.get_kernel("sgd_full", library(device), specialised, constants); });
+      [&] { return device.get_kernel("sgd_step", library(device), specialised, constants); });
 }
 
 uint32_t tile_columns() {
@@ -115,10 +96,6 @@ size_t threads_for(MTL::ComputePipelineState* kernel) {
         "MLX operations.");
   }
   return std::min<size_t>(kMostThreads, most / kSimdWidth * kSimdWidth);
-}
-
-std::string name_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? "float32" : dtype == mx::float16 ? "float16" : "bfloat16";
 }
 
 uint32_t format_of(mx::Dtype dtype) {

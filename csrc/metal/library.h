@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "math/frame.h"
 #include "mlx/array.h"
 #include "mlx/backend/metal/device.h"
 
@@ -14,21 +15,11 @@ namespace mx = mlx::core;
 /// std::runtime_error with the compiler's message and the way round it when that fails.
 MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& name);
 
-/// A kernel of the plain step, specialised for its options (fused_math::SgdFlags).
+/// The kernel of a step, specialised for its rule and options, and for what is in memory.
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
-    const std::string& name,
-    uint32_t flags,
-    uint32_t tile_columns);
-
-/// The kernel of the full step, specialised for its options and for what is in memory
-/// (fused_math::Format).
-MTL::ComputePipelineState* full_kernel(
-    mx::metal::Device& device,
-    uint32_t flags,
-    uint32_t parameter_format,
-    uint32_t gradient_format,
-    uint32_t velocity_format,
+    const fused_math::SgdControl& control,
+    mx::Dtype gradient,
     uint32_t tile_columns);
 
 /// How wide the tiles of transposed gradients are: MLX_FUSED_OPTIM_METAL_TILE, for
@@ -38,9 +29,7 @@ uint32_t tile_columns();
 /// How many threads a threadgroup of it has. Throws where a GPU has too few.
 size_t threads_for(MTL::ComputePipelineState* kernel);
 
-/// "float32", "float16" or "bfloat16", as in the kernels' names.
-std::string name_of(mx::Dtype dtype);
-/// The same as a fused_math::Format.
+/// As a fused_math::Format.
 uint32_t format_of(mx::Dtype dtype);
 
 } // namespace mlx_fused_optim::metal

@@ -33,7 +33,7 @@ struct ChunkDispatch {
   bool add(MeasuredArray array, const mx::array& a, size_t chunks_a_block) {
     const auto known = sources.size();
     array.source = sources.of(a);
-    if (sources.size() > kSources || table.count == kMaxArrays) {
+    if (sources.size() > kMeasuredSources || table.count == kMaxArrays) {
       sources.shrink(known);
       return false;
     }
@@ -130,7 +130,7 @@ void MeasureGradients::eval_gpu(
         encoder.set_bytes(0.0f, kGivenBuffer); // never read
       }
       encoder.set_output_array(chunk_sums, kChunkSumsBuffer);
-      dispatch.sources.bind(encoder, kFirstSourceBuffer, kSources);
+      dispatch.sources.bind(encoder, kFirstMeasuredBuffer, kMeasuredSources);
       encoder.dispatch_threadgroups(MTL::Size(dispatch.blocks, 1, 1), threads(chunks_kernel));
     }
   }

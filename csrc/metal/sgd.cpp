@@ -24,8 +24,8 @@ constexpr size_t kMaxBytes = 4096;
 static_assert(sizeof(SgdControl) <= kMaxBytes);
 static_assert(sizeof(SgdTable) <= kMaxBytes);
 static_assert(sizeof(Schedule) <= kMaxBytes);
-static_assert(fused_math::kAverage <= UINT16_MAX, "a tensor's flags have 16 bits");
-static_assert(kFirstSlotBuffer + 2 * kSlots <= kFirstFullSourceBuffer);
+static_assert(fused_math::kMeasureNorm <= UINT16_MAX, "a tensor's flags have 16 bits");
+static_assert(size_t(fused_math::kScalars) <= kSimdWidth, "a thread each scalar");
 
 /// The kernels of a step, compiled, and threadgroups that suit all of them.
 struct StepKernels {
@@ -36,33 +36,12 @@ struct StepKernels {
   metal::Threadgroups groups{kMostThreads, metal::tile_columns()};
 };
 
-MTL::ComputePipelineState* kernel_for(
-    mx::metal::Device& device,
-    const SgdPlan& plan,
-    mx::Dtype gradient,
-    uint32_t tile_columns) {
-  const auto parameter = plan.arena->dtype;
-  if (plan.is_plain()) {
-    const auto types = metal::name_of(parameter) + "_" + metal::name_of(gradient);
-    return metal::step_kernel(device, "sgd_step_" + types, plan.flags(), tile_columns);
-  }
-  // Where there is no velocity, its format makes no kernel of its own.
-  const auto velocity = plan.has(kVelocity) ? plan.velocity_dtype : parameter;
-  return metal::full_kernel(
-      device,
-      plan.flags(),
-      metal::format_of(parameter),
-      metal::format_of(gradient),
-      metal::format_of(velocity),
-      tile_columns);
-}
-
 StepKernels::StepKernels(mx::metal::Device& device, const SgdPlan& plan, const SgdInputs& in) {
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
     const auto gradient = in.gradients[i].dtype();
     auto*& kernel = step[gradient.val()];
     if (!kernel) {
-      kernel = kernel_for(device, plan, gradient, groups.tile_columns);
+      kernel = metal::step_kernel(device, plan.control, gradient, groups.tile_columns);
       groups.threads = std::min(groups.threads, metal::threads_for(kernel));
     }
   }
@@ -123,7 +102,7 @@ std::vector<metal::Dispatch> dispatches_of(
       readable.gradients,
       aligned,
       gaps,
-      plan.is_plain() ? kSources : kFullSources,
+      kBuffers - source_place(plan.control.rule, plan.flags()),
       groups);
 }
 
@@ -146,35 +125,31 @@ void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdI
   bind_optional(encoder, in.given, kGivenBuffer);
 }
 
-void bind_plain(
+/// What a dispatch has of buffers: see the places in metal/table.h.
+void bind_buffers(
     CommandEncoder& encoder,
-    const metal::Dispatch& dispatch,
-    const Readable& readable,
-    const SgdOutputs& out) {
-  encoder.set_output_array(*out.parameters, kParameterOutBuffer);
-  if (out.slots[kVelocity]) {
-    encoder.set_input_array(*readable.slots[kVelocity], kVelocityBuffer);
-    encoder.set_output_array(*out.slots[kVelocity], kVelocityOutBuffer);
-  }
-  dispatch.sources.bind(encoder, kFirstSourceBuffer, kSources);
-}
-
-void bind_full(
-    CommandEncoder& encoder,
+    const SgdPlan& plan,
     const metal::Dispatch& dispatch,
     const SgdInputs& in,
     const Readable& readable,
     const SgdOutputs& out) {
-  bind_optional(encoder, in.measured, kMeasuredBuffer);
-  bind_optional(encoder, in.groups, kGroupsBuffer);
-  encoder.set_output_array(*out.parameters, kFullParameterOutBuffer);
+  const uint32_t rule = plan.control.rule, flags = plan.flags();
+  encoder.set_output_array(*out.parameters, int(kFirstBuffer) + kParameterOutPlace);
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
-      encoder.set_input_array(*readable.slots[slot], kFirstSlotBuffer + 2 * slot);
-      encoder.set_output_array(*out.slots[slot], kFirstSlotBuffer + 2 * slot + 1);
+      const int at = kFirstBuffer + slot_place(rule, flags, slot);
+      encoder.set_input_array(*readable.slots[slot], at);
+      encoder.set_output_array(*out.slots[slot], at + 1);
     }
   }
-  dispatch.sources.bind(encoder, kFirstFullSourceBuffer, kFullSources);
+  if (in.measured) {
+    encoder.set_input_array(*in.measured, kFirstBuffer + measured_place(rule, flags));
+  }
+  if (in.groups) {
+    encoder.set_input_array(*in.groups, kFirstBuffer + groups_place(rule, flags));
+  }
+  const uint32_t first = source_place(rule, flags);
+  dispatch.sources.bind(encoder, kFirstBuffer + first, kBuffers - first);
 }
 
 } // namespace
@@ -196,11 +171,7 @@ void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::ar
     encoder.set_compute_pipeline_state(kernels.step.at(dispatch.gradient_dtype.val()));
     bind_numbers(encoder, plan_.control, in);
     encoder.set_bytes(dispatch.table, kTableBuffer);
-    if (plan_.is_plain()) {
-      bind_plain(encoder, dispatch, readable, out);
-    } else {
-      bind_full(encoder, dispatch, in, readable, out);
-    }
+    bind_buffers(encoder, plan_, dispatch, in, readable, out);
     encoder.dispatch_threadgroups(
         MTL::Size(dispatch.blocks, 1, 1), MTL::Size(kernels.groups.threads, 1, 1));
   }

@@ -1,6 +1,6 @@
-// csrc/cuda/batches.cpp without a GPU: random tensors are sorted into launches, and
-// every launch is then read back as its kernel reads it. Prints "ok" and the number
-// of elements checked, or says what is wrong and fails.
+// csrc/cuda/{,measure_}batches.cpp without a GPU: how many launches, what their tables say,
+// and, of random tensors, every launch read back as its kernel reads it. Prints "ok" and the
+// number of elements checked, or says what is wrong and fails.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/batches.h"
+#include "cuda/measure_batches.h"
 
 using namespace mlx_fused_optim::cuda;
 
@@ -111,7 +112,7 @@ struct Checker {
 
   size_t find(const Tensor& tensor) const {
     for (size_t t = 0; t < tensors.size(); ++t) {
-      if (tensors[t].offset == tensor.offset && element_count(tensors[t].shape)) {
+      if (tensors[t].offset == uint64_t(tensor.place) * kPlace && element_count(tensors[t].shape)) {
         return t;
       }
     }
@@ -156,29 +157,42 @@ void for_each_block(const Batch<T>& batch, Visit visit) {
   }
 }
 
-void read_back(const Batches& batches, Type type, Checker& checker) {
-  const uint64_t tile_size = tile_elements(size_of(type));
-  for (auto& batch : batches.flat) {
-    for_each_block(*batch, [&](const Flat& t, uint64_t tile) {
-      for (uint64_t i = tile * tile_size; i < (tile + 1) * tile_size && i < t.size; ++i) {
-        checker.element(t, i, i, i);
-      }
-    });
-  }
-  for (auto& batch : batches.transposed) {
-    for_each_block(*batch, [&](const Transposed& t, uint64_t tile) {
-      const uint64_t across = (t.columns + kSquare - 1) / kSquare;
-      for (uint64_t r = tile / across * kSquare, n = 0; n < kSquare && r < t.rows; ++n, ++r) {
-        for (uint64_t c = tile % across * kSquare, m = 0; m < kSquare && c < t.columns; ++m, ++c) {
-          checker.element(t, r * t.columns + c, r * t.columns + c, r + int64_t(c) * t.stride);
+void read_back(const Batches& batches, Checker& checker) {
+  for (auto& batch : batches.tiled) {
+    for_each_block(*batch, [&](const Tiled& t, uint64_t tile) {
+      const uint64_t across = divide_up(t.columns, kTileColumns);
+      const uint64_t row = tile / across * kTileRows, column = tile % across * kTileColumns;
+      for (uint64_t r = row; r < row + kTileRows; ++r) {
+        for (uint64_t c = column; c < column + kTileColumns && c < t.columns; ++c) {
+          const uint64_t i = r * t.columns + c;
+          if (i < t.size) {
+            checker.element(t, i, i, int64_t(r) * t.row_stride + int64_t(c) * t.column_stride);
+          }
         }
       }
-      require(!t.aligned || (t.rows | t.columns | t.stride) % kSquareVector == 0, "alignment");
+      const bool quads = t.columns % kQuad == 0;
+      require(!(t.wide & kWideArenas) || quads, "rows of quads");
+      require(
+          !(t.wide & kWideGradient) || (quads && t.column_stride == 1 && t.row_stride % kQuad == 0),
+          "quads of the gradient");
+    });
+  }
+  for (auto& batch : batches.turned) {
+    for_each_block(*batch, [&](const Turned& t, uint64_t square) {
+      const uint64_t rows = t.size / t.columns, across = divide_up(t.columns, kSquare);
+      const uint64_t row = square / across * kSquare, column = square % across * kSquare;
+      for (uint64_t r = row; r < row + kSquare && r < rows; ++r) {
+        for (uint64_t c = column; c < column + kSquare && c < t.columns; ++c) {
+          checker.element(
+              t, r * t.columns + c, r * t.columns + c, r + int64_t(c) * t.column_stride);
+        }
+      }
+      require((rows | t.columns | t.column_stride) % kQuad == 0, "quads both ways");
     });
   }
   for (auto& batch : batches.strided) {
     for_each_block(*batch, [&](const Strided& t, uint64_t tile) {
-      for (uint64_t i = tile * tile_size; i < (tile + 1) * tile_size && i < t.size; ++i) {
+      for (uint64_t i = tile * kTile; i < (tile + 1) * kTile && i < t.size; ++i) {
         int64_t p = 0, g = 0;
         uint64_t rest = i;
         for (int d = t.dimensions - 1; d >= 0; --d) {
@@ -192,19 +206,37 @@ void read_back(const Batches& batches, Type type, Checker& checker) {
   }
 }
 
+/// The gradient of x @ W.T.
+TestArray turned(const std::vector<int32_t>& shape) {
+  TestArray a;
+  a.strides = {1, shape[0]};
+  a.memory.resize(element_count(shape) + 8);
+  for (size_t i = 0; i < a.memory.size(); ++i) {
+    a.memory[i] = i;
+  }
+  a.first = reinterpret_cast<uintptr_t>(a.memory.data()) % 16 / 4;
+  a.contiguous = shape[0] == 1 || shape[1] == 1;
+  return a;
+}
+
 void test_random_tensors() {
   Random random;
-  size_t checked = 0, transposed = 0, strided = 0;
+  size_t checked = 0, turned_launches = 0, strided_launches = 0;
   for (int round = 0; round < 150; ++round) {
     std::vector<TestTensor> tensors;
     uint64_t offset = 0;
     for (int t = random.below(12); t >= 0; --t) {
       std::vector<int32_t> shape(random.below(5));
       for (auto& length : shape) {
-        const int longest[] = {2, 9, 70};
+        const int longest[] = {2, 9, 30};
         length = random.below(longest[random.below(3)]) + (random.below(20) > 0);
       }
-      tensors.push_back({shape, offset, random.array(shape), random.array(shape)});
+      const bool turns = random.below(4) == 0;
+      if (turns) {
+        shape = {4 * (1 + random.below(40)), 4 * (1 + random.below(40))};
+      }
+      tensors.push_back(
+          {shape, offset, random.array(shape), turns ? turned(shape) : random.array(shape)});
       offset += (element_count(shape) + 63) / 64 * 64;
     }
     const Type type = round % 2 ? Type::float32 : Type::float16;
@@ -213,51 +245,187 @@ void test_random_tensors() {
       batches.add(
           t.shape.size(),
           t.shape.data(),
-          t.offset,
+          {t.offset, 0, 0, 0},
           t.parameter.source(type),
           t.gradient.source(Type::float32));
     }
-    require(round % 10 != 0 || batches.flat.empty(), "a strided momentum needs the strided kernel");
+    require(
+        round % 10 != 0 || (batches.tiled.empty() && batches.turned.empty()),
+        "a strided arena needs the strided kernel");
     Checker checker(tensors);
-    read_back(batches, type, checker);
+    read_back(batches, checker);
     checker.finish();
     checked += checker.checked;
-    transposed += batches.transposed.size();
-    strided += batches.strided.size();
+    turned_launches += batches.turned.size();
+    strided_launches += batches.strided.size();
   }
-  require(transposed > 20 && strided > 20, "the random tensors miss a kind");
+  require(turned_launches > 20 && strided_launches > 20, "the random tensors miss a kind");
   std::printf("ok %zu elements\n", checked);
 }
 
-void test_as_few_launches_as_hold_the_tensors() {
-  const int32_t shape[] = {5};
-  const int64_t strides[] = {1};
-  alignas(16) static float memory[8];
-  const uint32_t capacity = Launch<Flat>::kCapacity;
-  Batches batches(Type::float32, true);
-  for (uint32_t t = 0; t < 2 * capacity + 1; ++t) {
-    const Source array{memory, Type::float32, true, strides};
-    batches.add(1, shape, 64 * t, array, array);
+// ---- Tables ---------------------------------------------------------------------
+
+alignas(16) float memory[1 << 16];
+
+template <typename Call>
+void require_refusal(const std::string& words, Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    require(std::string(error.what()).find(words) != std::string::npos, error.what());
+    return;
   }
-  require(batches.launches() == 3, "three launches");
-  require(batches.flat[0]->arguments.common.count == capacity, "the first launch is full");
-  require(batches.flat[2]->arguments.common.count == 1, "one tensor is left");
-  require(batches.flat[2]->arguments.tensors[0].first_block == 0, "blocks begin anew");
+  require(false, "must be refused: " + words);
 }
 
-void test_alignment() {
+Source contiguous(size_t shift = 0, Type type = Type::float32) {
+  return {memory + shift, type, true, nullptr};
+}
+
+/// Shape, and strides of the gradient.
+void add(
+    Batches& batches,
+    std::vector<int32_t> shape,
+    std::vector<int64_t> strides,
+    Source parameter = contiguous()) {
+  const Source gradient{memory, Type::float32, strides.empty(), strides.data()};
+  batches.add(shape.size(), shape.data(), {0, 5, 6, 7}, parameter, gradient);
+}
+
+void test_one_launch_of_each_kind_for_all_that_training_has() {
+  Batches batches(Type::float32, true);
+  add(batches, {72, 32}, {});
+  add(batches, {72, 32}, {1, 72}); // transposed
+  add(batches, {70, 30}, {1, 70}); // likewise, in no quads
+  add(batches, {70, 30}, {64, 1}); // rows of a wider one
+  add(batches, {70, 30}, {0, 1}); // broadcast
+  add(batches, {30}, {-2});
+  add(batches, {}, {});
+  add(batches, {0, 3}, {});
+  require(batches.launches() == 2, "two launches");
+  require(batches.tiled.size() == 1 && batches.turned.size() == 1, "one of each kind");
+  auto& batch = *batches.tiled[0];
+  require(batch.arguments.common.count == 6, "empty tensors are in no launch");
+  auto& flat = batch.arguments.tensors[0];
+  require(flat.number == 5 && flat.group == 6 && flat.flags == 7, "the member");
+  require(flat.columns == kTileColumns && flat.column_stride == 1 && flat.wide == 3, "flat");
+  auto& transposed = batch.arguments.tensors[1];
+  require(
+      transposed.columns == 30 && transposed.row_stride == 1 && transposed.column_stride == 70,
+      "transposed");
+  require(transposed.first_block == 1 && batch.arguments.tensors[2].first_block == 3, "blocks");
+  auto& backwards = batch.arguments.tensors[4];
+  require(backwards.columns == kTileColumns && backwards.column_stride == -2, "backwards");
+  require(backwards.wide == kWideArenas, "a stride is not read four at a time");
+  auto& turned = batches.turned[0]->arguments.tensors[0];
+  require(turned.columns == 32 && turned.column_stride == 72, "turned");
+  require(batches.turned[0]->blocks == 2, "two squares");
+}
+
+void test_what_is_read_four_at_a_time() {
+  auto wide = [](std::vector<int32_t> shape, std::vector<int64_t> strides, size_t shift) {
+    Batches batches(Type::float32, true);
+    add(batches, shape, strides, contiguous(shift));
+    return batches.tiled[0]->arguments.tensors[0].wide;
+  };
+  require(wide({100}, {}, 1) == kWideGradient, "an odd parameter");
+  require(wide({8, 32}, {1, 9}, 0) == kWideArenas, "a transposed gradient");
+  require(wide({8, 30}, {1, 8}, 0) == 0, "rows that begin in the middle of four");
+  require(wide({8, 32}, {64, 1}, 0) == (kWideArenas | kWideGradient), "rows");
+  require(wide({8, 32}, {63, 1}, 0) == kWideArenas, "rows at odd addresses");
   const int32_t shape[] = {100};
-  const int64_t strides[] = {1};
-  alignas(16) static float memory[128];
-  for (int shift = 0; shift < 4; ++shift) {
+  for (size_t shift = 0; shift < 4; ++shift) {
     Batches batches(Type::float16, true);
-    const Source parameter{memory, Type::float16, true, strides};
-    const Source gradient{memory + shift, Type::float32, true, strides};
-    batches.add(1, shape, 0, parameter, gradient);
-    auto& tensor = batches.flat[0]->arguments.tensors[0];
-    require(tensor.parameter_aligned == 1, "an aligned parameter");
-    require(tensor.gradient_aligned == (shift == 0), "a gradient at a multiple of 4 bytes");
+    batches.add(1, shape, {}, contiguous(0, Type::float16), contiguous(shift));
+    const bool aligned = batches.tiled[0]->arguments.tensors[0].wide & kWideGradient;
+    require(aligned == (shift == 0), "a gradient at a multiple of 4 bytes");
   }
+}
+
+void test_what_is_turned() {
+  auto turns = [](std::vector<int32_t> shape, std::vector<int64_t> strides, size_t shift = 0) {
+    Batches batches(Type::bfloat16, true);
+    add(batches, shape, strides, contiguous(shift, Type::bfloat16));
+    return batches.turned.size() == 1;
+  };
+  require(turns({8, 32}, {1, 8}) && turns({8, 32}, {1, 12}), "of x @ W.T");
+  require(!turns({7, 32}, {1, 8}), "rows that do not end with a quad");
+  require(!turns({8, 30}, {1, 8}), "columns");
+  require(!turns({8, 32}, {1, 9}), "columns at odd addresses");
+  require(!turns({8, 32}, {2, 16}), "rows with gaps");
+  require(!turns({8, 32}, {1, 8}, 1), "an odd parameter");
+  require(!turns({8, 32}, {32, 1}), "as it lies");
+}
+
+void test_what_needs_the_strided_kernel() {
+  Batches batches(Type::float32, true);
+  add(batches, {2, 3, 4}, {1, 2, 6});
+  const int64_t strides[] = {1, 70};
+  add(batches, {70, 30}, {}, {memory, Type::float32, false, strides});
+  add(batches, {2, 4}, {int64_t(1) << 33, 1}); // beyond the 32 bits of the others
+  require(batches.launches() == 1 && batches.strided.size() == 1, "strided");
+  require(batches.strided[0]->arguments.tensors[0].dimensions == 3, "dimensions");
+
+  Batches with_a_strided_arena(Type::float32, false);
+  add(with_a_strided_arena, {70, 30}, {});
+  add(with_a_strided_arena, {72, 32}, {1, 72});
+  require(
+      with_a_strided_arena.tiled.empty() && with_a_strided_arena.turned.empty(), "a strided arena");
+  auto& tensor = with_a_strided_arena.strided[0]->arguments.tensors[0];
+  require(tensor.dimensions == 1 && tensor.shape[0] == 2100, "which is flat");
+}
+
+void test_an_arena_without_tensors() {
+  Batches batches(Type::float16, true);
+  batches.add_nothing();
+  require(batches.launches() == 1 && batches.tiled[0]->blocks == 1, "a block counts the step");
+  require(batches.tiled[0]->arguments.tensors[0].size == 0, "and does nothing else");
+}
+
+void test_gradients_of_several_types() {
+  const int32_t shape[] = {5};
+  Batches batches(Type::float32, true);
+  batches.add(1, shape, {}, contiguous(), contiguous(0, Type::bfloat16));
+  require(batches.gradients == bit_of(Type::bfloat16), "one type");
+  batches.add(1, shape, {}, contiguous(), contiguous());
+  require(batches.gradients == (bit_of(Type::bfloat16) | bit_of(Type::float32)), "two");
+}
+
+void test_capacity() {
+  Batches batches(Type::bfloat16, true);
+  const uint32_t capacity = Launch<Tiled>::kCapacity;
+  for (uint32_t t = 0; t < capacity + 1; ++t) {
+    add(batches, {5}, {});
+  }
+  require(batches.launches() == 2, "two launches");
+  require(batches.tiled[0]->arguments.common.count == capacity, "the first is full");
+  require(batches.tiled[1]->arguments.tensors[0].first_block == 0, "blocks begin anew");
+
+  MeasureBatches arrays;
+  const int32_t shape[] = {5000};
+  const uint32_t most = Launch<Dense>::kCapacity;
+  for (uint32_t t = 0; t < most + 1; ++t) {
+    arrays.add(1, shape, contiguous(), true, true);
+  }
+  require(arrays.dense.size() == 2 && arrays.sparse.empty(), "two launches of arrays");
+  require(arrays.chunks() == 3 * (most + 1), "chunks");
+  auto& last = arrays.dense[1]->arguments.tensors[0];
+  require(last.first_block == 0 && last.first_chunk == 3 * most, "chunks do not begin anew");
+}
+
+void test_arrays_to_measure() {
+  MeasureBatches arrays;
+  const int32_t empty[] = {0}, square[] = {64, 33};
+  const int64_t turned[] = {1, 64}, any[] = {2, 128};
+  arrays.add(1, empty, contiguous(), true, true);
+  arrays.add(2, square, {memory + 1, Type::float32, false, turned}, true, true);
+  arrays.add(2, square, {memory, Type::float16, false, any}, false, false);
+  require(arrays.arrays() == 3, "an empty array has a sum, too");
+  require(arrays.first_chunk == std::vector<uint32_t>({0, 0, 2, 4}), "chunks of each");
+  auto& dense = arrays.dense[0]->arguments.tensors[0];
+  require(dense.size == 64 * 33 && !dense.aligned && dense.is_gradient, "dense");
+  auto& sparse = arrays.sparse[0]->arguments.tensors[0];
+  require(sparse.dimensions == 2 && sparse.strides[0] == 2 && !sparse.is_gradient, "sparse");
 }
 
 void test_refusals() {
@@ -266,36 +434,32 @@ void test_refusals() {
   for (int d = 0; d < 12; ++d) {
     strides[d] = int64_t(3) << (2 * d);
   }
-  static float memory[1];
   Batches batches(Type::float32, true);
+  MeasureBatches arrays;
   const Source strided{memory, Type::float32, false, strides.data()};
-  try {
-    batches.add(12, shape.data(), 0, strided, strided);
-    require(false, "twelve dimensions must be refused");
-  } catch (const std::invalid_argument& error) {
-    require(
-        std::string(error.what()).find("too many dimensions: got more than 10") !=
-            std::string::npos,
-        error.what());
-  }
-  const int32_t large[] = {2147483647, 2147483647, 4};
-  const Source contiguous{memory, Type::float32, true, strides.data()};
-  try {
-    batches.add(3, large, 0, contiguous, contiguous);
-    require(false, "more tiles than a grid has must be refused");
-  } catch (const std::invalid_argument& error) {
-    require(
-        std::string(error.what()).find("a tensor is too large for CUDA") != std::string::npos,
-        error.what());
-  }
-  require(batches.launches() == 0, "what was refused is in no launch");
+  require_refusal("too many dimensions: got more than 10", [&] { add(batches, shape, strides); });
+  require_refusal("too many dimensions: got more than 10", [&] {
+    arrays.add(12, shape.data(), strided, true, false);
+  });
+  const std::vector<int32_t> large = {2147483647, 2147483647, 4};
+  require_refusal("a tensor is too large for CUDA", [&] { add(batches, large, {}); });
+  require_refusal("a tensor is too large for CUDA", [&] {
+    arrays.add(3, large.data(), contiguous(), true, true);
+  });
+  require(batches.launches() == 0 && arrays.launches() == 0, "what was refused is nowhere");
 }
 
 } // namespace
 
 int main() {
-  test_as_few_launches_as_hold_the_tensors();
-  test_alignment();
+  test_one_launch_of_each_kind_for_all_that_training_has();
+  test_what_is_read_four_at_a_time();
+  test_what_is_turned();
+  test_what_needs_the_strided_kernel();
+  test_an_arena_without_tensors();
+  test_gradients_of_several_types();
+  test_capacity();
+  test_arrays_to_measure();
   test_refusals();
   test_random_tensors();
 }

@@ -1,4 +1,4 @@
-// The kernels of the full step and of the measurement without a GPU: random tensors are
+// The kernels of a step and of the measurement without a GPU: random tensors are
 // packed as the host packs them, the kernels are run by emulation.h, and every bit is
 // compared with csrc/math taken one element after another. Prints "ok" and the numbers
 // of elements, or says what is wrong and fails.
@@ -10,7 +10,7 @@
 #include "emulation.h"
 
 #include "../../cuda/kernels.cu"
-#include "cuda/full_batches.h"
+#include "cuda/batches.h"
 #include "cuda/measure_batches.h"
 
 using namespace mlx_fused_optim::cuda;
@@ -119,6 +119,16 @@ Array random_array(const std::vector<int32_t>& shape, Type type, Lying way) {
   return a;
 }
 
+/// The gradient of x @ W.T.
+Array turned_array(const std::vector<int32_t>& shape, Type type) {
+  const int64_t more = kQuad * below(2);
+  Array a;
+  a.strides = {1, shape[0] + more};
+  a.contiguous = false;
+  a.memory = std::make_shared<Memory>(type, a.strides[1] * shape[1]);
+  return a;
+}
+
 std::vector<int32_t> random_shape() {
   std::vector<int32_t> shape(below(5));
   for (auto& length : shape) {
@@ -139,13 +149,14 @@ template <typename T>
 void run_all(
     BatchList<T>& batches,
     const typename T::Shared& common,
-    void (*kernel)(const Launch<T>&)) {
+    void (*kernel)(const Launch<T>&),
+    uint32_t threads = kThreads) {
   for (auto& batch : batches) {
     const uint32_t count = batch->arguments.common.count;
     batch->arguments.common = common;
     batch->arguments.common.count = count;
     for (uint32_t block = 0; block < batch->blocks; ++block) {
-      emulation::run_block(block, kThreads, [&] { kernel(batch->arguments); });
+      emulation::run_block(block, threads, [&] { kernel(batch->arguments); });
     }
   }
 }
@@ -154,50 +165,55 @@ void run_all(
 
 /// What a step may consist of, and the kernels that are compiled for just that.
 struct Tested {
-  Type type, velocity;
+  uint32_t rule;
+  Type type, state;
   uint32_t gradients, flags;
   void (*tiled)(const Launch<Tiled>&);
-  void (*strided)(const Launch<FullStrided>&);
+  void (*turned)(const Launch<Turned>&);
+  void (*strided)(const Launch<Strided>&);
 };
 
-template <typename P, typename V, uint32_t gradients, uint32_t flags>
+template <uint32_t rule, typename P, typename S, uint32_t gradients, uint32_t flags>
 constexpr Tested tested() {
-  using K = Known<P, V, gradients, flags>;
+  using K = Known<rule, P, S, gradients, flags>;
   return {
+      rule,
       static_cast<Type>(kFormatOf<P>),
-      static_cast<Type>(kFormatOf<V>),
+      static_cast<Type>(kFormatOf<S>),
       gradients,
       flags,
+      run<K>,
       run<K>,
       run<K>};
 }
 
 constexpr uint32_t kF32 = bit_of(Type::float32), kF16 = bit_of(Type::float16),
                    kBF16 = bit_of(Type::bfloat16);
-constexpr uint32_t kDecayed = kMomentum | kWeightDecay;
-constexpr uint32_t kAll = kDecayed | kNesterov | kMaximize | kGradScale | kClipValue | kClipNorm |
+constexpr uint32_t kFrame = kWeightDecay | kMaximize | kGradScale | kClipValue | kClipNorm |
     kSkipNonfinite | kTrustRatio | kGroups | kDecoupled;
+constexpr uint32_t kWithMomentum = kMomentum, kWithNesterov = kMomentum | kNesterov,
+                   kCorrected = kBiasCorrection, kCorrectedLargest = kBiasCorrection | kAmsgrad;
 constexpr Tested kTested[] = {
-    tested<float32, float32, kF32, kMomentum | kClipNorm>(),
-    tested<float32, float32, kF32 | kBF16, kAll>(),
-    tested<float32, bfloat16, kF32, kDecayed | kStochastic | kAverage>(),
-    tested<float16, float16, kF16, kMaximize | kGradScale>(),
-    tested<float16, float32, kF32, kDecayed | kDecoupled | kSkipNonfinite>(),
-    tested<float16, float16, kF16, kDecayed | kMaster | kTrustRatio>(),
-    tested<float16, float32, kAnyType, kMomentum | kMaster | kAverage | kGroups>(),
-    tested<float16, float16, kF16, kAll | kCompensated>(),
-    tested<float16, float16, kF16, kDecayed | kNesterov | kStochastic>(),
-    tested<bfloat16, bfloat16, kBF16, kMomentum | kClipNorm | kSkipNonfinite>(),
-    tested<bfloat16, float32, kBF16, kMomentum | kNesterov | kClipValue>(),
-    tested<bfloat16, bfloat16, kBF16, kDecayed | kMaster | kSkipNonfinite>(),
-    tested<bfloat16, float32, kBF16, kAll | kMaster | kStochastic | kAverage>(),
-    tested<bfloat16, bfloat16, kBF16, kMomentum | kCompensated | kGroups>(),
-    tested<bfloat16, float16, kF32, kDecayed | kCompensated | kStochastic | kAverage>(),
-    tested<bfloat16, bfloat16, kBF16, kDecayed | kStochastic>(),
+    tested<kSgd, float32, float32, kF32, 0>(),
+    tested<kSgd, bfloat16, bfloat16, kBF16, kWithNesterov | kWeightDecay>(),
+    tested<kSgd, float16, float16, kF16, kWithNesterov | kFrame | kCompensated>(),
+    tested<kSgd, bfloat16, float16, kF32, kWithMomentum | kCompensated | kStochastic | kAverage>(),
+    tested<kAdam, float32, float32, kF32, kCorrected | kWeightDecay | kDecoupled>(),
+    tested<kAdam, float32, bfloat16, kF32 | kBF16, kCorrectedLargest | kFrame>(),
+    tested<kAdam, bfloat16, bfloat16, kBF16, kMaster | kSkipNonfinite>(),
+    tested<
+        kAdam,
+        float16,
+        float16,
+        kF16,
+        kCorrectedLargest | kFrame | kMaster | kStochastic | kAverage>(),
+    tested<kAdamax, bfloat16, float32, kBF16, kMaster | kAverage | kGroups | kWeightDecay>(),
+    tested<kLion, bfloat16, bfloat16, kBF16, kWeightDecay | kDecoupled | kStochastic>(),
+    tested<kRmsprop, float16, float32, kAnyType, kClipNorm | kCompensated>(),
+    tested<kAdagrad, float32, float16, kF32, kTrustRatio | kStochastic>(),
+    tested<kAdadelta, float16, bfloat16, kBF16, kMaster | kSkipNonfinite | kWeightDecay>(),
     // A step with more than a process may have kernels for (csrc/cuda/kernels.cpp).
-    tested<float32, float16, kAnyType, kGenericFlags>(),
-    tested<float16, bfloat16, kAnyType, kGenericFlags>(),
-    tested<bfloat16, float32, kAnyType, kGenericFlags>(),
+    tested<kAdam, bfloat16, float32, kAnyType, kGenericFlags>(),
 };
 constexpr int kTestedCount = std::size(kTested);
 
@@ -256,6 +272,7 @@ struct TestTensor {
   std::vector<int32_t> shape;
   uint64_t size, offset;
   uint32_t flags;
+  bool turns; // its gradient is that of x @ W.T
   Array parameter, gradient;
 };
 
@@ -266,33 +283,39 @@ struct TestArena {
 };
 
 struct Counted {
-  size_t tiled[kTestedCount] = {}, strided = 0, elements = 0;
+  size_t tiled[kTestedCount] = {}, turned[kTestedCount] = {}, strided[kTestedCount] = {};
+  size_t elements = 0;
 };
 
 void test_step(int round, Counted& counted) {
   const Tested& kernel = kTested[round % kTestedCount];
-  const Type type = kernel.type, velocity = kernel.velocity;
+  const Type type = kernel.type;
   const uint32_t flags = random_flags(kernel);
   const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = below(2),
              special = round % 3 == 1;
-  const uint32_t slot_flags[kSlots] = {kMomentum, kMaster, kCompensated, kAverage};
 
-  FullCommon common{};
+  Common common{};
+  common.control.rule = kernel.rule;
   common.control.flags = flags;
-  common.control.given = 0xf;
+  common.control.given = (1 << kFirstRuleScalar) - 1;
   common.control.seed = engine();
   common.control.place = engine();
-  common.control.gradient_weight = 0.75f;
+  for (int i = 0; i < kRuleScalars; ++i) { // a few are given, the others constant
+    common.control.given |= below(3) == 0 ? 1 << (kFirstRuleScalar + i) : 0;
+    common.control.constants[kFirstRuleScalar + i] = {0.9f, 1e-9f};
+    common.control.rest[i] = 0.1f;
+  }
   common.control.clip_value = 0.5f;
   common.control.clip_norm = 3.0f;
   common.control.trust_coefficient = 0.01f;
   common.control.average_weight = 0.125f;
   common.control.parameter_format = static_cast<uint32_t>(type);
-  common.control.velocity_format = static_cast<uint32_t>(velocity);
+  common.control.state_format = static_cast<uint32_t>(kernel.state);
   const uint64_t step = 41;
-  const float given[] = {0.1f, 0.9f, 0.01f, 4.0f};
+  const float given[kScalars] = {0.1f, 0.01f, 4.0f, 0.8f, 0.95f, 0.01f};
   std::vector<float> measured = {5.0f, skips ? 0.0f : 1.0f}, groups;
-  const bool counts = skips || (flags & kStochastic) || below(2); // else it needs no step
+  const bool counts = skips || (flags & kStochastic) || is_bias_corrected(kernel.rule, flags) ||
+      below(2); // else it needs no step
   common.step = counts ? &step : nullptr;
   common.given = given;
 
@@ -301,14 +324,19 @@ void test_step(int round, Counted& counted) {
   uint64_t arena_size = 0;
   const uint64_t granule = kGranule / size_of(type);
   for (auto& t : all) {
+    t.turns = below(3) == 0;
     t.shape = random_shape();
+    if (t.turns) {
+      t.shape = {4 * (1 + below(20)), 4 * (1 + below(20))};
+    }
     t.size = element_count(t.shape.size(), t.shape.data());
     t.offset = arena_size;
     t.flags = flags & (flags & kGroups ? engine() | ~kTensorFlags : ~0u);
     arena_size += divide_up(t.size, granule) * granule;
     measured.insert(measured.end(), {std::abs(normal()), std::abs(normal())});
     for (uint32_t i = 0; i < kGroupNumbers; ++i) {
-      groups.push_back(normal());
+      // Scalars stay between 0 and 1.
+      groups.push_back(i < kFirstScalarTimes ? normal() : 0.5f * std::abs(std::sin(normal())));
     }
   }
   common.measured = measured.data();
@@ -327,11 +355,11 @@ void test_step(int round, Counted& counted) {
   TestArena slots[kSlots];
   bool contiguous = true;
   for (int slot = 0; slot < kSlots; ++slot) {
-    if (!(flags & slot_flags[slot])) {
+    if (!has_slot(kernel.rule, flags, slot)) {
       continue;
     }
     auto& s = slots[slot];
-    const Type slot_type = slot == kVelocity ? static_cast<Type>(common.control.velocity_format)
+    const Type slot_type = slot < kRuleSlots ? kernel.state
         : slot == kCompensation              ? type
                                              : Type::float32;
     s.stride = !in_place && below(6) == 0 ? 2 : 1;
@@ -344,11 +372,12 @@ void test_step(int round, Counted& counted) {
     }
   }
 
-  FullBatches batches(type, contiguous);
+  Batches batches(type, contiguous);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
     const auto gradient_type = random_type(kernel.gradients);
-    t.gradient = random_array(t.shape, gradient_type, static_cast<Lying>(below(3)));
+    t.gradient = t.turns ? turned_array(t.shape, gradient_type)
+                         : random_array(t.shape, gradient_type, static_cast<Lying>(below(3)));
     t.gradient.memory->fill();
     if (special) {
       add_special(*t.gradient.memory);
@@ -377,12 +406,14 @@ void test_step(int round, Counted& counted) {
   for (auto& s : slots) {
     expected_slots.emplace_back(s.before ? s.before->type : type, arena_size);
   }
-  const auto hyper = sgd_full_hyper(common.control, step, common.given, common.measured);
+  const auto hyper = sgd_hyper(common.control, step, common.given, common.measured);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
     const auto own = sgd_tensor_hyper(
+        common.control,
         hyper,
-        common.control.trust_coefficient,
+        kernel.rule,
+        step,
         t.flags,
         groups.data() + i * kGroupNumbers,
         measured.data() + kMeasuredTensors + 2 * i);
@@ -401,16 +432,23 @@ void test_step(int round, Counted& counted) {
       if (skips) {
         continue;
       }
-      const SgdFullElement result = sgd_full_element<float>(
-          {t.parameter.memory->get(from), values[0], values[1], values[2], values[3]},
+      const SgdElement result = sgd_element<float>(
+          {t.parameter.memory->get(from),
+           {{values[0], values[1], values[2]}},
+           values[kMasterCopy],
+           values[kCompensation],
+           values[kMovingAverage]},
           t.gradient.memory->get(g),
           static_cast<uint32_t>(at),
           own,
+          kernel.rule,
           t.flags,
           common.control.parameter_format,
-          common.control.velocity_format);
+          common.control.state_format);
       expected.set(at, result.parameter);
-      const float after[] = {result.velocity, result.master, result.compensation, result.average};
+      const auto& of = result.slots.of;
+      const float after[] = {
+          of[0], of[1], of[2], result.master, result.compensation, result.average};
       for (int slot = 0; slot < kSlots; ++slot) {
         if (slots[slot].before) {
           expected_slots[slot].set(at, after[slot]);
@@ -440,15 +478,20 @@ void test_step(int round, Counted& counted) {
   common.step_out = counts ? &next : nullptr;
   common.used_out = used;
   counted.tiled[round % kTestedCount] += batches.tiled.size();
-  counted.strided += batches.strided.size();
+  counted.turned[round % kTestedCount] += batches.turned.size();
+  counted.strided[round % kTestedCount] += batches.strided.size();
   run_all(batches.tiled, common, kernel.tiled);
+  run_all(batches.turned, common, kernel.turned, kSquareThreads);
   run_all(batches.strided, common, kernel.strided);
 
   require(next == (!counts ? 0 : skips ? step : step + 1), "the step counter");
-  require(
-      !counts ||
-          (std::equal(used, used + 3, given) && used[3] == (flags & kGradScale ? given[3] : 1.0f)),
-      "the numbers used");
+  for (int i = 0; counts && i < kScalars; ++i) {
+    const bool absent = i == kGradScaleFactor && !(flags & kGradScale);
+    const float want = absent           ? 1.0f
+        : common.control.given >> i & 1 ? given[i]
+                                        : common.control.constants[i].hi;
+    require(used[i] == want, "the numbers used");
+  }
   for (uint64_t e = 0; e < arena_size; ++e) {
     const auto where = " of element " + std::to_string(e) + ", round " + std::to_string(round);
     require(is_same(*parameters, expected, e), "the parameter" + where);
@@ -461,12 +504,12 @@ void test_step(int round, Counted& counted) {
 }
 
 void test_an_arena_without_tensors_counts_the_step() {
-  FullBatches batches(Type::float32, true);
+  Batches batches(Type::float32, true);
   batches.add_nothing();
-  FullCommon common{};
-  common.control.given = 0xf;
+  Common common{};
+  common.control.given = (1 << kScalars) - 1;
   const uint64_t step = 41;
-  const float given[] = {0.1f, 0.9f, 0.01f, 4.0f};
+  const float given[kScalars] = {0.1f, 0.01f, 4.0f, 0.9f, 0.0f, 0.0f};
   uint64_t next = 0;
   float used[kScalars] = {};
   common.step = &step;
@@ -474,7 +517,7 @@ void test_an_arena_without_tensors_counts_the_step() {
   common.step_out = &next;
   common.used_out = used;
   run_all(batches.tiled, common, kTested[0].tiled);
-  require(next == 42 && used[0] == 0.1f && used[3] == 1.0f, "a step of nothing");
+  require(next == 42 && used[0] == 0.1f && used[kGradScaleFactor] == 1.0f, "a step of nothing");
 }
 
 /// What is stored where the last rounding is that of memory: all patterns at which a format
@@ -555,7 +598,7 @@ Squares sum_in_order(
 }
 
 template <uint32_t flags>
-using MeasureKnown = Known<float32, float32, kAnyType, flags>;
+using MeasureKnown = Known<kSgd, float32, float32, kAnyType, flags>;
 
 void test_measurement(int round, Counted& counted) {
   MeasureCommon common{};
@@ -564,7 +607,7 @@ void test_measurement(int round, Counted& counted) {
   common.control.clip_value = 0.5f;
   const uint64_t step = 0;
   // Of a scale of zero, what is behind the end of an array must not become NaN.
-  const float given[] = {0, 0, 0, round % 5 == 0 ? 0.0f : 0.3f};
+  const float given[] = {0, 0, round % 5 == 0 ? 0.0f : 0.3f};
   common.step = &step;
   common.given = given;
   const auto hyper = sgd_gradient_hyper(common.control, step, common.given);
@@ -673,10 +716,9 @@ int main(int, char** arguments) {
   for (int round = 0; round < rounds; ++round) {
     test_step(round, counted);
   }
-  const size_t some = rounds / 6;
-  require(counted.strided > some, "the random tensors miss a kind");
-  for (auto tiled : counted.tiled) {
-    require(tiled > 0, "the random tensors miss a variant");
+  for (int i = 0; i < kTestedCount; ++i) {
+    const bool all = counted.tiled[i] && counted.turned[i] && counted.strided[i];
+    require(all, "the random tensors miss a kernel of variant " + std::to_string(i));
   }
   for (int round = 0; round < rounds / 4; ++round) {
     test_measurement(round, counted);

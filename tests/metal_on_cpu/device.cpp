@@ -316,7 +316,10 @@ void CommandEncoder::check(const MTL::Size& threads, const MTL::Size& group) con
     auto& b = bindings_[a.slot];
     taken[a.slot] = true;
     require(b.kind != Binding::nothing, where + ": nothing is bound");
-    require(!a.writable || b.kind == Binding::output, where + ": written, but not an output");
+    // Of bytes, memory.h sees whether they are written.
+    require(
+        !a.writable || a.element == 1 || b.kind == Binding::output,
+        where + ": written, but not an output");
     require(a.writable || b.kind != Binding::output, where + ": an output, but not written");
     // Bytes are read as any type: sources have their table, sums are structs.
     require(
@@ -397,7 +400,10 @@ void CommandEncoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
         }
         char* begin = by_value ? b.bytes.data() : b.begin;
         buffers[a.slot] = begin + b.offset;
-        memory.add(begin, b.size, a.name, by_value);
+        const auto use = by_value       ? Memory::value
+            : b.kind == Binding::output ? Memory::output
+                                        : Memory::input;
+        memory.add(begin, b.size, a.name, use);
       }
     }
     watch(&memory);

@@ -67,23 +67,24 @@ void Memory::begin_dispatch(bool after_barrier) {
   }
 }
 
-void Memory::add(const void* begin, size_t size, const std::string& name, bool by_value) {
-  for (auto& region : regions_) {
-    if (region.begin == begin) {
-      // One source fills all slots that nothing else needs: once is enough.
-      if (name.compare(0, 6, "source") || region.name.find("source") == std::string::npos) {
-        region.name += "," + name;
-      }
-      return;
+void Memory::add(const void* begin, size_t size, const std::string& name, Use use) {
+  auto is_begin = [&](auto& region) { return region.begin == begin; };
+  auto found = std::find_if(regions_.begin(), regions_.end(), is_begin);
+  if (found == regions_.end()) {
+    const auto kind = use == value ? Region::value : Region::buffer;
+    regions_.push_back({static_cast<const char*>(begin), size, name, kind});
+    found = regions_.end() - 1;
+    auto& users = users_[found->begin];
+    if (use == value) {
+      users.clear();
     }
+    users.resize(size);
+  } else if (use == output || !found->is_input || name.compare(0, 6, "buffer")) {
+    // (One source fills all slots that nothing else needs: once is enough.)
+    found->name += "," + name;
   }
-  const auto kind = by_value ? Region::value : Region::buffer;
-  regions_.push_back({static_cast<const char*>(begin), size, name, kind, {}});
-  auto& users = users_[regions_.back().begin];
-  if (by_value) {
-    users.clear();
-  }
-  users.resize(size);
+  found->is_input |= use == input;
+  found->is_output |= use == output;
 }
 
 void Memory::begin_thread(uint32_t number) {
@@ -92,7 +93,7 @@ void Memory::begin_thread(uint32_t number) {
 }
 
 void Memory::share(const void* begin, size_t size, const std::string& name) {
-  regions_.push_back({static_cast<const char*>(begin), size, name, Region::shared, {}});
+  regions_.push_back({static_cast<const char*>(begin), size, name, Region::shared});
   users_[regions_.back().begin].assign(size, {});
 }
 
@@ -141,6 +142,9 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
   // (Fields of a value, the compiler may load together.)
   if (region.kind != Region::value && at % size) {
     return report(region, address, size, "is not aligned to its width");
+  }
+  if (write && region.kind == Region::buffer && !region.is_output) {
+    return report(region, address, size, "writes into what is bound as an input");
   }
   auto* users = &users_[region.begin][at];
   for (size_t i = 0; i < size; ++i) {

@@ -23,14 +23,15 @@ struct Traffic {
 /// Memory of a threadgroup lasts as long as it, and has barriers of its own.
 ///
 /// An error is an access outside every buffer, one that is not aligned to its own
-/// width, one byte written twice, and a byte that one thread writes and another
-/// reads or writes: between barriers, threads and dispatches run in any order.
+/// width, a write into what is no output, one byte written twice, and a byte that one thread writes
+/// and another reads or writes: between barriers, threads and dispatches run in any order.
 class Memory {
  public:
   /// Begins a dispatch; `after_barrier` forgets what earlier ones touched.
   void begin_dispatch(bool after_barrier);
-  /// The name is for messages; a buffer may have several.
-  void add(const void* begin, size_t size, const std::string& name, bool by_value);
+  /// The name is for messages; a buffer may have several. Only an output may be written.
+  enum Use { input, output, value };
+  void add(const void* begin, size_t size, const std::string& name, Use use);
   /// Begins a thread, or goes on with it.
   void begin_thread(uint32_t number);
   /// Memory of the threadgroup that runs.
@@ -51,7 +52,8 @@ class Memory {
     size_t size = 0;
     std::string name;
     enum Kind { buffer, value, shared } kind = buffer; // traffic is counted of buffers
-    Traffic traffic;
+    Traffic traffic = {};
+    bool is_input = false, is_output = false; // of buffers
   };
   struct Users { // of a byte: numbers of threads
     uint32_t reader = 0, writer = 0;

@@ -88,7 +88,7 @@ def build(kind: str, native: bool) -> tuple[str, str]:
         if said:
             return "source", first_line(r"^(.*ASCII.*)$", said)
         if kind == "metal":
-            joined = folder / "metal_source/sgd.joined.metal"
+            joined = folder / "metal_source/step.joined.metal"
             check = "tests/metal_on_cpu/translate.py"
             said = run(PYTHON, check, "check", joined, package=package)
             if said:

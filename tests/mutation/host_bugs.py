@@ -59,7 +59,7 @@ MUTANTS = [
     # ---- Python: steps that are taken again
     Mutant("measured_step_prepared", STEP_PY, "        or options.is_measured\n", "", "prepared full_step"),
     Mutant("groups_prepared", STEP_PY, "        or options.groups.members\n", "", "prepared groups", same="a prepared step without its groups is refused, and Python's way is taken"),
-    Mutant("lists_never_change", STEP_PY, "or (type(value) is tuple and not value)", "or type(value) in (tuple, list)", "prepared"),
+    Mutant("lists_never_change", STEP_PY, "or (type(value) is tuple and all(map(never_changes, value)))", "or type(value) in (tuple, list)", "prepared"),
     Mutant("default_stream", FUNCTIONS, "prepared.step(tree, state, learning_rate, stream)", "prepared.step(tree, state, learning_rate, None)", "prepared modes"),
     Mutant("prepared_for_ever", FUNCTIONS, "if len(_prepared) >= 16:", "if False:", "prepared"),
     # ---- Python: schedules and the scaler
@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant("one_root_of_a_quotient", ADADELTA, "quotient(root(old + eps), root(v + eps))", "root(quotient(old + eps, v + eps))", "rules"),
     Mutant("changes_not_kept", ADADELTA, "  slots.of[kChangeSquares] = moved(old, change * change, rho, rest);\n", "", "rules"),
     Mutant("squares_of_the_gradient", ADADELTA, "change * change", "gradient * gradient", "rules"),
-    Mutant("nan_is_not_larger", RULE, "(a > b) | (a != a) ? a : b", "a > b ? a : b", "rules full_conformance"),
+    Mutant("nan_is_not_larger", RULE, "((a > b) | (a != a)) ? a : b", "a > b ? a : b", "rules full_conformance"),
     # ---- The frame
     Mutant("corrected_by_the_step_before", FRAME, "        low_part(control, kFirstRuleScalar + 1),\n        step + 1);", "        low_part(control, kFirstRuleScalar + 1),\n        step);", "correction"),
     Mutant("correction_in_float32", FRAME, "control.constants[i].lo : 0.0f", "0.0f : 0.0f", "correction"),
@@ -180,7 +180,7 @@ MUTANTS = [
     Mutant("eps_of_nothing", RULES_PY, "ABOVE_ZERO = Range(is_open=(True, False))", "ABOVE_ZERO = Range(is_open=(False, False))", "rules"),
     Mutant("coupled_adamw", "python/mlx_fused_optim/optimizers/adam.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
     Mutant("coupled_lion", "python/mlx_fused_optim/optimizers/lion.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
-    Mutant("betas_swapped", GROUPS, 'return {"beta1": betas[0], "beta2": betas[1]}', 'return {"beta1": betas[1], "beta2": betas[0]}', "rules"),
+    Mutant("betas_swapped", GROUPS, 'return {"beta1": beta1, "beta2": beta2}', 'return {"beta1": beta2, "beta2": beta1}', "rules"),
     Mutant("numbers_checked_once", "python/mlx_fused_optim/optimizers/base.py", "not all(map(operator.is_, given, self._checked[0]))", "False", "rules optimizer"),
     Mutant("correction_without_a_state", STEP_PY, "    if hyper.rule is ADAM and hyper.flags & ADAM.flags[\"bias_correction\"]:\n", "    if False:\n", "rules"),
 ]  # fmt: skip

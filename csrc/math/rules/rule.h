@@ -78,7 +78,7 @@ MATH_FN T quotient(T a, T b) {
 /// The larger one; NaN if either is.
 template <typename T>
 MATH_FN T larger(T a, T b) {
-  return (a > b) | (a != a) ? a : b;
+  return ((a > b) | (a != a)) ? a : b;
 }
 
 } // namespace fused_math
