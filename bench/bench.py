@@ -2,6 +2,7 @@
 
     python bench/bench.py                       the usual sizes for this device
     python bench/bench.py --quick               a minute's look: small sizes, few steps
+    python bench/bench.py --optimizer adamw     AdamW in the place of SGD with momentum
     python bench/bench.py --shapes 16M,gpt2 --peers "ours,mlx compiled,torch fused"
 
 Every candidate is verified against a float64 reference before it is timed.
@@ -13,6 +14,7 @@ import argparse
 import gc
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def record(kind: str, work: shapes.Work, options: peers.Options, times: dict) ->
         "title": work.title,
         "tensors": len(work.parameters),
         "elements": work.elements,
-        "least_bytes": work.least_bytes(options.dtype),
+        "least_bytes": work.least_bytes(options.dtype, options.optimizer),
         "candidates": times,
     }
 
@@ -121,6 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", help=f"comma-separated, or 'all'; of {', '.join(shapes.NAMES)}")
     parser.add_argument("--peers", help=f"comma-separated; of {', '.join(peers.PEERS)}")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu" if gpu else "cpu")
+    parser.add_argument("--optimizer", choices=tuple(peers.USUAL), default="sgd")
     parser.add_argument("--dtype", choices=tuple(shapes.ITEMSIZE), default="float32")
     parser.add_argument(
         "--in-training", action="store_true", help="each set of shapes in a training step too"
@@ -156,21 +159,26 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parse(arguments)
     console = Console()
     mx.set_default_device(mx.gpu if chosen.device == "gpu" else mx.cpu)
-    options = peers.Options(dtype=chosen.dtype, device=chosen.device)
+    options = replace(peers.USUAL[chosen.optimizer], dtype=chosen.dtype, device=chosen.device)
+    own = {"momentum": options.momentum}
+    if chosen.optimizer == "adamw":
+        own = {"betas": options.betas, "eps": options.eps, "bias_correction": True}
     seconds = chosen.seconds or SECONDS["quick" if chosen.quick else "usual"]
     run: dict[str, Any] = {
         **timing.header(chosen.device),
         "device": chosen.device,
+        "optimizer": chosen.optimizer,
         "dtype": chosen.dtype,
         "import_ms": timing.import_ms(),
         "options": {
-            "momentum": options.momentum,
+            **own,
             "weight_decay": options.weight_decay,
             "schedule": f"exponential_decay({options.init}, {options.decay_rate})",
         },
         "results": [],
     }
-    console.print(f"{run['machine']}\n{run['versions']}\n{chosen.device}, {chosen.dtype}")
+    console.print(f"{run['machine']}\n{run['versions']}")
+    console.print(f"{chosen.device}, {chosen.optimizer}, {chosen.dtype}")
     console.print(f"import, beside mlx.optimizers: {run['import_ms']:.1f} ms")
     for path in (chosen.json, chosen.png):
         path.parent.mkdir(parents=True, exist_ok=True)

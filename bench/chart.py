@@ -34,7 +34,8 @@ def draw(run: dict, path: Path) -> None:
     )
     figure.suptitle(
         f"One optimizer step, host time included: median milliseconds, less is better\n"
-        f"{device}, {run['dtype']}, MLX {run['versions']['mlx']}, {run['date']}",
+        f"{device}, {run['optimizer']}, {run['dtype']}, "
+        f"MLX {run['versions']['mlx']}, {run['date']}",
         fontsize=10,
         color=INK,
         x=0.01,

@@ -2,7 +2,7 @@
 
 A peer is a class with two methods: ``step`` takes one step and returns when it is done;
 ``samples`` gives some elements of every parameter. Peers whose package is missing are
-left out. All of them get the same values, dtype, momentum, weight decay and schedule, and
+left out. All of them get the same values, dtype, betas or momentum, weight decay and schedule, and
 all may reuse the memory of the old parameters and of the old state.
 """
 
@@ -24,9 +24,15 @@ from shapes import Work
 
 @dataclass(frozen=True)
 class Options:
+    """Of SGD with momentum, or of AdamW with bias correction, which torch and optax always
+    have; the moments have the parameters' dtype, as theirs do."""
+
+    optimizer: str = "sgd"
     dtype: str = "float32"
     device: str = "cpu"
     momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 1e-4
     init: float = 0.1
     decay_rate: float = 0.999
@@ -34,6 +40,12 @@ class Options:
 
     def rate(self, step: int) -> float:
         return self.init * self.decay_rate**step if self.scheduled else self.init
+
+
+USUAL: dict[str, Options] = {
+    "sgd": Options(),
+    "adamw": Options(optimizer="adamw", weight_decay=1e-2, init=1e-3),
+}
 
 
 class Peer(Protocol):
@@ -67,11 +79,16 @@ def sample(array: Any) -> Any:
 
 
 def mlx_optimizer(module: Any, options: Options) -> Any:
-    """The SGD of mlx.optimizers, or ours: the same call."""
+    """The optimizer of mlx.optimizers, or ours: the same call."""
     rate = options.init
     if options.scheduled:
         rate = module.exponential_decay(options.init, options.decay_rate)
-    return module.SGD(rate, momentum=options.momentum, weight_decay=options.weight_decay)
+    if options.optimizer == "sgd":
+        return module.SGD(rate, momentum=options.momentum, weight_decay=options.weight_decay)
+    own = {} if module is mlx.optimizers else {"state_dtype": getattr(mx, options.dtype)}
+    return module.AdamW(
+        rate, options.betas, options.eps, options.weight_decay, bias_correction=True, **own
+    )
 
 
 class MlxPeer:
@@ -127,11 +144,15 @@ class TorchPeer:
         for parameter, gradient in zip(self.parameters, tensors(2), strict=True):
             parameter.requires_grad_()
             parameter.grad = gradient
-        self.optimizer = torch.optim.SGD(
+        if options.optimizer == "sgd":
+            cls, own = torch.optim.SGD, {"momentum": options.momentum}
+        else:
+            cls, own = torch.optim.AdamW, {"betas": options.betas, "eps": options.eps}
+        self.optimizer = cls(
             self.parameters,
             lr=options.init,
-            momentum=options.momentum,
             weight_decay=options.weight_decay,
+            **own,
             **implementation,
         )
 
@@ -174,10 +195,14 @@ class OptaxPeer:
         rate = options.init
         if options.scheduled:
             rate = optax.exponential_decay(options.init, 1, options.decay_rate)
-        optimizer = optax.chain(
-            optax.add_decayed_weights(options.weight_decay),
-            optax.sgd(rate, momentum=options.momentum),
-        )
+        decay = options.weight_decay
+        if options.optimizer == "sgd":
+            optimizer = optax.chain(
+                optax.add_decayed_weights(decay), optax.sgd(rate, momentum=options.momentum)
+            )
+        else:
+            beta1, beta2 = options.betas
+            optimizer = optax.adamw(rate, beta1, beta2, options.eps, weight_decay=decay)
 
         def update(parameters: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
             updates, state = optimizer.update(gradients, state, parameters)
@@ -248,25 +273,64 @@ def reference(work: Work, options: Options, steps: int) -> list[tuple[np.ndarray
     which is what the least exact peer does; ``u`` is one such rounding, relative.
     """
     u = UNIT_ROUNDOFF[options.dtype]
-    # A float32 schedule: 8 roundings for its power. Constants: one more for each.
-    of_rate = u + 8 * UNIT_ROUNDOFF["float32"]
-    decay, momentum = options.weight_decay, options.momentum
+    take = sgd_steps if options.optimizer == "sgd" else adamw_steps
     result = []
     for start, gradient in zip(values(work, 1), values(work, 2), strict=True):
-        p, g = rounded(start, options.dtype), rounded(gradient, options.dtype)
-        v, error_p, error_v = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
-        for step in range(steps):
-            rate = options.rate(step)
-            decayed = g + decay * p
-            error_v = momentum * error_v + 2 * u * momentum * abs(v)
-            error_v += decay * (error_p + 2 * u * abs(p)) + u * abs(decayed)
-            v = momentum * v + decayed
-            error_v += u * abs(v)
-            p = p - rate * v
-            error_p += rate * (error_v + (u + of_rate) * abs(v)) + u * abs(p)
+        p, error = take(
+            rounded(start, options.dtype), rounded(gradient, options.dtype), options, steps, u
+        )
         # Errors of errors: fewer than 16 roundings a step act on each other.
-        result.append((p, error_p * (1 + 16 * steps * u)))
+        result.append((p, error * (1 + 16 * steps * u)))
     return result
+
+
+def rate_error(u: float) -> float:
+    """Relative. A float32 schedule: 8 roundings for its power. Constants: one more for each."""
+    return u + 8 * UNIT_ROUNDOFF["float32"]
+
+
+def sgd_steps(
+    p: np.ndarray, g: np.ndarray, options: Options, steps: int, u: float
+) -> tuple[np.ndarray, np.ndarray]:
+    decay, momentum = options.weight_decay, options.momentum
+    v, error_p, error_v = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
+    for step in range(steps):
+        rate = options.rate(step)
+        decayed = g + decay * p
+        error_v = momentum * error_v + 2 * u * momentum * abs(v)
+        error_v += decay * (error_p + 2 * u * abs(p)) + u * abs(decayed)
+        v = momentum * v + decayed
+        error_v += u * abs(v)
+        p = p - rate * v
+        error_p += rate * (error_v + (u + rate_error(u)) * abs(v)) + u * abs(p)
+    return p, error_p
+
+
+def adamw_steps(
+    p: np.ndarray, g: np.ndarray, options: Options, steps: int, u: float
+) -> tuple[np.ndarray, np.ndarray]:
+    beta1, beta2 = options.betas
+    m, v, error_p = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
+    error_m, error_v = np.zeros_like(p), np.zeros_like(p)
+    for step in range(steps):
+        rate, bias1, bias2 = options.rate(step), 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+        # Each product: a constant and the product; their sum; and the square.
+        error_m = beta1 * error_m + 3 * u * (beta1 * abs(m) + (1 - beta1) * abs(g))
+        error_v = beta2 * error_v + 4 * u * (beta2 * v + (1 - beta2) * g * g)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        below = np.sqrt(v / bias2) + options.eps
+        change = rate / bias1 * m / below
+        # The powers of betas, in float32: 8 roundings, and of the beta itself each time; they are
+        # subtracted from 1. Then two numbers of a correction, a root, a sum, two products.
+        powers = (9 + step) * UNIT_ROUNDOFF["float32"]
+        of_numbers = powers * (1 / bias1 + 1 / bias2) + rate_error(u) + 6 * u
+        relative_v = np.divide(error_v, 2 * v, out=np.zeros_like(v), where=v > 0)
+        error = rate / bias1 * error_m / below + abs(change) * (relative_v + of_numbers)
+        # Weight decay: the factor, the product, or the product and a sum of both terms.
+        error_p += error + (2 + 2 * rate * options.weight_decay) * u * abs(p)
+        p = (1 - rate * options.weight_decay) * p - change
+        error_p += u * abs(p)
+    return p, error_p
 
 
 class WrongResultError(Exception):

@@ -23,19 +23,21 @@ INTRODUCTION = """\
 <!-- Written by bench/report.py from bench/results/*.json: change those. -->
 
 Whole steps, host time included: from the call until the last result is in memory (for MLX, until
-`mx.eval` returns). Every candidate takes the same step (momentum 0.9, weight decay 1e-4,
-exponential decay of the learning rate) with parameters of its own, and may reuse the memory of the
-old ones. Before it is timed, its result is compared with a float64 reference; a candidate outside
-the error that its roundings allow is told, not timed. Candidates take turns of a few steps each;
-medians, and the quartiles beside them. GB/s counts the bytes that a step cannot do without:
-parameters and momentum read and written, gradients read. In a training step, an optimizer's share
-is what it adds to the gradients alone, turn by turn: the median of the differences. "New memory" is
-what one step of MLX allocates beyond what is held before it, by MLX's own counter.
+`mx.eval` returns). Every candidate takes the same step (SGD: momentum 0.9, weight decay 1e-4;
+AdamW: betas 0.9 and 0.999, bias correction, weight decay 1e-2, moments in the parameters' dtype;
+both with an exponential decay of the learning rate) with parameters of its own, and may reuse the
+memory of the old ones. Before it is timed, its result is compared with a float64 reference; a
+candidate outside the error that its roundings allow is told, not timed. Candidates take turns of
+a few steps each; medians, and the quartiles beside them. GB/s counts the bytes that a step cannot
+do without: parameters and moments read and written, gradients read. In a training step, an
+optimizer's share is what it adds to the gradients alone, turn by turn: the median of the
+differences. "New memory" is what one step of MLX allocates beyond what is held before it, by
+MLX's own counter.
 
-"mlx" is `mlx.optimizers.SGD`, "torch" is `torch.optim.SGD`, "optax jit" is `optax.sgd` under
-`jax.jit` with donated parameters and state. "constant" is ours with a constant learning rate.
+"mlx" is `mlx.optimizers`, "torch" is `torch.optim`, "optax jit" is `optax.sgd` or `optax.adamw`
+under `jax.jit` with donated parameters and state. "constant" is ours with a constant learning rate.
 
-    make bench                                  # this machine
+    make bench                                  # this machine; ARGS="--optimizer adamw"
     python bench/bench.py --json bench/results/NAME.json && python bench/report.py
 """
 
@@ -54,7 +56,7 @@ def readme(text: str, runs: dict[str, dict]) -> str:
     end = text.index(MARKS[1])
     lines = [
         "",
-        "Medians of whole steps, ms: momentum, weight decay and a decaying learning rate.",
+        "Medians of whole steps, ms: momentum or AdamW, weight decay and a decaying learning rate.",
         "",
         "| | ours | compiled | mlx compiled | torch fused | optax jit |",
         "|---|---:|---:|---:|---:|---:|",
@@ -62,7 +64,7 @@ def readme(text: str, runs: dict[str, dict]) -> str:
     peers = ("ours", "ours compiled", "mlx compiled", "torch fused", "optax jit")
     before = None
     for run in runs.values():
-        heading = f"| **{_device(run)}, {run['dtype']}** | | | | | |"
+        heading = f"| **{_device(run)}, {_optimizer(run)}, {run['dtype']}** | | | | | |"
         if heading != before:  # runs of one kind are one part of the table
             lines.append(heading)
         before = heading
@@ -79,11 +81,16 @@ def _device(run: dict) -> str:
     return machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
 
 
+def _optimizer(run: dict) -> str:
+    # Runs of before there was a choice do not say it.
+    return {"sgd": "SGD", "adamw": "AdamW"}[run.get("optimizer", "sgd")]
+
+
 def _run(name: str, run: dict) -> str:
     machine, versions = run["machine"], run["versions"]
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     lines = [
-        f"## {_device(run)}, {run['dtype']}, {run['date']}",
+        f"## {_device(run)}, {_optimizer(run)}, {run['dtype']}, {run['date']}",
         "",
         f"{machine['system']}, {packages}. Load average at the start: "
         f"{machine['load']}. From `bench/results/{name}.json`.",

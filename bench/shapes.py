@@ -9,6 +9,7 @@ from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+MOMENTS = {"sgd": 1, "adamw": 2}  # that an optimizer of the benchmark keeps of an element
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Work:
     def elements(self) -> int:
         return sum(math.prod(shape) for _, shape in self.parameters)
 
-    def least_bytes(self, dtype: str) -> int:
-        """What a step with momentum must move: parameters and momentum both ways, gradients in."""
-        return 5 * self.elements * ITEMSIZE[dtype]
+    def least_bytes(self, dtype: str, optimizer: str) -> int:
+        """What a step must move: parameters and moments both ways, gradients in."""
+        return (3 + 2 * MOMENTS[optimizer]) * self.elements * ITEMSIZE[dtype]
 
 
 MODELS = ("resnet50", "gpt2", "llama_3_2_1b", "lora_llama_3_2_1b", "lora_llama_2_7b")

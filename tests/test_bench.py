@@ -40,8 +40,9 @@ def test_model_data_is_complete(name):
 def test_least_bytes():
     work = shapes.load("448x16x1024")
     assert work.elements == 448 * 16 * 1024
-    assert work.least_bytes("float32") == 5 * 4 * work.elements
-    assert work.least_bytes("bfloat16") == 5 * 2 * work.elements
+    assert work.least_bytes("float32", "sgd") == 5 * 4 * work.elements
+    assert work.least_bytes("bfloat16", "sgd") == 5 * 2 * work.elements
+    assert work.least_bytes("float32", "adamw") == 7 * 4 * work.elements
 
 
 def test_unknown_shapes_are_refused():
@@ -52,12 +53,13 @@ def test_unknown_shapes_are_refused():
 # ---- Verification ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optimizer", peers.USUAL)
 @pytest.mark.parametrize("dtype", shapes.ITEMSIZE)
 @pytest.mark.parametrize("name", peers.available())
-def test_peers_take_the_same_steps(name, dtype):
+def test_peers_take_the_same_steps(name, dtype, optimizer):
     if name == "torch fused" and dtype == "bfloat16":
         pytest.skip("torch's fused CPU step skips whole vectors in half precision")
-    options = peers.Options(dtype=dtype)
+    options = replace(peers.USUAL[optimizer], dtype=dtype)
     peers.verify(name, peers.PEERS[name][1](SMALL, options), SMALL, options, steps=10)
 
 
@@ -72,6 +74,29 @@ def test_verification_sees_another_step(change, dtype):
     wrong = peers.MlxPeer(SMALL, replace(right, **change), mlx.optimizers, compiled=False)
     with pytest.raises(peers.WrongResultError, match=r"\[verify\] 'mlx' is wrong in 'a\.0\.w'"):
         peers.verify("mlx", wrong, SMALL, right, steps=10)
+
+
+@pytest.mark.parametrize("dtype", shapes.ITEMSIZE)
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": "sgd"}, {"weight_decay": 0.0}, {"init": 0.15}, {"scheduled": False}],
+    ids=lambda change: next(iter(change)),
+)
+def test_verification_sees_another_step_of_adamw(change, dtype):
+    """But for other betas: the gradient of a benchmark is the same at each step, of which Adam
+    with bias correction makes its sign whatever they are."""
+    right = replace(peers.USUAL["adamw"], dtype=dtype, init=0.1, weight_decay=0.5, decay_rate=0.8)
+    wrong = peers.MlxPeer(SMALL, replace(right, **change), mlx.optimizers, compiled=False)
+    with pytest.raises(peers.WrongResultError, match=r"\[verify\] 'mlx' is wrong in 'a\.0\.w'"):
+        peers.verify("mlx", wrong, SMALL, right, steps=10)
+
+
+def test_verification_sees_no_bias_correction():
+    right = peers.USUAL["adamw"]
+    wrong = peers.MlxPeer(SMALL, right, mlx.optimizers, compiled=False)
+    wrong.optimizer.bias_correction = False
+    with pytest.raises(peers.WrongResultError, match="'mlx' is wrong"):
+        peers.verify("mlx", wrong, SMALL, right)
 
 
 def test_verification_sees_a_part_left_out():
@@ -118,12 +143,13 @@ def test_a_share_is_a_difference_within_each_turn():
 
 
 @pytest.mark.parametrize("name", ["ours", "ours compiled"])
-def test_a_donated_step_needs_no_new_memory(name):
+@pytest.mark.parametrize("optimizer", peers.USUAL)
+def test_a_donated_step_needs_no_new_memory(name, optimizer):
     work = shapes.load("448x64")
-    peer = peers.PEERS[name][1](work, peers.Options())
+    peer = peers.PEERS[name][1](work, peers.USUAL[optimizer])
     for _ in range(3):
         peer.step()
-    # The counter and the three numbers of the step are fresh, and MLX rounds sizes up;
+    # The counter and the few numbers of the step are fresh, and MLX rounds sizes up;
     # parameters or momentum would be 100 KiB.
     assert timing.new_bytes(peer.step) <= 1024
 
@@ -157,16 +183,18 @@ def bench(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_quick_run_writes_json_and_png(tmp_path):
+@pytest.mark.parametrize("optimizer", peers.USUAL)
+def test_quick_run_writes_json_and_png(tmp_path, optimizer):
     files = {"--json": tmp_path / "new" / "run.json", "--png": tmp_path / "new" / "run.png"}
     result = bench(
-        "--quick", "--device", "cpu", "--shapes", "448x64,lora_training",
+        "--quick", "--optimizer", optimizer, "--device", "cpu", "--shapes", "448x64,lora_training",
         "--peers", "ours,ours constant,mlx compiled", *(x for pair in files.items() for x in pair),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert files["--png"].read_bytes().startswith(b"\x89PNG")
     run = json.loads(files["--json"].read_text())
     assert run["machine"]["cores"] >= 1
+    assert run["optimizer"] == optimizer
     assert run["versions"]["mlx"] == mx.__version__
     step, lora = run["results"]
     assert (step["kind"], step["tensors"], step["wrong"]) == ("step", 448, {})
@@ -179,6 +207,7 @@ def test_quick_run_writes_json_and_png(tmp_path):
     assert share["low_ms"] <= share["median_ms"] <= share["high_ms"]
     # Such a run can be reported.
     text = report.report({"run": run})
+    assert {"sgd": ", SGD, float32, ", "adamw": ", AdamW, float32, "}[optimizer] in text
     assert "448 tensors of 64" in text
     assert "Scheduled against constant rate, ours:" in text
 
