@@ -4,7 +4,7 @@ One import line is the whole migration::
 
     import mlx_fused_optim as optim  # was: import mlx.optimizers as optim
 
-    optimizer = optim.SGD(learning_rate=optim.exponential_decay(1e-1, 0.999), momentum=0.9)
+    optimizer = optim.AdamW(learning_rate=optim.cosine_decay(1e-3, 1000))
 """
 
 from ._requirements import check_extension, check_mlx
