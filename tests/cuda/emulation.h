@@ -14,7 +14,7 @@
 
 #include "math/rounding.h"
 
-#define __device__
+#define __device__ __attribute__((noinline)) // so that variants share what they can
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
