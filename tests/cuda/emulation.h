@@ -12,9 +12,15 @@
 #include <thread>
 #include <vector>
 
+#include "math/portability.h"
+
+// Inlined everywhere, as it is for the CPU backend, it would take minutes to compile.
+#undef MATH_FN
+#define MATH_FN static inline
+
 #include "math/rounding.h"
 
-#define __device__ __attribute__((noinline)) // so that variants share what they can
+#define __device__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
