@@ -25,31 +25,50 @@ import mlx_fused_optim as optim
 
 TESTS = ["test_cuda", "test_cuda_full", "test_cuda_devices", "test_cuda_host", "test_schedules_gpu"]
 
-# Options, and bytes that a step must move for each element beyond twice the parameter and once
-# the gradient.
-Kept = tuple[dict[str, Any], int]
+# An optimizer, its options, and bytes that a step must move for each element beyond twice the
+# parameter and once the gradient.
+Kept = tuple[str, dict[str, Any], int]
+OF_SGD = dict(momentum=0.9)
+OF_ADAMW = dict(bias_correction=True)
 KEPT: dict[mx.Dtype, dict[str, Kept]] = {
     mx.float32: {
-        "plain kernel": (dict(), 8),
-        "nothing but momentum": (dict(clip_value=1.0), 8),
-        "average": (dict(ema_decay=0.999), 16),
+        "SGD": ("SGD", dict(), 8),
+        "SGD, average": ("SGD", dict(ema_decay=0.999), 16),
+        "AdamW": ("AdamW", dict(), 16),
     },
     mx.bfloat16: {
-        "plain kernel": (dict(), 4),
-        "nothing but momentum": (dict(clip_value=1.0), 4),
-        "momentum float32": (dict(state_dtype=mx.float32), 8),
-        "masters": (dict(master_weights=True), 12),
-        "masters, momentum float32": (dict(master_weights=True, state_dtype=mx.float32), 16),
-        "compensated": (dict(compensated=True), 8),
-        "stochastic": (dict(rounding="stochastic"), 4),
-        "stochastic, momentum float32": (
+        "SGD": ("SGD", dict(), 4),
+        "SGD, momentum float32": ("SGD", dict(state_dtype=mx.float32), 8),
+        "SGD, masters": ("SGD", dict(master_weights=True), 12),
+        "SGD, masters, momentum float32": (
+            "SGD",
+            dict(master_weights=True, state_dtype=mx.float32),
+            16,
+        ),
+        "SGD, compensated": ("SGD", dict(compensated=True), 8),
+        "SGD, stochastic": ("SGD", dict(rounding="stochastic"), 4),
+        "SGD, stochastic, momentum float32": (
+            "SGD",
             dict(rounding="stochastic", state_dtype=mx.float32),
             8,
         ),
-        "compensated, stochastic": (dict(compensated=True, rounding="stochastic"), 8),
-        "masters, momentum float32, average": (
+        "SGD, compensated, stochastic": ("SGD", dict(compensated=True, rounding="stochastic"), 8),
+        "SGD, masters, momentum float32, average": (
+            "SGD",
             dict(master_weights=True, state_dtype=mx.float32, ema_decay=0.999),
             24,
+        ),
+        "AdamW, moments bfloat16": ("AdamW", dict(state_dtype=mx.bfloat16), 8),
+        "AdamW, moments float32": ("AdamW", dict(state_dtype=mx.float32), 16),
+        "AdamW, masters, moments float32": (
+            "AdamW",
+            dict(master_weights=True, state_dtype=mx.float32),
+            24,
+        ),
+        "AdamW, masters, moments float32, average": (
+            "AdamW",
+            dict(master_weights=True, state_dtype=mx.float32, ema_decay=0.999),
+            32,
         ),
     },
 }
@@ -58,24 +77,29 @@ KEPT[mx.float16] = KEPT[mx.bfloat16]
 # Of a process that has an empty, then a full, folder of compiled kernels.
 FIRST_STEPS = {
     "float32, momentum": "{}",
+    "float32, AdamW": "{}, optimizer='AdamW'",
     "float32, momentum, transposed gradient": "{}, transposed=True",
     "float32, a cosine decay": "dict(learning_rate=optim.cosine_decay(0.1, 1000))",
     "bfloat16, masters, momentum float32, clip_norm": (
         "dict(master_weights=True, state_dtype=mx.float32, clip_norm=1.0), mx.bfloat16"
+    ),
+    "bfloat16, AdamW, masters, moments float32": (
+        "dict(master_weights=True, state_dtype=mx.float32), mx.bfloat16, optimizer='AdamW'"
     ),
 }
 FIRST_STEP = """
 import time
 import mlx.core as mx, mlx_fused_optim as optim
 
-def first_step(options, dtype=mx.float32, transposed=False):
+def first_step(options, dtype=mx.float32, transposed=False, optimizer="SGD"):
     w = mx.random.normal((512, 512)).astype(dtype)
     gradient = mx.random.normal((512, 512)).astype(dtype)
     gradient = gradient.T if transposed else gradient
     mx.eval(w, gradient)
     mx.synchronize()
     start = time.perf_counter()
-    optimizer = optim.SGD(**{"learning_rate": 0.1, "momentum": 0.9, **options})
+    own = dict(momentum=0.9) if optimizer == "SGD" else dict(bias_correction=True)
+    optimizer = getattr(optim, optimizer)(**{"learning_rate": 0.1, **own, **options})
     mx.eval(optimizer.apply_gradients({"w": gradient}, {"w": w}), optimizer.state)
     mx.synchronize()
     print(time.perf_counter() - start)
@@ -117,7 +141,8 @@ def show_kernels(elements: int) -> None:
     print(f"\nA copy moves {copy:.0f} GB/s ({elements} float32, MLX's addition of 0)")
     print("step", "bytes an element", "ms", "GB/s", "of the copy", sep=" | ")
     for dtype, kept in KEPT.items():
-        for (name, (options, extra)), transposed in itertools.product(kept.items(), (False, True)):
+        for (name, row), transposed in itertools.product(kept.items(), (False, True)):
+            rule, options, extra = row
             mx.clear_cache()
             columns = 4096
             shape = (elements // columns, columns)
@@ -125,7 +150,8 @@ def show_kernels(elements: int) -> None:
             gradient = mx.random.normal(shape[::-1] if transposed else shape).astype(dtype)
             gradients = {"w": gradient.T if transposed else gradient}
             mx.eval(parameters, gradients)
-            optimizer = optim.SGD(1e-3, momentum=0.9, **options)
+            own = OF_SGD if rule == "SGD" else OF_ADAMW
+            optimizer = getattr(optim, rule)(1e-3, **own, **options)
 
             def step(optimizer: Any = optimizer, gradients: Any = gradients) -> None:
                 nonlocal parameters

@@ -12,6 +12,12 @@
 #include <thread>
 #include <vector>
 
+#include "math/portability.h"
+
+// Inlined everywhere, as it is for the CPU backend, it would take minutes to compile.
+#undef MATH_FN
+#define MATH_FN static inline
+
 #include "math/rounding.h"
 
 #define __device__
