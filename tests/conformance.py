@@ -392,6 +392,20 @@ def results(backend_number: int) -> Mapping[str, Bits]:
     return bits
 
 
+@functools.cache
+def flushes(backend: int) -> bool:
+    """Whether a backend takes subnormals for zeros: only Metal may, and only for all of them."""
+    if not BACKENDS[backend].name.startswith("metal"):
+        return False
+    case = next(c for c in CASES if c.kind == "every_number" and c.gradient == "bfloat16")
+    _, gradients = case.values()
+    gradient = widened(gradients[0][0], "bfloat16")
+    subnormal = (np.abs(gradient) < 2.0**-126) & (gradient != 0)
+    after = results(backend)[case.name]["p0.0"].view(np.float32)[subnormal]
+    assert (after == 0).all() or (after != 0).all()
+    return bool((after == 0).all())
+
+
 if __name__ == "__main__":
     chosen = mx.Device(mx.gpu if sys.argv[2:] == ["gpu"] else mx.cpu)
     Path(sys.argv[1]).write_bytes(pickle.dumps(InProcess("", chosen).run(ALL_CASES)))

@@ -26,6 +26,7 @@ from conformance import (
     LAYOUTS,
     STEPS,
     Case,
+    flushes,
     results,
     run_case,
 )
@@ -49,20 +50,6 @@ def steps_of(case: Case, bits):
             elif case.layout == "broadcast":
                 velocity = velocity.reshape(before.shape)
             yield step, i, before, gradients[step][i], velocity
-
-
-@functools.cache
-def flushes(backend: int) -> bool:
-    """Whether a backend takes subnormals for zeros: only Metal may, and only for all of them."""
-    if not BACKENDS[backend].name.startswith("metal"):
-        return False
-    case = next(c for c in CASES if c.kind == "every_number" and c.gradient == "bfloat16")
-    _, gradients = case.values()
-    gradient = widened(gradients[0][0], "bfloat16")
-    subnormal = (np.abs(gradient) < 2.0**-126) & (gradient != 0)
-    after = results(backend)[case.name]["p0.0"].view(np.float32)[subnormal]
-    assert (after == 0).all() or (after != 0).all()
-    return bool((after == 0).all())
 
 
 def mismatches(case: Case, bits, broken: Broken = NOTHING, flushes: bool = False) -> list[str]:
