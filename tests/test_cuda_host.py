@@ -21,7 +21,7 @@ def run(tmp_path, name, *sources, arguments=()):
         pytest.skip("needs a C++ compiler")
     program = tmp_path / name
     paths = [ROOT / f"tests/cuda/{name}.cpp", *(ROOT / f"csrc/cuda/{s}.cpp" for s in sources)]
-    build = [compiler, "-std=c++20", "-O1", "-g", "-ffp-contract=off"]
+    build = [compiler, "-std=c++20", "-O1", "-g1", "-ffp-contract=off"]
     build += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     build += [f"-I{ROOT}/csrc"]
     subprocess.run([*build, *paths, "-pthread", "-o", program], check=True)
