@@ -41,7 +41,7 @@ def test_launches_hold_every_element_once(tmp_path):
 def test_kernels_of_the_step_and_of_the_measurement(tmp_path):
     """Emulated: a thread of the host's for each of theirs, every bit compared."""
     sources = "batches", "measure_batches", "packing"
-    said = run(tmp_path, "kernels_test", *sources, arguments=["56"])
+    said = run(tmp_path, "kernels_test", *sources, arguments=["42"])
     assert int(said[1]) > 100_000
 
 
