@@ -324,7 +324,7 @@ void test_step(int round, Counted& counted) {
   common.step = counts ? &step : nullptr;
   common.given = given;
 
-  const int tensors = 2 + below(6);
+  const int tensors = 3 + below(5);
   std::vector<TestTensor> all(tensors);
   uint64_t arena_size = 0;
   const uint64_t granule = kGranule / size_of(type);
@@ -337,6 +337,8 @@ void test_step(int round, Counted& counted) {
       t.shape = {4 * (1 + below(20)), 4 * (1 + below(20))};
     } else if (number == 1) {
       t.shape = {2 + below(7), 2 + below(7), 2 + below(7)};
+    } else if (number == 2) {
+      t.shape = {1 + below(3000)};
     }
     t.size = element_count(t.shape.size(), t.shape.data());
     t.offset = arena_size;
