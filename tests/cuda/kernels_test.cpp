@@ -119,13 +119,16 @@ Array random_array(const std::vector<int32_t>& shape, Type type, Lying way) {
   return a;
 }
 
-/// The gradient of x @ W.T.
+/// All axes turned round; of two axes, the gradient of x @ W.T.
 Array turned_array(const std::vector<int32_t>& shape, Type type) {
-  const int64_t more = kQuad * below(2);
   Array a;
-  a.strides = {1, shape[0] + more};
   a.contiguous = false;
-  a.memory = std::make_shared<Memory>(type, a.strides[1] * shape[1]);
+  int64_t stride = 1;
+  for (const int32_t length : shape) {
+    a.strides.push_back(stride);
+    stride *= length + kQuad * below(2);
+  }
+  a.memory = std::make_shared<Memory>(type, stride);
   return a;
 }
 
@@ -272,7 +275,7 @@ struct TestTensor {
   std::vector<int32_t> shape;
   uint64_t size, offset;
   uint32_t flags;
-  bool turns; // its gradient is that of x @ W.T
+  bool turns; // turned_array
   Array parameter, gradient;
 };
 
@@ -291,7 +294,9 @@ void test_step(int round, Counted& counted) {
   const Tested& kernel = kTested[round % kTestedCount];
   const Type type = kernel.type;
   const uint32_t flags = random_flags(kernel);
-  const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = below(2),
+  // First in place and at even addresses, so that every kernel is met.
+  const int pass = round / kTestedCount;
+  const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = pass % 2 == 0,
              special = round % 3 == 1;
 
   Common common{};
@@ -319,15 +324,21 @@ void test_step(int round, Counted& counted) {
   common.step = counts ? &step : nullptr;
   common.given = given;
 
-  const int tensors = 1 + below(8);
+  const int tensors = 3 + below(5);
   std::vector<TestTensor> all(tensors);
   uint64_t arena_size = 0;
   const uint64_t granule = kGranule / size_of(type);
   for (auto& t : all) {
-    t.turns = below(3) == 0;
+    // Always one for each kernel, if addresses allow.
+    const auto number = &t - all.data();
+    t.turns = number < 2;
     t.shape = random_shape();
-    if (t.turns) {
+    if (number == 0) {
       t.shape = {4 * (1 + below(20)), 4 * (1 + below(20))};
+    } else if (number == 1) {
+      t.shape = {2 + below(7), 2 + below(7), 2 + below(7)};
+    } else if (number == 2) {
+      t.shape = {1 + below(3000)};
     }
     t.size = element_count(t.shape.size(), t.shape.data());
     t.offset = arena_size;
@@ -343,7 +354,7 @@ void test_step(int round, Counted& counted) {
   common.groups = groups.data();
 
   // Arenas, some of them at odd addresses.
-  const size_t shift = below(4) == 0;
+  const size_t shift = pass > 0 && below(2);
   auto parameters = std::make_shared<Memory>(type, arena_size, shift);
   auto fill = [&](Memory& memory) {
     memory.fill(skips);
