@@ -61,19 +61,18 @@ __device__ void compute_numbers(const Common& common, const Tensor& tensor, SgdH
   const SgdControl& control = common.control;
   const uint64_t step = common.step ? *common.step : 0;
   if (threadIdx.x < kScalars) {
-    const int i = threadIdx.x;
-    const bool absent = i == kGradScaleFactor && !(control.flags & kGradScale);
-    const float scalar = absent ? 1.0f : sgd_scalar(control, i, step, common.given);
-    scalars.of[i] = scalar;
+    const float scalar = sgd_scalar(control, threadIdx.x, step, common.given);
+    scalars.of[threadIdx.x] = scalar;
     if (common.step_out && blockIdx.x == 0) {
-      common.used_out[i] = scalar;
+      common.used_out[threadIdx.x] = scalar;
     }
   }
   __syncwarp();
   if (threadIdx.x != 0) {
     return;
   }
-  const SgdHyper hyper = sgd_hyper_of(control, Known::kRule, step, scalars, common.measured);
+  const uint32_t flags = Known::kMay == kGenericFlags ? control.flags : Known::kMay;
+  const SgdHyper hyper = sgd_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }

@@ -64,7 +64,7 @@ inline uint32_t format_of_slot(int slot) {
   const uint32_t corrected_rule = lane == 0 ? step_rule : uint32_t(kSgd);
   SgdHyper hyper = sgd_tensor_hyper(
       control,
-      sgd_hyper_of(control, corrected_rule, step[0], all, measured),
+      sgd_hyper_of(control, corrected_rule, step_flags, step[0], all, measured),
       corrected_rule,
       step[0],
       flags,
@@ -161,7 +161,8 @@ inline uint32_t format_of_slot(int slot) {
   threadgroup float scalars[kScalars];
   const SgdScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
   if (lane == 0) {
-    const SgdHyper hyper = sgd_hyper_of(control, control.rule, step[0], all, measured);
+    const SgdHyper hyper =
+        sgd_hyper_of(control, control.rule, control.flags, step[0], all, measured);
     sgd_counters(all, hyper, step[0], step_out, used_out);
   }
 }

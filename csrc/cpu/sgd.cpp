@@ -108,7 +108,8 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
 void Task::run() const {
   const uint64_t t = counter();
   const auto scalars = fused_math::sgd_scalars(control, t, given);
-  const auto hyper = fused_math::sgd_hyper_of(control, control.rule, t, scalars, measured);
+  const auto hyper =
+      fused_math::sgd_hyper_of(control, control.rule, control.flags, t, scalars, measured);
   if (step_out) {
     fused_math::sgd_counters(scalars, hyper, t, step_out, used_out);
   }

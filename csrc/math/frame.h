@@ -254,6 +254,7 @@ template <typename Measured>
 MATH_FN SgdHyper sgd_hyper_of(
     MATH_CONSTANT SgdControl& control,
     uint32_t rule,
+    uint32_t flags,
     uint64_t step,
     SgdScalars scalars,
     Measured measured) {
@@ -265,7 +266,7 @@ MATH_FN SgdHyper sgd_hyper_of(
     hyper.rule.rest[i] =
         is_constant(control, kFirstRuleScalar + i) ? control.rest[i] : 1.0f - scalar;
   }
-  if (is_bias_corrected(rule, control.flags)) {
+  if (is_bias_corrected(rule, flags)) {
     hyper.rule = bias_corrected(
         hyper.rule,
         low_part(control, kFirstRuleScalar),
@@ -275,12 +276,11 @@ MATH_FN SgdHyper sgd_hyper_of(
   hyper.weight_decay = scalars.of[kWeightDecayFactor];
   hyper.unscale = sgd_unscale(scalars.of[kGradScaleFactor]);
   hyper.clip_value = control.clip_value;
-  hyper.clip_factor = control.flags & kClipNorm
-      ? sgd_clip_factor(control.clip_norm, measured[kMeasuredNorm])
-      : 1.0f;
+  hyper.clip_factor =
+      flags & kClipNorm ? sgd_clip_factor(control.clip_norm, measured[kMeasuredNorm]) : 1.0f;
   hyper.trust_ratio = 1.0f;
   hyper.average_weight = control.average_weight;
-  hyper.apply = control.flags & kSkipNonfinite ? measured[kMeasuredApply] != 0.0f : 1;
+  hyper.apply = flags & kSkipNonfinite ? measured[kMeasuredApply] != 0.0f : 1;
   hyper.key = random_key(control.seed, step, control.place);
   return hyper;
 }
@@ -288,7 +288,8 @@ MATH_FN SgdHyper sgd_hyper_of(
 template <typename Given, typename Measured>
 MATH_FN SgdHyper
 sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
-  return sgd_hyper_of(control, control.rule, step, sgd_scalars(control, step, given), measured);
+  return sgd_hyper_of(
+      control, control.rule, control.flags, step, sgd_scalars(control, step, given), measured);
 }
 
 /// The numbers of one tensor. `flags` are the tensor's own. `group` is its row of
