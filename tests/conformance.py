@@ -317,7 +317,7 @@ class Subprocess:
                 [sys.executable, __file__, str(output), self.device],
                 env={**os.environ, "PYTHONPATH": path, **self.environment},
                 check=True,
-                timeout=600,
+                timeout=1500,
             )
             results: dict[str, Bits] = pickle.loads(output.read_bytes())
         return results
