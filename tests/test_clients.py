@@ -329,6 +329,9 @@ def test_repr_is_the_call():
     assert shown.startswith("Mine(learning_rate=array(0.5, dtype=float32), momentum=<")
     assert "momentum_by_hand, called by Python before each step>" in shown
     assert shown.endswith("weight_decay=constant(0.0))")
+    shown = repr(optim.AdamW(0.5, betas=(momentum_by_hand, optim.constant(0.25))))
+    assert "momentum_by_hand, called by Python before each step>, constant(0.25))" in shown
+    assert "betas=(0.5, 0.75)" in repr(optim.Lion(0.5, betas=[0.5, 0.75]))
 
 
 # ---- Tensor by tensor -------------------------------------------------------------------

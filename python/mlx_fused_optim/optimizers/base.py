@@ -47,6 +47,8 @@ def _shown(value: Any) -> str:
     if callable(value) and not isinstance(value, Schedule):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"<{name}, called by Python before each step>"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
     return repr(value)
 
 
@@ -530,13 +532,19 @@ class FusedOptimizer(Optimizer):
         """The call that makes it, without what has its default."""
         shown = {"learning_rate": self._schedulers.get("learning_rate", self.learning_rate)}
         for name, default in self._defaults.items():
-            value = self._schedulers.get(name, getattr(self, name))
+            value = self._given(name)
             if callable(value) or value != default:
                 shown[name] = value
         for name, value in self._beyond_mlx().items():
             shown[name] = value
         arguments = [f"{name}={_shown(value)}" for name, value in shown.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _given(self, name: str) -> Any:
+        """The argument of this name: of a number that follows a schedule, the schedule."""
+        if name == "betas":
+            return self._given("beta1"), self._given("beta2")
+        return self._schedulers.get(name, getattr(self, name))
 
     def _beyond_mlx(self) -> dict[str, Any]:
         """The options that the class of mlx.optimizers does not have, where not the default."""
