@@ -245,6 +245,24 @@ def test_the_keys_beyond_mlx():
     assert set(optimizer.unpacked_state()["w"]) == {"m", "v", "largest_v", "master", "ema"}
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "AdaDelta", "Adamax"])
+def test_a_state_with_one_moment_of_two_is_refused(name):
+    """SGD calls its momentum what these call the second moment. MLX misses the other one."""
+    sgd, optimizer, w = optim.SGD(0.5, momentum=0.5), ours(name), tree(0)
+    train(sgd, w, [1])
+    optimizer.state = sgd.unpacked_state()
+    before = of_mlx(w["layers"][0]["weight"]).copy()
+    with pytest.raises(ValueError, match=rf"^\[{name}\] the state of .* is incomplete: got v, "):
+        train(optimizer, w, [2])
+    assert np.array_equal(of_mlx(w["layers"][0]["weight"]), before)
+    # What the other moment is known of can be set alone.
+    optimizer = ours(name)
+    w = train(optimizer, w, [2])
+    path = optimizer.unpacked_state()["layers"][0]["weight"]
+    optimizer.state.update({"layers": [{"weight": {"v": mx.ones_like(path["v"])}}]})
+    train(optimizer, w, [3])
+
+
 @every
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_tensors_that_come_and_go_keep_what_is_theirs(name, dtype):

@@ -134,6 +134,8 @@ def packed(
     if is_alone and arenas_of(state, layout, wanted, op) is not None:
         return state
     found, dtypes = _found(state, touched, loose, rule)
+    for path in loose:
+        _check_together(found[path], path, rule, op)
 
     mine = [found.pop(path, {}) for path in layout.shapes]
     for kept, (path, shape) in zip(mine, layout.shapes.items(), strict=True):
@@ -510,6 +512,16 @@ def _entry(
         if arenas:
             entry[slot.name] = arenas
     return {"table": encoded(layout), **entry} if entry else {}
+
+
+def _check_together(kept: Kept, path: Path, rule: Slots, op: str) -> None:
+    """A state with one moment of two is another optimizer's."""
+    got = [name for name in rule.together if name in kept]
+    if got and len(got) < len(rule.together):
+        raise ValueError(
+            f"[{op}] the state of '{name_of(path)}' is incomplete: got {', '.join(got)}, "
+            f"allowed {', '.join(rule.together)} or none of them."
+        )
 
 
 def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: str) -> None:

@@ -47,9 +47,10 @@ class Range(NamedTuple):
 class Slots(dict[str, Slot]):
     """What an optimizer may keep, by name, in the order of its kernel."""
 
-    def __init__(self, *slots: Slot):
+    def __init__(self, *slots: Slot, together: tuple[str, ...] = ()):
         super().__init__((slot.name, slot) for slot in slots)
         self.names = {slot.key: slot.name for slot in slots}
+        self.together = together  # no state of this rule has only some of these
 
 
 # What the frame may keep of an element, behind the rule's own.
@@ -93,7 +94,7 @@ class Rule:
             for slot in row["slots"]
         ]
         self.own_slots = tuple(slot.name for slot in own)
-        self.slots = Slots(*own, *FRAME_SLOTS)
+        self.slots = Slots(*own, *FRAME_SLOTS, together=self.kept(0))
         # Of each slot, among those of the kernel.
         self.places = (*range(len(own)), *range(RULE_PLACES, RULE_PLACES + len(FRAME_SLOTS)))
 
