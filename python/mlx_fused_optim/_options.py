@@ -87,7 +87,8 @@ FRAME = r"""Arithmetic is float32 and is rounded once, to the parameter's dtype 
     among the captured inputs and outputs of a step, unless no number depends on the step and
     nothing is kept: then, as with ``mlx.optimizers``, the model's is enough."""
 WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule keeps.
-            Default: {state_dtype}.
+            Default: {state_dtype}. Not float16 for a second moment: with ``beta2`` 0.999
+            one of gradients below 5e-3 stays 0, and steps are up to 30 times too large.
         master_weights (bool): Keep a float32 copy of every parameter of a half type and
             update that; the parameter is its rounding. 4 bytes a parameter. A parameter that
             is set from outside replaces its master. Default: ``False``.
