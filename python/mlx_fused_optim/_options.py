@@ -86,6 +86,17 @@ FRAME = r"""Arithmetic is float32 and is rounded once, to the parameter's dtype 
     function of the step that returns an array among the captured inputs. ``state`` has to be
     among the captured inputs and outputs of a step, unless no number depends on the step and
     nothing is kept: then, as with ``mlx.optimizers``, the model's is enough."""
+PARTS = {
+    "{frame}": FRAME,
+    "{learning_rate}": r"""learning_rate (float, array, Schedule or callable): The learning rate
+            :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
+            callable gets the step and returns a scalar.""",
+    "{betas}": r"""betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
+            from 0 to below 1; each may be scheduled.""",
+    "{raises}": """Raises:
+        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
+            groups or state do not fit. Nothing has been changed then.""",
+}
 WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule keeps.
             Default: {state_dtype}. Not float16 for a second moment: with ``beta2`` 0.999
             one of gradients below 5e-3 stays 0, and steps are up to 30 times too large.

@@ -11,7 +11,7 @@ from . import _ext, _groups, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._layout import layout_of
 from ._options import Options, checked_scale
-from ._rules import ADAM, FRAME_SLOTS, RULE_PLACES, Rule
+from ._rules import FRAME_SLOTS, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
 
@@ -142,7 +142,7 @@ def uses_of_state(
     if any(callable(value) for values in overrides for value in values):
         uses.append("a scheduled number of a group")
     uses += wanted_slots(hyper, options).slots
-    if hyper.rule is ADAM and hyper.flags & ADAM.flags["bias_correction"]:
+    if hyper.flags & hyper.rule.flags.get("bias_correction", 0):
         uses.append("bias correction")
     if options.rounding == "stochastic":
         uses.append("stochastic rounding")

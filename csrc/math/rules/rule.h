@@ -2,7 +2,9 @@
 // that the frame gives it and the change of the parameter that it gives back.
 //
 // A new rule is a header beside this one with one function of this form, a value in
-// Rule, its two lines in rules.h, and a row in csrc/rules.cpp.
+// Rule, its lines in rules.h, csrc/rules.cpp and csrc/cpu/kernel.cpp, its step in MLX
+// operations in csrc/rules_composed.cpp, and what Python adds: _rules.py, and a class in
+// optimizers/.
 #pragma once
 
 #include "../rounding.h"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.optimizers
 
 from .. import _rules
 from .._checks import Hyperparameter, LearningRate
-from .._groups import named_betas
 from .._options import Options, StepOptions
-from .base import FusedOptimizer, Number
+from .base import Betas, FusedOptimizer, Number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,10 +32,8 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
-        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
-            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
+        {learning_rate}
+        {betas} Default: ``(0.9, 0.999)``.
         eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
         bias_correction (bool): Divide :math:`m` by :math:`1 - \beta_1^t` and :math:`v` by
             :math:`1 - \beta_2^t`, :math:`t` counting from 1. The two numbers are exact to an
@@ -46,9 +43,7 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
             Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.Adam``. Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980. AMSGrad:
@@ -68,20 +63,10 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
     _of_mlx = frozenset({"beta1", "beta2", "eps", "bias_correction"})
     beta1 = Number()
     beta2 = Number()
+    betas = Betas()
     eps = Number()
     bias_correction = False
     amsgrad = False
-
-    @property  # type: ignore[override]
-    def betas(self) -> tuple[Any, Any]:
-        """The factors of the moving averages. A pair to be replaced as a whole, where
-        ``mlx.optimizers`` has a list."""
-        return self.beta1, self.beta2
-
-    @betas.setter
-    def betas(self, betas: Sequence[Hyperparameter]) -> None:
-        for name, beta in named_betas(self._op, betas).items():
-            setattr(self, name, beta)
 
     def __init__(
         self,
@@ -122,10 +107,8 @@ class AdamW(Adam, mlx.optimizers.AdamW):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
-        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
-            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
+        {learning_rate}
+        {betas} Default: ``(0.9, 0.999)``.
         eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
             Default: ``0.01``.
@@ -135,9 +118,7 @@ class AdamW(Adam, mlx.optimizers.AdamW):
         amsgrad (bool): Divide by the largest :math:`v` so far. Default: ``False``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.AdamW``. Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101.
@@ -193,18 +174,14 @@ class Adamax(Adam, mlx.optimizers.Adamax):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
-        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
-            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.999)``.
+        {learning_rate}
+        {betas} Default: ``(0.9, 0.999)``.
         eps (float): The term :math:`\epsilon` in the denominator, 0 or more. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
             Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.Adamax``. Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980,

@@ -29,8 +29,7 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
+        {learning_rate}
         alpha (float, Schedule or callable): The factor :math:`\alpha`, 0 or more.
             Default: ``0.99``.
         eps (float): The term :math:`\epsilon` in the denominator, above 0. Default: ``1e-8``.
@@ -38,9 +37,7 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
             Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.RMSprop``. Tieleman and Hinton, 2012, lecture 6.5 of Neural
@@ -88,16 +85,13 @@ class Adagrad(FusedOptimizer, mlx.optimizers.Adagrad):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
+        {learning_rate}
         eps (float): The term :math:`\epsilon` in the denominator, above 0. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
             Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.Adagrad``. Duchi, Hazan and Singer, 2011,
@@ -145,8 +139,7 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
+        {learning_rate}
         rho (float, Schedule or callable): The factor :math:`\rho`, 0 or more.
             Default: ``0.9``.
         eps (float): The term :math:`\epsilon` under the roots, above 0. Default: ``1e-6``.
@@ -154,9 +147,7 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
             Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.AdaDelta``. Zeiler, 2012, https://arxiv.org/abs/1212.5701.

@@ -15,7 +15,7 @@ from .. import _ext, _packing
 from .._checks import LearningRate, checked_scalar
 from .._groups import Groups, named_betas
 from .._layout import layout_of
-from .._options import FRAME, WORDS, Options, StepOptions, checked_options
+from .._options import PARTS, WORDS, Options, StepOptions, checked_options
 from .._rules import Rule, Slots
 from .._step import (
     Hyper,
@@ -145,6 +145,18 @@ class Number:
             instance._constants[name] = value
 
 
+class Betas:
+    """The factors of the moving averages: a pair of numbers to be replaced as a whole, where
+    mlx.optimizers has a list."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else (instance.beta1, instance.beta2)
+
+    def __set__(self, instance: Any, betas: Any) -> None:
+        for name, beta in named_betas(instance._op, betas).items():
+            setattr(instance, name, beta)
+
+
 class FusedOptimizer(Optimizer):
     """An optimizer whose step is one kernel for the whole tree of parameters.
 
@@ -238,7 +250,8 @@ class FusedOptimizer(Optimizer):
             cls._defaults = dict(zip(names, cls.__init__.__defaults__ or (), strict=True))
             cls._defaults |= cls.__init__.__kwdefaults__ or {}
         if cls.__doc__:
-            cls.__doc__ = cls.__doc__.replace("{frame}", FRAME).replace("{options}", _words(cls))
+            for part, words in {**PARTS, "{options}": _words(cls)}.items():
+                cls.__doc__ = cls.__doc__.replace(part, words)
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_stale = self._compiled and not _ext.is_tracing() and self._changes(name, value)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.optimizers
 
 from .. import _rules
 from .._checks import Hyperparameter, LearningRate
-from .._groups import named_betas
 from .._options import Options, StepOptions
-from .base import FusedOptimizer, Number
+from .base import Betas, FusedOptimizer, Number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,17 +31,13 @@ class Lion(FusedOptimizer, mlx.optimizers.Lion):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`.
-        betas (pair): The factors :math:`(\beta_1, \beta_2)` of the moving averages, each
-            from 0 to below 1; each may be scheduled. Default: ``(0.9, 0.99)``.
+        {learning_rate}
+        {betas} Default: ``(0.9, 0.99)``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
             Default: ``0.0``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.Lion``. Chen et al., 2023, https://arxiv.org/abs/2302.06675.
@@ -62,17 +57,7 @@ class Lion(FusedOptimizer, mlx.optimizers.Lion):
     _usual = Options(decoupled=True)
     beta1 = Number()
     beta2 = Number()
-
-    @property  # type: ignore[override]
-    def betas(self) -> tuple[Any, Any]:
-        """The factors of the moving averages. A pair to be replaced as a whole, where
-        ``mlx.optimizers`` has a list."""
-        return self.beta1, self.beta2
-
-    @betas.setter
-    def betas(self, betas: Sequence[Hyperparameter]) -> None:
-        for name, beta in named_betas(self._op, betas).items():
-            setattr(self, name, beta)
+    betas = Betas()
 
     def __init__(
         self,

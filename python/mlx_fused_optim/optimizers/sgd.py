@@ -32,22 +32,18 @@ class SGD(FusedOptimizer, mlx.optimizers.SGD):
     {frame}
 
     Args:
-        learning_rate (float, array, Schedule or callable): The learning rate
-            :math:`\eta_t`. A :class:`Schedule` is evaluated in the kernel; any other
-            callable gets the step and returns a scalar.
+        {learning_rate}
         momentum (float, Schedule or callable): The momentum :math:`\mu`, 0 or more;
             scheduled like the learning rate, it may pass through 0. Default: ``0.0``.
-        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda` (L2
-            penalty), 0 or more; scheduled likewise. Default: ``0.0``.
+        weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
+            Coupled (L2) unless ``decoupled``. Default: ``0.0``.
         dampening (float): The dampening :math:`\tau` of the momentum, 0 to 1.
             Default: ``0.0``.
         nesterov (bool): Nesterov momentum; needs momentum and no dampening.
             Default: ``False``.
         {options}
 
-    Raises:
-        ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
-            groups or state do not fit. Nothing has been changed then.
+    {raises}
 
     References:
         ``mlx.optimizers.SGD``, ``mlx.optimizers.clip_grad_norm``. LARS: You, Gitman and
