@@ -182,5 +182,5 @@ MUTANTS = [
     Mutant("coupled_lion", "python/mlx_fused_optim/optimizers/lion.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
     Mutant("betas_swapped", GROUPS, 'return {"beta1": beta1, "beta2": beta2}', 'return {"beta1": beta2, "beta2": beta1}', "rules"),
     Mutant("numbers_checked_once", "python/mlx_fused_optim/optimizers/base.py", "not all(map(operator.is_, given, self._checked[0]))", "False", "rules optimizer"),
-    Mutant("correction_without_a_state", STEP_PY, "    if hyper.rule is ADAM and hyper.flags & ADAM.flags[\"bias_correction\"]:\n", "    if False:\n", "rules"),
+    Mutant("correction_without_a_state", STEP_PY, "    if hyper.flags & hyper.rule.flags.get(\"bias_correction\", 0):\n", "    if False:\n", "rules"),
 ]  # fmt: skip
