@@ -6,7 +6,7 @@
 #   -DMLX_FUSED_OPTIM_CUDA=OFF   leaves it out
 option(MLX_FUSED_OPTIM_CUDA "Build the CUDA backend (Linux)" ON)
 if(NOT MLX_FUSED_OPTIM_CUDA OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
-  list(APPEND sources csrc/no_gpu/sgd.cpp)
+  list(APPEND sources csrc/no_gpu/step.cpp)
   return()
 endif()
 list(APPEND sources csrc/cuda/loader.cpp)

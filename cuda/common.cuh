@@ -100,7 +100,7 @@ __device__ inline uint32_t format_of(Type type) {
 }
 
 /// What a kernel knows of its step when it is compiled: the rule, the dtypes of parameters and
-/// of the rule's slots, the set of dtypes that gradients have, and SgdFlags.
+/// of the rule's slots, the set of dtypes that gradients have, and StepFlags.
 template <uint32_t rule, typename P, typename S, uint32_t gradients, uint32_t flags>
 struct Known {
   using Parameter = P;

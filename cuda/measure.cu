@@ -16,9 +16,9 @@ constexpr uint32_t kRowsAgain = 2; // likewise, of a chunk in the cache: few reg
 static_assert(kRows % kRowsAtATime == 0 && kRows % kRowsAgain == 0 && kLanes == kWarp * kQuad);
 
 /// One thread computes the gradients' scale. Not to be used before the next barrier.
-__device__ void compute_numbers(const MeasureCommon& common, SgdHyper& shared) {
+__device__ void compute_numbers(const MeasureCommon& common, StepHyper& shared) {
   if (threadIdx.x == 0) {
-    shared = sgd_gradient_hyper(common.control, *common.step, common.given);
+    shared = step_gradient_hyper(common.control, *common.step, common.given);
   }
 }
 
@@ -30,18 +30,18 @@ struct Lanes {
 
 /// What happens to an element before it is squared.
 struct Scaling {
-  SgdHyper hyper;
+  StepHyper hyper;
   uint32_t flags;
   float factor; // of the chunk's peak; 1 as long as nobody knows it
 };
 
 template <bool again>
 __device__ void add_square(Lanes& lanes, int k, float x, const Scaling& scaling) {
-  x = sgd_unscaled(x, scaling.hyper, scaling.flags);
+  x = step_unscaled(x, scaling.hyper, scaling.flags);
   if (!again) {
     lanes.peak = peak_of(lanes.peak, x);
   }
-  x = sgd_clipped(x, scaling.hyper, scaling.flags);
+  x = step_clipped(x, scaling.hyper, scaling.flags);
   if (again) {
     x = x * scaling.factor;
   }
@@ -68,7 +68,7 @@ __device__ void finish_chunk(Squares& chunk, Lanes lanes, const Scaling& scaling
   if (threadIdx.x % kWarp == 0) {
     const float even = lanes.sums[0] + lanes.sums[2];
     const float odd = lanes.sums[1] + lanes.sums[3];
-    const uint32_t peak = sgd_clipped_peak(lanes.peak, scaling.hyper, scaling.flags);
+    const uint32_t peak = step_clipped_peak(lanes.peak, scaling.hyper, scaling.flags);
     chunk = {{even + odd, 0.0f}, scale_of(peak), lanes.peak};
   }
 }
@@ -152,7 +152,7 @@ __device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Sca
 
 template <typename Known, typename Array>
 __device__ void measure(const Launch<Array>& launch) {
-  __shared__ SgdHyper shared;
+  __shared__ StepHyper shared;
   const MeasureCommon& common = launch.common;
   const Array& array = find_tensor(launch);
   compute_numbers(common, shared);
@@ -167,7 +167,7 @@ __device__ void measure(const Launch<Array>& launch) {
   for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
     lanes.peak = max(lanes.peak, __shfl_xor_sync(~0u, lanes.peak, half));
   }
-  scaling.factor = factor_of(sgd_clipped_peak(lanes.peak, scaling.hyper, scaling.flags));
+  scaling.factor = factor_of(step_clipped_peak(lanes.peak, scaling.hyper, scaling.flags));
   if (scaling.factor != 1.0f) { // for all of the warp, and rarely
     const uint32_t peak = lanes.peak;
     lanes = add_elements<Known, true>(array, chunk, scaling);
@@ -236,7 +236,7 @@ __device__ void run(const FinishLaunch& launch) {
   mine = fold_lanes(mine, launch.gradient_count);
   if (threadIdx.x == 0) {
     const float norm = norm_of(mine);
-    const bool apply = sgd_applies(launch.flags, mine, norm);
+    const bool apply = step_applies(launch.flags, mine, norm);
     launch.measured[kMeasuredNorm] = norm;
     launch.measured[kMeasuredApply] = apply ? 1.0f : 0.0f;
     *launch.skipped_out = *launch.skipped + !apply;

@@ -53,15 +53,15 @@ struct StepKnown {
 /// A warp computes the numbers of the step, for this block's tensor: a lane each scalar,
 /// which may be a schedule's. None may be used before the next barrier.
 template <typename Known>
-__device__ void compute_numbers(const Common& common, const Tensor& tensor, SgdHyper& shared) {
-  __shared__ SgdScalars scalars;
+__device__ void compute_numbers(const Common& common, const Tensor& tensor, StepHyper& shared) {
+  __shared__ StepScalars scalars;
   if (threadIdx.x >= 32) {
     return;
   }
-  const SgdControl& control = common.control;
+  const StepControl& control = common.control;
   const uint64_t step = common.step ? *common.step : 0;
   if (threadIdx.x < kScalars) {
-    const float scalar = sgd_scalar(control, threadIdx.x, step, common.given);
+    const float scalar = step_scalar(control, threadIdx.x, step, common.given);
     scalars.of[threadIdx.x] = scalar;
     if (common.step_out && blockIdx.x == 0) {
       common.used_out[threadIdx.x] = scalar;
@@ -72,11 +72,12 @@ __device__ void compute_numbers(const Common& common, const Tensor& tensor, SgdH
     return;
   }
   const uint32_t flags = Known::kMay == kGenericFlags ? control.flags : Known::kMay;
-  const SgdHyper hyper = sgd_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
+  const StepHyper hyper =
+      step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }
-  shared = sgd_tensor_hyper(
+  shared = step_tensor_hyper(
       control,
       hyper,
       Known::kRule,
@@ -217,7 +218,7 @@ __device__ void update(
     Quads& quads,
     const float (&gradients)[kQuad],
     uint32_t position,
-    const SgdHyper& hyper,
+    const StepHyper& hyper,
     const Tensor& tensor) {
   const uint32_t flags = (tensor.flags & Known::kMay) | Known::kHas;
   constexpr uint32_t state_format = Known::kStateFormat;
@@ -229,13 +230,13 @@ __device__ void update(
   }
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
-    SgdElement e = {
+    StepElement e = {
         p[k],
         {{slots[0][k], slots[1][k], slots[2][k]}},
         slots[kMasterCopy][k],
         slots[kCompensation][k],
         slots[kMovingAverage][k]};
-    e = sgd_element(
+    e = step_element(
         e,
         gradients[k],
         position + k,
@@ -268,7 +269,7 @@ template <typename Known>
 __device__ void update(
     Quads& quads,
     uint32_t position,
-    const SgdHyper& hyper,
+    const StepHyper& hyper,
     const Tensor& tensor) {
   float gradients[kQuad];
   widen(quads.gradient, format_of<Known::kGradients>(tensor.gradient_type), gradients);
@@ -279,7 +280,7 @@ template <typename K, uint32_t capacity>
 __device__ void run(const Launch<Tiled, capacity>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kInFlight = Known::kInFlight;
-  __shared__ SgdHyper shared;
+  __shared__ StepHyper shared;
   const Common& common = launch.common;
   const Tiled& tensor = find_tensor(launch);
   compute_numbers<Known>(common, tensor, shared);
@@ -328,7 +329,7 @@ __device__ void run(const Launch<Tiled, capacity>& launch) {
       __syncthreads();
       is_first = false;
     }
-    const SgdHyper hyper = shared;
+    const StepHyper hyper = shared;
     if (hyper.apply) { // else what was loaded is stored, to the bit
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
@@ -372,7 +373,7 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
   constexpr uint32_t kLines = kSquareThreads / kPerLine; // lines at a time
   constexpr uint32_t kSteps = kSquare / kLines;
   __shared__ float turned[kSquare][kSquare + 1];
-  __shared__ SgdHyper shared;
+  __shared__ StepHyper shared;
   const Common& common = launch.common;
   const Turned& tensor = find_tensor(launch);
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
@@ -418,7 +419,7 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
     }
   }
   __syncthreads();
-  const SgdHyper hyper = shared;
+  const StepHyper hyper = shared;
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
@@ -449,12 +450,12 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
 template <typename K>
 __device__ void run(const Launch<Strided>& launch) {
   using Known = StepKnown<K>;
-  __shared__ SgdHyper shared;
+  __shared__ StepHyper shared;
   const Common& common = launch.common;
   const Strided& tensor = find_tensor(launch);
   compute_numbers<Known>(common, tensor, shared);
   __syncthreads();
-  const SgdHyper hyper = shared;
+  const StepHyper hyper = shared;
   const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile;
   const uint64_t end = min(begin + kTile, tensor.size);
   for (uint64_t i = begin + threadIdx.x; i < end; i += kThreads) {

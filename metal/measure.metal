@@ -62,7 +62,7 @@ inline ThreadSum sum_of_thread(
     uint64_t begin,
     uint64_t end,
     uint32_t lane,
-    SgdHyper hyper,
+    StepHyper hyper,
     uint32_t flags,
     float factor) {
   float4 sums[kChunkQuads];
@@ -80,8 +80,8 @@ inline ThreadSum sum_of_thread(
       float4 squares = float4(0.0f);
       UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
         if (i < count) {
-          const float unscaled = sgd_unscaled(x[i], hyper, flags);
-          const float g = sgd_clipped(unscaled, hyper, flags) * factor;
+          const float unscaled = step_unscaled(x[i], hyper, flags);
+          const float g = step_clipped(unscaled, hyper, flags) * factor;
           squares[i] = g * g;
           peak = peak_of(peak, unscaled);
         }
@@ -95,7 +95,7 @@ inline ThreadSum sum_of_thread(
 
 /// The sum and the peak of each chunk.
 [[kernel]] void measure_chunks(
-    constant SgdControl& control [[buffer(kControlBuffer)]],
+    constant StepControl& control [[buffer(kControlBuffer)]],
     constant MeasureTable& table [[buffer(kTableBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
     device const float* given [[buffer(kGivenBuffer)]],
@@ -114,7 +114,7 @@ inline ThreadSum sum_of_thread(
   switch (array.source) { LATER_BUFFERS(TAKE_ELEMENTS) }
   elements += array.begin;
 
-  const SgdHyper hyper = sgd_gradient_hyper(control, step[0], given);
+  const StepHyper hyper = step_gradient_hyper(control, step[0], given);
   const uint32_t flags = array.is_gradient ? control.flags : 0;
   const uint32_t chunks = lanes / kChunkThreads; // of a threadgroup
   const uint64_t chunk = uint64_t(block - array.first_block) * chunks + lane / kChunkThreads;
@@ -130,7 +130,7 @@ inline ThreadSum sum_of_thread(
   for (uint32_t i = 0; i < kChunkThreads; ++i) {
     peak = max(peak, peaks[first_lane + i]);
   }
-  const uint32_t clipped = sgd_clipped_peak(peak, hyper, flags);
+  const uint32_t clipped = step_clipped_peak(peak, hyper, flags);
   const float factor = factor_of(clipped);
   if (factor != 1.0f) { // rarely
     own = sum_of_thread(array, elements, begin, end, lane, hyper, flags, factor);
@@ -191,10 +191,10 @@ inline void fold_all(
   }
 }
 
-/// One threadgroup: what the step reads, see SgdMeasured. The sums of all gradients
+/// One threadgroup: what the step reads, see StepMeasured. The sums of all gradients
 /// come first, then, if there are any, those of their parameters.
 [[kernel]] void measure_finish(
-    constant SgdControl& control [[buffer(kControlBuffer)]],
+    constant StepControl& control [[buffer(kControlBuffer)]],
     device const Squares* array_sums [[buffer(kArraySumsBuffer)]],
     device const uint64_t* skipped [[buffer(kSkippedBuffer)]],
     constant uint32_t& gradient_count [[buffer(kGradientCountBuffer)]],
@@ -208,7 +208,7 @@ inline void fold_all(
   if (lane == 0) {
     const Squares total = load_squares(sums);
     const float norm = norm_of(total);
-    const bool applies = sgd_applies(control.flags, total, norm);
+    const bool applies = step_applies(control.flags, total, norm);
     measured_out[kMeasuredNorm] = norm;
     measured_out[kMeasuredApply] = applies ? 1.0f : 0.0f;
     skipped_out[0] = skipped[0] + (applies ? 0 : 1);

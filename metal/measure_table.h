@@ -15,7 +15,7 @@ enum : uint32_t {
   kMeasuredSources = 26, // buffers of a dispatch in which arrays lie
 };
 
-/// Buffer slots; the first four are SgdBuffer's.
+/// Buffer slots; the first four are StepBuffer's.
 enum MeasureBuffer : uint32_t {
   kChunkSumsBuffer = 4, // measure_chunks writes them, measure_arrays reads them
   kFirstMeasuredBuffer = 5, // of measure_chunks

@@ -15,7 +15,7 @@ using namespace fused_metal;
 constant uint32_t tile_columns [[function_constant(5)]];
 
 /// The last tensor that starts at or before `block`.
-inline uint32_t tensor_of_block(constant SgdTable& table, uint32_t block) {
+inline uint32_t tensor_of_block(constant StepTable& table, uint32_t block) {
   uint32_t found = 0;
   for (uint32_t stride = 32; stride > 0; stride /= 2) {
     const uint32_t next = found + stride;
@@ -34,7 +34,7 @@ struct Piece {
 };
 
 inline Piece piece_of_thread(
-    constant SgdTensor& tensor,
+    constant StepTensor& tensor,
     uint32_t block,
     uint32_t pass,
     uint32_t lane,
@@ -70,17 +70,17 @@ inline Piece piece_of_thread(
 
 /// The scalars of a step, which may be schedules: evaluated once a threadgroup, one by each
 /// of its first threads, into `scalars`. Every thread calls it, once.
-inline SgdScalars scalars_of_threadgroup(
-    constant SgdControl& control,
+inline StepScalars scalars_of_threadgroup(
+    constant StepControl& control,
     uint64_t step,
     device const float* given,
     threadgroup float* scalars,
     uint32_t lane) {
   if (lane < kScalars) {
-    scalars[lane] = sgd_scalar(control, lane, step, given);
+    scalars[lane] = step_scalar(control, lane, step, given);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  SgdScalars all;
+  StepScalars all;
   UNROLLED for (int i = 0; i < kScalars; ++i) { all.of[i] = scalars[i]; }
   return all;
 }

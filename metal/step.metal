@@ -15,7 +15,7 @@ using namespace fused_math;
 using namespace fused_metal;
 
 constant uint32_t step_rule [[function_constant(0)]]; // Rule
-constant uint32_t step_flags [[function_constant(1)]]; // SgdFlags
+constant uint32_t step_flags [[function_constant(1)]]; // StepFlags
 constant uint32_t parameter_format [[function_constant(2)]]; // Format, as the next two
 constant uint32_t gradient_format [[function_constant(3)]];
 constant uint32_t state_format [[function_constant(4)]];
@@ -29,9 +29,9 @@ inline uint32_t format_of_slot(int slot) {
 /// The update of the tensors in `table`. Its other buffers are bytes, read by their formats,
 /// in the places that metal/table.h gives them. An output may be its own input: a thread
 /// reads its elements before it writes them, and nobody else reads them.
-[[kernel]] void sgd_step(
-    constant SgdControl& control [[buffer(kControlBuffer)]],
-    constant SgdTable& table [[buffer(kTableBuffer)]],
+[[kernel]] void fused_step(
+    constant StepControl& control [[buffer(kControlBuffer)]],
+    constant StepTable& table [[buffer(kTableBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
     device const float* given [[buffer(kGivenBuffer)]],
     // clang-format off
@@ -41,9 +41,9 @@ inline uint32_t format_of_slot(int slot) {
     uint32_t lane [[thread_position_in_threadgroup]],
     uint32_t lanes [[threads_per_threadgroup]]) {
   threadgroup float scalars[kScalars];
-  const SgdScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
+  const StepScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
 
-  constant SgdTensor& tensor = table.tensors[tensor_of_block(table, block)];
+  constant StepTensor& tensor = table.tensors[tensor_of_block(table, block)];
   block -= tensor.first_block;
 
   const Buffers buffers = {BUFFERS(BUFFER_NAME)};
@@ -62,9 +62,9 @@ inline uint32_t format_of_slot(int slot) {
   const uint32_t flags = step_flags & kGroups ? uint32_t(tensor.flags) : step_flags;
   // Only the first thread corrects the bias, for all: its powers cost more than an element.
   const uint32_t corrected_rule = lane == 0 ? step_rule : uint32_t(kSgd);
-  SgdHyper hyper = sgd_tensor_hyper(
+  StepHyper hyper = step_tensor_hyper(
       control,
-      sgd_hyper_of(control, corrected_rule, step_flags, step[0], all, measured),
+      step_hyper_of(control, corrected_rule, step_flags, step[0], all, measured),
       corrected_rule,
       step[0],
       flags,
@@ -102,8 +102,8 @@ inline uint32_t format_of_slot(int slot) {
       }
     }
     UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
-      const SgdElement e = sgd_element(
-          SgdElement{
+      const StepElement e = step_element(
+          StepElement{
               p[i],
               {{kept[0][i], kept[1][i], kept[2][i]}},
               kept[kMasterCopy][i],
@@ -150,8 +150,8 @@ inline uint32_t format_of_slot(int slot) {
 }
 
 /// One threadgroup, once a step: the next counter, and the numbers used.
-[[kernel]] void sgd_finish(
-    constant SgdControl& control [[buffer(kControlBuffer)]],
+[[kernel]] void step_finish(
+    constant StepControl& control [[buffer(kControlBuffer)]],
     device const uint64_t* step [[buffer(kStepBuffer)]],
     device const float* given [[buffer(kGivenBuffer)]],
     device const float* measured [[buffer(kMeasuredBuffer)]],
@@ -159,10 +159,10 @@ inline uint32_t format_of_slot(int slot) {
     device float* used_out [[buffer(kUsedOutBuffer)]],
     uint32_t lane [[thread_position_in_threadgroup]]) {
   threadgroup float scalars[kScalars];
-  const SgdScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
+  const StepScalars all = scalars_of_threadgroup(control, step[0], given, scalars, lane);
   if (lane == 0) {
-    const SgdHyper hyper =
-        sgd_hyper_of(control, control.rule, control.flags, step[0], all, measured);
-    sgd_counters(all, hyper, step[0], step_out, used_out);
+    const StepHyper hyper =
+        step_hyper_of(control, control.rule, control.flags, step[0], all, measured);
+    step_counters(all, hyper, step[0], step_out, used_out);
   }
 }

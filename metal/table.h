@@ -31,13 +31,13 @@ enum : uint32_t {
 };
 
 /// Buffer slots of the kernels.
-enum SgdBuffer : uint32_t {
+enum StepBuffer : uint32_t {
   kControlBuffer = 0,
   kTableBuffer = 1,
   kStepBuffer = 2,
   kGivenBuffer = 3,
-  kFirstBuffer = 4, // of sgd_step: kBuffers of them, see below
-  // Of sgd_finish:
+  kFirstBuffer = 4, // of fused_step: kBuffers of them, see below
+  // Of step_finish:
   kMeasuredBuffer = 4,
   kStepOutBuffer = 5,
   kUsedOutBuffer = 6,
@@ -67,13 +67,13 @@ MATH_FN uint32_t source_place(uint32_t rule, uint32_t flags) {
   return groups_place(rule, flags) + (flags & fused_math::kGroups ? 1 : 0);
 }
 
-enum SgdWide : uint32_t {
+enum StepWide : uint32_t {
   kWideArena = 1, // parameter, slots and all outputs are aligned to a quad
   kWideGradient = 2,
 };
 
 /// One tensor of a dispatch.
-struct SgdTensor {
+struct StepTensor {
   uint64_t size; // elements
   uint64_t gap; // elements behind it that become zero
   uint64_t offset; // elements, in the arenas of slots and of outputs
@@ -85,14 +85,14 @@ struct SgdTensor {
   uint32_t first_block; // threadgroups of the tensors before it
   uint16_t parameter_source;
   uint16_t gradient_source;
-  uint16_t wide; // SgdWide
-  uint16_t flags; // its own SgdFlags, read with kGroups
-  uint32_t group; // likewise: its row of SgdGroup
+  uint16_t wide; // StepWide
+  uint16_t flags; // its own StepFlags, read with kGroups
+  uint32_t group; // likewise: its row of StepGroup
   uint32_t number; // in the layout: of its pair of norms
 };
 
-struct SgdTable {
-  SgdTensor tensors[kMaxTensors];
+struct StepTable {
+  StepTensor tensors[kMaxTensors];
   uint32_t count; // at least 1
   uint32_t reserved;
 };

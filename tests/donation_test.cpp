@@ -1,7 +1,7 @@
 // When a step may write into the memory of its inputs, where Python cannot bring it about:
 // memory that MLX only borrows, and an allocation that fails. Built by test_donation.py
-// with csrc/donation.cpp, which every backend uses, and MLX.
-#include "donation.h"
+// with csrc/graph/donation.cpp, which every backend uses, and MLX.
+#include "graph/donation.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -12,11 +12,11 @@
 namespace mlx_fused_optim {
 
 // As sgd.cpp and layout.cpp have them, for a plan with parameters, momentum and a step.
-SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
+StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()), whole(plan.whole), slots{} {
   slots[fused_math::kVelocity] = &arrays[plan.parameter_inputs()];
 }
-SgdOutputs::SgdOutputs(const SgdPlan&, std::vector<mx::array>& arrays)
+StepOutputs::StepOutputs(const StepPlan&, std::vector<mx::array>& arrays)
     : parameters(&arrays[0]), slots{}, step(&arrays[2]), used(nullptr) {
   slots[fused_math::kVelocity] = &arrays[1];
 }
@@ -58,7 +58,7 @@ mx::array memory(Owner owner, int which) {
 
 /// A step of two tensors of 64 elements, and its graph before it is evaluated.
 struct Step {
-  SgdPlan plan{.state_dtype = mx::float32};
+  StepPlan plan{.state_dtype = mx::float32};
   std::vector<mx::array> inputs, outputs;
 
   Step(Owner parameters, Owner momentum, bool whole) {

@@ -546,6 +546,23 @@ def test_states_of_the_function(name):
     )
 
 
+def test_an_error_of_the_extension_names_who_asked():
+    parameters = {"w": mx.ones(3)}
+    for name in ("sgd", "adamw", "lion"):
+        options = {"momentum": 0.9} if name == "sgd" else {}
+        state = getattr(optim, f"fused_{name}_init")(parameters, **options)
+        (layout,) = state["arenas"]
+        entry = {slot: [] for slot in state["arenas"][layout]}
+        bad = {**state, "arenas": {layout: entry}}
+        step = getattr(optim, f"fused_{name}_step")
+        assert_refused(
+            lambda step=step, bad=bad, options=options: step(
+                parameters, parameters, bad, learning_rate=0.1, **options
+            ),
+            f"fused_{name}_step", "number of arenas",
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", sorted(BAD_STATES.keys() - {"None", "another model"}))
 def test_states_for_init_of_the_function(name):
     """None is the beginning, and a state that knows none of the tensors is fine here."""

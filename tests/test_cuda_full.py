@@ -431,7 +431,7 @@ def test_out_of_memory_changes_nothing():
     # The step wants 1.5 GiB, as all its inputs are held.
     with (
         little_memory(),
-        pytest.raises(RuntimeError, match=r"\[fused_sgd_step\] out of device memory: needed 128"),
+        pytest.raises(RuntimeError, match=r"\[fused_step\] out of device memory: needed 128"),
     ):
         mx.eval(new, after.slots, after.step)
     assert_same(parameters, before)

@@ -1,4 +1,4 @@
-"""csrc/donation.cpp where Python cannot bring it about: tests/donation_test.cpp."""
+"""csrc/graph/donation.cpp where Python cannot bring it about: tests/donation_test.cpp."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def test_memory_that_is_borrowed_and_memory_that_is_not_there(tmp_path):
     program = tmp_path / "donation_test"
     build = [compiler, "-std=c++20", "-O0", "-Wall", "-I", ROOT / "csrc"]
     build += ["-isystem", f"{package}/include", ROOT / "tests/donation_test.cpp"]
-    build += [ROOT / "csrc/donation.cpp", "-o", program]
+    build += [ROOT / "csrc/graph/donation.cpp", "-o", program]
     build += [f"-L{package}/lib", "-lmlx", f"-Wl,-rpath,{package}/lib"]
     subprocess.run(build, check=True)
     subprocess.run([program], check=True)

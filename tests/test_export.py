@@ -61,7 +61,7 @@ def test_a_composed_step_is_exported(composed, tmp_path, options, scheduled):
 
 def test_the_kernels_are_refused_by_name(tmp_path):
     step = Exported(0.1)
-    with pytest.raises(ValueError, match="Unable to serialize primitive FusedSGD"):
+    with pytest.raises(ValueError, match="Unable to serialize primitive FusedStep"):
         mx.export_function(str(tmp_path / "step.mlxfn"), step, *step.arrays)
 
 

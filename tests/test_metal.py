@@ -67,7 +67,7 @@ def role(dispatch: dict, name: str) -> str:
     number = int(name.removeprefix("buffer"))
     if dispatch["kernel"] == "measure_chunks":
         return f"source{number - 1}"
-    rule, flags, *_ = map(int, dispatch["pipeline"].removeprefix("sgd_step_").split("_"))
+    rule, flags, *_ = map(int, dispatch["pipeline"].removeprefix("fused_step_").split("_"))
     assert rule == 0
     roles = ["parameters_out"]
     for slot, flag in SLOTS.items():
@@ -181,8 +181,8 @@ def test_448_tensors_take_few_dispatches_and_exactly_the_bytes():
     log = dispatches(training.step)
     kernels = [d["kernel"] for d in log]
     # The arena takes one source, the gradients the others.
-    assert kernels.count("sgd_step") == math.ceil(448 / (SOURCES - 1)) == 20
-    assert kernels.count("sgd_finish") == 1
+    assert kernels.count("fused_step") == math.ceil(448 / (SOURCES - 1)) == 20
+    assert kernels.count("step_finish") == 1
     assert len(log) == 21 <= 23
     assert not any(d["barrier"] for d in log)
 
@@ -203,7 +203,7 @@ def test_448_tensors_take_few_dispatches_and_exactly_the_bytes():
 def test_a_constant_step_counts_in_no_kernel():
     training = Training([(7,)] * 3, rate=0.1)
     training.step()
-    assert [d["kernel"] for d in dispatches(training.step)] == ["sgd_step"]
+    assert [d["kernel"] for d in dispatches(training.step)] == ["fused_step"]
 
 
 def test_barriers_stand_only_where_data_flows():
@@ -220,10 +220,10 @@ def test_barriers_stand_only_where_data_flows():
 
     log = dispatches(two_steps)
     each = len(log) // 2
-    assert [d["kernel"] for d in log].count("sgd_finish") == 2
+    assert [d["kernel"] for d in log].count("step_finish") == 2
     barriers = [i for i, d in enumerate(log) if d["barrier"]]
     # The first step had a buffer for each parameter, the second one for all.
-    assert len(barriers) == 1 and log[barriers[0] - 1]["kernel"] == "sgd_finish", each
+    assert len(barriers) == 1 and log[barriers[0] - 1]["kernel"] == "step_finish", each
 
 
 def test_what_a_pending_command_uses_is_not_written(monkeypatch):
@@ -235,7 +235,7 @@ def test_what_a_pending_command_uses_is_not_written(monkeypatch):
     training.step()
     for _ in range(2):
         log = dispatches(lambda: [training.step() for _ in range(2)])
-        steps = [d for d in log if d["kernel"].startswith("sgd_step")]
+        steps = [d for d in log if d["kernel"].startswith("fused_step")]
         assert len(steps) == 2
         in_place = [
             [bytes_of([d], name)["read"] > 0 for d in steps]
@@ -301,7 +301,7 @@ def test_gradients_of_one_buffer_fill_the_table():
     tree = theirs.apply_gradients({"w": training.gradients}, tree)
     mx.eval(tree)
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log].count("sgd_step") == math.ceil(100 / 48)
+    assert [d["kernel"] for d in log].count("fused_step") == math.ceil(100 / 48)
     assert all(same(a, b) for a, b in zip(training.parameters, tree["w"], strict=True))
 
 
@@ -313,7 +313,7 @@ def test_gradients_of_three_dtypes():
     ]
     mx.eval(training.gradients)
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_step"] * 3 + ["sgd_finish"]
+    assert [d["kernel"] for d in log] == ["fused_step"] * 3 + ["step_finish"]
     assert [d["pipeline"].split("_")[5] for d in log[:3]] == ["0", "1", "2"]
 
 
@@ -335,7 +335,7 @@ def test_every_kernel_is_asked_for_by_its_name():
 
     asked = {d["kernel"] for d in dispatches(everything)}
     measure = {"measure_chunks", "measure_arrays", "measure_finish"}
-    assert asked == {"sgd_step", "sgd_finish", "schedule_values", "pack_2", "pack_4"} | measure
+    assert asked == {"fused_step", "step_finish", "schedule_values", "pack_2", "pack_4"} | measure
 
 
 def test_options_are_specialised_and_named():
@@ -370,8 +370,8 @@ def test_448_tensors_of_a_full_step_take_few_dispatches_and_four_stages():
     assert kernels == (
         ["measure_chunks"] * chunks
         + ["measure_arrays", "measure_finish"]
-        + ["sgd_step"] * steps
-        + ["sgd_finish"]
+        + ["fused_step"] * steps
+        + ["step_finish"]
     )
     assert len(log) == 42
     # Each stage reads what the one before it wrote; within one there is no barrier.
@@ -392,7 +392,7 @@ def test_a_full_step_moves_exactly_its_bytes(dtype, state_dtype, slots):
     half = dtype != mx.float32
     # Where nothing is rounded at random, nothing depends on the step.
     rounds = half or state_dtype != mx.float32
-    assert [d["kernel"] for d in log] == ["sgd_step", *["sgd_finish"] * rounds]
+    assert [d["kernel"] for d in log] == ["fused_step", *["step_finish"] * rounds]
     size, count = sum(math.prod(s) for s in shapes), dtype.size
     widths = {
         "velocities": state_dtype.size,
@@ -472,7 +472,7 @@ def test_unaligned_memory_of_a_full_step_is_read_element_by_element():
     training.gradients = [mx.random.normal((65,))[1:] for _ in range(2)]
     mx.eval(training.gradients)
     log = dispatches(training.step)
-    for kernel in ("measure_chunks", "sgd_step"):
+    for kernel in ("measure_chunks", "fused_step"):
         before, after = ([d for d in each if d["kernel"] == kernel] for each in (aligned, log))
         difference = bytes_of(after, "source")["accesses"] - bytes_of(before, "source")["accesses"]
         assert difference == 2 * 64 - 2 * 64 / 4
@@ -585,7 +585,7 @@ def test_gradients_in_pieces_are_packed_for_their_norm_and_for_their_step():
     # A norm wants neighbours; a step reads any matrix as it is.
     packs = kernels.index("measure_chunks")
     assert kernels == (
-        ["pack_4"] * packs + ["measure_chunks", "measure_arrays", "measure_finish", "sgd_step"]
+        ["pack_4"] * packs + ["measure_chunks", "measure_arrays", "measure_finish", "fused_step"]
     )
     assert packs == 3
     exact = math.sqrt(sum(float(mx.square(g).sum()) for g in training.gradients))
@@ -595,7 +595,7 @@ def test_gradients_in_pieces_are_packed_for_their_norm_and_for_their_step():
 def test_nothing_to_measure_counts_the_step():
     training = FullTraining([(0,)], ["clip_norm", "skip_nonfinite"])
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["measure_arrays", "measure_finish", "sgd_finish"]
+    assert [d["kernel"] for d in log] == ["measure_arrays", "measure_finish", "step_finish"]
     assert training.measured.tolist() == [0, 1]
     assert [training.step_number.item(), training.skipped.item()] == [4, 0]
 
@@ -622,7 +622,7 @@ def test_transposed_gradients_need_no_copy_and_no_more_bytes():
     training = Training(shapes, place=lambda g: mx.contiguous(g.T).T)
     training.step()
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_step", "sgd_finish"]
+    assert [d["kernel"] for d in log] == ["fused_step", "step_finish"]
     size = 4 * sum(math.prod(s) for s in shapes)
     everything = bytes_of(log, "source", "velocities", "parameters_out")
     assert (everything["read"], everything["read_again"]) == (3 * size, 0)
@@ -635,7 +635,7 @@ def test_other_strides_are_packed_first_and_side_by_side():
     training.step()
     log = dispatches(training.step)
     kernels = [d["kernel"] for d in log]
-    assert kernels == ["pack_4", "pack_4", "sgd_step", "sgd_finish"]
+    assert kernels == ["pack_4", "pack_4", "fused_step", "step_finish"]
     assert [d["barrier"] for d in log] == [False, False, True, False]
 
 
@@ -667,7 +667,7 @@ def test_rows_that_begin_unaligned_are_read_element_by_element():
     training = Training([(16, 8)], place=lambda g: mx.pad(g, [(0, 0), (0, 1)])[:, :8])
     training.step()
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_step", "sgd_finish"]
+    assert [d["kernel"] for d in log] == ["fused_step", "step_finish"]
     gradient = bytes_of(log, "source1")
     assert (gradient["read"], gradient["accesses"]) == (4 * 16 * 8, 16 * 8)
     assert bytes_of(log, "velocities")["accesses"] == 2 * 16 * 8 / 4
@@ -696,7 +696,7 @@ def test_the_memory_between_tensors_is_zero():
 def test_empty_tensors_and_empty_trees_count_the_step():
     training = Training([(0,), (3, 0)])
     log = dispatches(training.step)
-    assert [d["kernel"] for d in log] == ["sgd_finish"]
+    assert [d["kernel"] for d in log] == ["step_finish"]
     assert training.optimizer.step.item() == 1
     optimizer = optim.SGD(optim.exponential_decay(0.5, 0.5))
     for _ in range(2):
@@ -724,7 +724,7 @@ def test_a_compiler_error_is_shown_with_the_way_on(monkeypatch):
     with pytest.raises(RuntimeError) as error:
         training.step()
     message = str(error.value)
-    assert message.startswith("[fused_sgd_step] the Metal kernels do not build on this machine")
+    assert message.startswith("[fused_step] the Metal kernels do not build on this machine")
     assert "metal/step.metal:7:1: error: no such thing" in message
     assert "MLX_FUSED_OPTIM_COMPOSED=1" in message
     assert all(same(a, b) for a, b in zip(parameters, before, strict=True))

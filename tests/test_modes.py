@@ -325,7 +325,7 @@ def test_shapeless_says_why_parameters_cannot_change_shape():
 
     compiled = mx.compile(body, shapeless=True)
     assert compiled(mx.ones(4), mx.ones(4)).tolist() == [np.float32(0.9)] * 4
-    with pytest.raises(ValueError, match=r"\[fused_sgd_step\] a shapeless compiled step"):
+    with pytest.raises(ValueError, match=r"\[fused_step\] a shapeless compiled step"):
         mx.eval(compiled(mx.ones(5), mx.ones(5)))
 
 
@@ -610,7 +610,7 @@ def test_the_graph_can_be_drawn(tmp_path):
     path = tmp_path / "graph.dot"
     mx.export_to_dot(str(path), new)
     text = path.read_text()
-    assert "FusedSGD" in text
+    assert "FusedStep" in text
     assert "ArenaView" in text
 
 

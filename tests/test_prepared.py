@@ -1,4 +1,4 @@
-"""A step that is taken again, csrc/prepared.h: the same as one that Python looked at, and
+"""A step that is taken again, csrc/binding/prepared.h: the same as one that Python looked at, and
 never taken where something has changed since."""
 
 import contextlib
@@ -449,7 +449,7 @@ def test_a_layout_of_other_tensors_is_refused():
     """Below Python: the step itself asks for the tensors that it was laid out for."""
     one, two = {"w": mx.ones(3)}, {"w": mx.ones(4)}
     layout = _ext.Layout(_ext.Tree(two, two, "test"))
-    with pytest.raises(ValueError, match=r"\[fused_sgd_step\] the layout is of other tensors: got"):
+    with pytest.raises(ValueError, match=r"\[fused_step\] the layout is of other tensors: got"):
         _ext.fused_step(
             _ext.Tree(one, one, "test"),
             layout,

@@ -6,8 +6,8 @@ namespace mlx_fused_optim::cpu {
 namespace {
 
 using fused_math::kSlots;
-using fused_math::SgdElements;
-using fused_math::SgdHyper;
+using fused_math::StepElements;
+using fused_math::StepHyper;
 
 // The loop goes by cache lines of float32 and asks for the one that it will want
 // kAhead elements later. The hardware's prefetchers stop at every page, and five
@@ -63,9 +63,9 @@ template <typename T>
 __attribute__((always_inline)) inline void update_at(
     const Block& block,
     size_t i,
-    const SgdHyper& hyper,
+    const StepHyper& hyper,
     Form form) {
-  SgdElements<T> e{};
+  StepElements<T> e{};
   T gradient;
   load(gradient, block.gradient, i);
   load(e.parameter, block.parameter, i);
@@ -77,7 +77,7 @@ __attribute__((always_inline)) inline void update_at(
       load(*kept[slot], block.slots[slot], i);
     }
   }
-  e = fused_math::sgd_element(
+  e = fused_math::step_element(
       e,
       gradient,
       positions<T>(block.position + static_cast<uint32_t>(i)),
@@ -99,10 +99,10 @@ __attribute__((always_inline)) inline void update_at(
 __attribute__((always_inline)) inline void update_block(
     const Block& given,
     size_t n,
-    const SgdHyper& given_hyper,
+    const StepHyper& given_hyper,
     Form form) {
   const Block block = given; // in registers: what is stored could be its memory
-  const SgdHyper hyper = given_hyper;
+  const StepHyper hyper = given_hyper;
   size_t i = 0;
   for (; i + kLine <= n; i += kLine) {
     __builtin_prefetch(block.parameter + i + kAhead);
@@ -124,12 +124,12 @@ __attribute__((always_inline)) inline void update_block(
 
 /// The frame with nothing in it: what is narrower than float32 is rounded when it is stored.
 template <uint32_t rule, uint32_t flags>
-void update_plain(const Block& block, size_t n, const SgdHyper& hyper) {
+void update_plain(const Block& block, size_t n, const StepHyper& hyper) {
   update_block(block, n, hyper, {rule, flags, fused_math::kFloat32, fused_math::kFloat32});
 }
 
 template <uint32_t rule>
-void update_any(const Block& block, size_t n, const SgdHyper& hyper, Form form) {
+void update_any(const Block& block, size_t n, const StepHyper& hyper, Form form) {
   form.rule = rule;
   update_block(block, n, hyper, form);
 }
@@ -145,7 +145,7 @@ constexpr uint32_t plain_flags(uint32_t n) {
 }
 
 template <uint32_t rule>
-void update_of(const Block& block, size_t n, const SgdHyper& hyper, Form form) {
+void update_of(const Block& block, size_t n, const StepHyper& hyper, Form form) {
   using namespace fused_math;
   static constexpr decltype(&update_plain<rule, 0>) plain[] = {
 #define PLAIN(n) update_plain<rule, plain_flags<rule>(n)>
@@ -207,7 +207,7 @@ void KERNEL(update)(
     const Tensor& tensor,
     size_t begin,
     size_t end,
-    SgdHyper hyper,
+    StepHyper hyper,
     Form form) {
   alignas(64) float parameter[kBlock], gradient[kBlock], slots[kSlots][kBlock];
   const Type type = tensor.parameter.type;

@@ -47,7 +47,7 @@ struct Tensor {
 /// What a step consists of, for one tensor.
 struct Form {
   uint32_t rule; // fused_math::Rule
-  uint32_t flags; // fused_math::SgdFlags
+  uint32_t flags; // fused_math::StepFlags
   uint32_t parameter_format, state_format; // fused_math::Format
 };
 
@@ -59,7 +59,7 @@ struct Kernels {
       const Tensor& tensor,
       size_t begin,
       size_t end,
-      fused_math::SgdHyper hyper,
+      fused_math::StepHyper hyper,
       Form form);
 
   /// A chunk of csrc/math/norm.h: the elements [begin, begin + n) of an array. A gradient
@@ -68,7 +68,7 @@ struct Kernels {
       const Source& source,
       size_t begin,
       size_t n,
-      fused_math::SgdHyper hyper,
+      fused_math::StepHyper hyper,
       uint32_t flags);
 };
 
@@ -76,10 +76,10 @@ struct Kernels {
 #define KERNEL_NAME(name, isa) name##_##isa
 #define KERNEL_OF(name, isa) KERNEL_NAME(name, isa)
 #define KERNEL(name) KERNEL_OF(name, ISA)
-#define DECLARE_KERNELS(isa)                                                                   \
-  void update_##isa(const Arenas&, const Tensor&, size_t, size_t, fused_math::SgdHyper, Form); \
-  fused_math::Squares measure_##isa(                                                           \
-      const Source&, size_t, size_t, fused_math::SgdHyper, uint32_t);                          \
+#define DECLARE_KERNELS(isa)                                                                    \
+  void update_##isa(const Arenas&, const Tensor&, size_t, size_t, fused_math::StepHyper, Form); \
+  fused_math::Squares measure_##isa(                                                            \
+      const Source&, size_t, size_t, fused_math::StepHyper, uint32_t);                          \
   constexpr Kernels kKernels_##isa = {update_##isa, measure_##isa};
 DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
 // The measurement of the gradients on the CPU, in the order of csrc/math/norm.h.
-#include "measure.h"
+#include "graph/measure.h"
 
 #include <algorithm>
 #include <functional>
@@ -55,7 +55,7 @@ struct Task {
 
   void run() const {
     auto& control = plan.control;
-    const auto hyper = fused_math::sgd_gradient_hyper(control, *step, given);
+    const auto hyper = fused_math::step_gradient_hyper(control, *step, given);
     std::vector<Squares> chunks(first_chunks.back());
     cpu::parallel_for(chunks.size(), kGrain, [&](size_t begin, size_t end) {
       size_t a = std::upper_bound(first_chunks.begin(), first_chunks.end(), begin) -
@@ -79,7 +79,7 @@ struct Task {
     }
     const auto total = fold_all(sums.data(), plan.gradient_count);
     const float norm = fused_math::norm_of(total);
-    const bool apply = fused_math::sgd_applies(control.flags, total, norm);
+    const bool apply = fused_math::step_applies(control.flags, total, norm);
     measured[fused_math::kMeasuredNorm] = norm;
     measured[fused_math::kMeasuredApply] = apply;
     for (size_t t = 0; plan.has_parameters && t < plan.gradient_count; ++t) {

@@ -16,20 +16,20 @@ uint32_t prepare(
     const Source& source,
     size_t begin,
     size_t n,
-    fused_math::SgdHyper hyper,
+    fused_math::StepHyper hyper,
     uint32_t flags,
     float* values) {
   float buffer[kChunk];
   const float* from = read(source, begin, n, buffer);
   uint32_t peak = 0;
   for (size_t i = 0; i < n; ++i) {
-    peak = fused_math::peak_of(peak, fused_math::sgd_unscaled(from[i], hyper, flags));
+    peak = fused_math::peak_of(peak, fused_math::step_unscaled(from[i], hyper, flags));
   }
   for (size_t i = 0; i < n; ++i) {
     values[i] =
-        fused_math::sgd_clipped(fused_math::sgd_unscaled(from[i], hyper, flags), hyper, flags);
+        fused_math::step_clipped(fused_math::step_unscaled(from[i], hyper, flags), hyper, flags);
   }
-  const float factor = fused_math::factor_of(fused_math::sgd_clipped_peak(peak, hyper, flags));
+  const float factor = fused_math::factor_of(fused_math::step_clipped_peak(peak, hyper, flags));
   for (size_t i = 0; factor != 1.0f && i < n; ++i) {
     values[i] = values[i] * factor;
   }
@@ -45,7 +45,7 @@ fused_math::Squares KERNEL(measure)(
     const Source& source,
     size_t begin,
     size_t n,
-    fused_math::SgdHyper hyper,
+    fused_math::StepHyper hyper,
     uint32_t flags) {
   alignas(64) float values[kChunk];
   alignas(64) float lanes[kLanes] = {};
@@ -66,7 +66,7 @@ fused_math::Squares KERNEL(measure)(
   }
   return {
       {lanes[0], 0.0f},
-      fused_math::scale_of(fused_math::sgd_clipped_peak(peak, hyper, flags)),
+      fused_math::scale_of(fused_math::step_clipped_peak(peak, hyper, flags)),
       peak};
 }
 

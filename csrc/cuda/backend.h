@@ -5,8 +5,8 @@
 
 #include <functional>
 
-#include "measure.h"
-#include "sgd.h"
+#include "graph/measure.h"
+#include "graph/step.h"
 
 namespace mlx_fused_optim::cuda {
 
@@ -15,10 +15,10 @@ using Allocate = std::function<mx::allocator::Data(size_t bytes)>;
 
 /// A step to evaluate, and what the backend needs the extension for.
 struct Step {
-  const SgdPlan& plan;
-  const SgdInputs& inputs;
+  const StepPlan& plan;
+  const StepInputs& inputs;
   /// To be called once everything else that can fail on these inputs has been done.
-  std::function<SgdOutputs(const Allocate&)> set_outputs;
+  std::function<StepOutputs(const Allocate&)> set_outputs;
   mx::Stream stream;
 };
 

@@ -51,13 +51,13 @@ struct SlotArena {
   int64_t column_stride;
 };
 
-/// In a kernel's place for SgdFlags: it knows none of them, but takes those of its tensors.
+/// In a kernel's place for StepFlags: it knows none of them, but takes those of its tensors.
 constexpr uint32_t kGenericFlags = ~0u;
 
 /// What all tensors of a step share. Outputs may be the memory of the inputs:
 /// element i is read and written by one thread, in this order.
 struct Common {
-  fused_math::SgdControl control;
+  fused_math::StepControl control;
   const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
   const float* measured; // null when nothing was measured
@@ -83,7 +83,7 @@ struct Tensor {
   uint32_t first_block; // of the launch's blocks, the first that works on it
   uint32_t number; // in the layout: of its norms
   uint16_t group;
-  uint16_t flags; // its own SgdFlags
+  uint16_t flags; // its own StepFlags
   Type gradient_type;
 };
 

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cuda/backend.h"
-#include "donation.h"
+#include "graph/donation.h"
 
 namespace mlx_fused_optim {
 
@@ -54,12 +54,12 @@ const Backend& backend() {
 
 } // namespace cuda
 
-void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto set = [&](const cuda::Allocate& allocate) {
     set_outputs(plan_, inputs, outputs, allocate);
-    return SgdOutputs(plan_, outputs);
+    return StepOutputs(plan_, outputs);
   };
-  cuda::backend().step({plan_, SgdInputs(plan_, inputs), set, stream()});
+  cuda::backend().step({plan_, StepInputs(plan_, inputs), set, stream()});
 }
 
 void MeasureGradients::eval_gpu(

@@ -1,5 +1,5 @@
 // The measurement of the gradients on a CUDA device: chunks, arrays, all of them.
-#include "measure.h"
+#include "graph/measure.h"
 
 #include <algorithm>
 #include <memory>

@@ -8,7 +8,7 @@ namespace mlx_fused_optim::cuda {
 
 class MeasureBatches {
  public:
-  /// Adds the next array; `fills_memory` as csrc/memory_order.h has it. Throws
+  /// Adds the next array; `fills_memory` as csrc/graph/memory_order.h has it. Throws
   /// std::invalid_argument where no kernel can read it.
   void add(
       int dimensions,

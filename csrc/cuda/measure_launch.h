@@ -13,7 +13,7 @@ static_assert(fused_math::kLanes == 4 * kWarp);
 using fused_math::Squares;
 
 struct MeasureCommon {
-  fused_math::SgdControl control;
+  fused_math::StepControl control;
   const uint64_t* step;
   const float* given; // null when nothing is given
   Squares* chunks;

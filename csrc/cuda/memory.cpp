@@ -64,7 +64,7 @@ size_t free_memory() {
 [[noreturn]] void refuse_memory(size_t bytes) {
   mx::clear_cache(); // what was tried
   throw std::runtime_error(
-      "[fused_sgd_step] out of device memory: needed " + std::to_string(bytes >> 20) +
+      "[fused_step] out of device memory: needed " + std::to_string(bytes >> 20) +
       " MiB for new parameters or state, the device has " + std::to_string(free_memory() >> 20) +
       " MiB left; nothing has been changed.");
 }

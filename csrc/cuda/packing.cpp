@@ -45,7 +45,7 @@ Collapsed collapse(
     }
     if (c.dimensions == kMaxDimensions) {
       throw std::invalid_argument(
-          "[fused_sgd_step] a gradient lies in memory in too many dimensions: got more than " +
+          "[fused_step] a gradient lies in memory in too many dimensions: got more than " +
           std::to_string(kMaxDimensions) + " that do not collapse, allowed up to " +
           std::to_string(kMaxDimensions) + " on CUDA; pass mx.contiguous(gradient).");
     }

@@ -52,7 +52,7 @@ template <typename T, typename Base>
 T& append(BatchList<T>& batches, const Base& tensor, uint64_t blocks) {
   if (blocks > kMaxBlocks) {
     throw std::invalid_argument(
-        "[fused_sgd_step] a tensor is too large for CUDA: got " + std::to_string(tensor.size) +
+        "[fused_step] a tensor is too large for CUDA: got " + std::to_string(tensor.size) +
         " elements, allowed what " + std::to_string(kMaxBlocks) + " tiles hold.");
   }
   if (batches.empty() || batches.back()->arguments.common.count == Launch<T>::kCapacity ||

@@ -1,5 +1,5 @@
 // A schedule at many steps, on a CUDA device.
-#include "schedule.h"
+#include "graph/schedule.h"
 
 #include <algorithm>
 

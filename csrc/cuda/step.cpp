@@ -1,6 +1,6 @@
 // A step on a CUDA device: pointers are gathered, launches go to MLX's encoder of the
 // stream, which makes a CUDA graph of them or not.
-#include "sgd.h"
+#include "graph/step.h"
 
 #include "cuda/batches.h"
 #include "cuda/encoding.h"
@@ -16,8 +16,8 @@ namespace {
 /// and move to fresh ones. Waits, but only where nothing else is to be done.
 void let_go_of_finished_work(
     mx::cu::CommandEncoder& encoder,
-    const SgdPlan& plan,
-    const SgdInputs& in) {
+    const StepPlan& plan,
+    const StepInputs& in) {
   auto uses = [](const mx::array& a) {
     return static_cast<size_t>(a.data_shared_ptr().use_count());
   };
@@ -44,7 +44,7 @@ void prefetch(const mx::array* arrays, size_t i, size_t n) {
   }
 }
 
-bool slots_contiguous(const SgdInputs& in) {
+bool slots_contiguous(const StepInputs& in) {
   for (auto* slot : in.slots) {
     if (slot && !slot->flags().row_contiguous) {
       return false;
@@ -54,7 +54,7 @@ bool slots_contiguous(const SgdInputs& in) {
 }
 
 /// The tensors, sorted and packed. Throws std::invalid_argument where no kernel can read one.
-Batches batches_of(const SgdPlan& plan, const SgdInputs& in) {
+Batches batches_of(const StepPlan& plan, const StepInputs& in) {
   Batches batches(type_of(plan.arena->dtype), slots_contiguous(in));
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
     prefetch(in.parameters, i, plan.parameter_inputs());
@@ -81,7 +81,7 @@ struct StepKernels {
 };
 
 /// Compiled and loaded, or an error now.
-StepKernels kernels_of(const SgdPlan& plan, const Batches& batches, int device) {
+StepKernels kernels_of(const StepPlan& plan, const Batches& batches, int device) {
   const Type type = type_of(plan.arena->dtype);
   auto variant = [&](Kind kind) {
     return Variant{
@@ -110,7 +110,7 @@ SlotArena slot_arena(const mx::array& in, const mx::array& out) {
   return arena;
 }
 
-Common common_arguments(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out) {
+Common common_arguments(const StepPlan& plan, const StepInputs& in, const StepOutputs& out) {
   Common common{};
   common.control = plan.control;
   common.step = pointer<uint64_t>(in.step);

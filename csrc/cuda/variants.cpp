@@ -52,7 +52,7 @@ ScheduleParts parts_of(const fused_math::Schedule& schedule) {
   return parts;
 }
 
-ScheduleParts parts_of(const fused_math::SgdControl& control) {
+ScheduleParts parts_of(const fused_math::StepControl& control) {
   ScheduleParts parts;
   for (int i = 0; i < std::popcount(control.scheduled); ++i) {
     const auto more = parts_of(control.schedules[i]);

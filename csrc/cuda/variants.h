@@ -31,7 +31,7 @@ struct ScheduleParts {
 ScheduleParts parts_of(const fused_math::Schedule& schedule);
 
 /// Of all schedules that a step evaluates.
-ScheduleParts parts_of(const fused_math::SgdControl& control);
+ScheduleParts parts_of(const fused_math::StepControl& control);
 
 /// A kernel, and what it knows when it is compiled. What a kind has no use for is left out.
 struct Variant {
@@ -40,7 +40,7 @@ struct Variant {
   Type parameter = Type::float32;
   Type state = Type::float32; // of the rule's slots
   uint32_t gradients = bit_of(Type::float32); // a set of types
-  uint32_t flags = 0; // fused_math::SgdFlags
+  uint32_t flags = 0; // fused_math::StepFlags
   ScheduleParts schedules = {};
   auto operator<=>(const Variant&) const = default;
 

@@ -20,7 +20,7 @@ namespace fused_math {
 
 /// What a step consists of. Fixed for a compiled graph: kernels may be
 /// specialised on it.
-enum SgdFlags : uint32_t {
+enum StepFlags : uint32_t {
   // Bits 0 and 1 are the rule's own: RuleFlags.
   kWeightDecay = 1 << 2,
   kMaximize = 1 << 3,
@@ -46,7 +46,7 @@ enum SgdFlags : uint32_t {
 };
 
 /// The numbers of one step, for one tensor.
-struct SgdHyper {
+struct StepHyper {
   RuleNumbers rule;
   float weight_decay;
   float unscale; // 1 / grad_scale
@@ -60,7 +60,7 @@ struct SgdHyper {
 
 /// What the state keeps of every element, each in arenas of its own that are laid
 /// out like the parameters'. The first ones are the rule's, of any of the three dtypes.
-enum SgdSlot : int {
+enum StepSlot : int {
   kMasterCopy = kRuleSlots, // with kMaster; float32, of half types only
   kCompensation, // with kCompensated; the parameter's dtype, of half types only
   kMovingAverage, // with kAverage; float32
@@ -77,7 +77,7 @@ MATH_FN constexpr bool has_slot(uint32_t rule, uint32_t flags, int slot) {
 
 /// The numbers that may change from step to step, and their positions in the
 /// arrays of given and of used values.
-enum SgdScalar : int {
+enum StepScalar : int {
   kLearningRate = 0,
   kWeightDecayFactor = 1,
   kGradScaleFactor = 2,
@@ -85,21 +85,21 @@ enum SgdScalar : int {
   kScalars = kFirstRuleScalar + kRuleScalars,
 };
 
-enum SgdLimits : int {
+enum StepLimits : int {
   kMostSchedules = 4, // that a kernel evaluates; the host gives further scalars as arrays
 };
 
 /// Where the numbers of a step come from. Each scalar is a constant, or given as an array
 /// (its bit in `given` is set), or a schedule of the step counter (its bit in `scheduled`;
 /// the schedules are in the order of their scalars).
-struct SgdControl {
+struct StepControl {
   Real constants[kScalars];
   float rest[kRuleScalars]; // 1 - scalar of the rule's constant ones, see RuleNumbers
   float clip_value;
   float clip_norm;
   float trust_coefficient;
   float average_weight;
-  uint32_t flags; // SgdFlags
+  uint32_t flags; // StepFlags
   uint32_t given;
   uint32_t scheduled;
   uint32_t rule; // Rule
@@ -110,13 +110,13 @@ struct SgdControl {
   uint64_t place; // likewise: the arena
   Schedule schedules[kMostSchedules];
 };
-static_assert(sizeof(SgdControl) <= 4096, "Metal takes at most 4 KiB by value");
+static_assert(sizeof(StepControl) <= 4096, "Metal takes at most 4 KiB by value");
 
 /// What was measured of a step's gradients before it, as an array of float32: the
 /// global norm of the unscaled (and by value clipped) gradients; 1 where the step is
 /// to be done, else 0; and with kTrustRatio the norms of every tensor's gradient and
 /// parameter, in the order of the layout.
-enum SgdMeasured : uint32_t {
+enum StepMeasured : uint32_t {
   kMeasuredNorm = 0,
   kMeasuredApply = 1,
   kMeasuredTensors = 2,
@@ -124,7 +124,7 @@ enum SgdMeasured : uint32_t {
 
 /// Whether the step is to be done: `total` is of all gradients, `norm` its norm. Its peak
 /// is of the unscaled gradients, before clipping by value hides an infinity.
-MATH_FN bool sgd_applies(uint32_t flags, Squares total, float norm) {
+MATH_FN bool step_applies(uint32_t flags, Squares total, float norm) {
   return !(flags & kSkipNonfinite) ||
       (is_finite_peak(total.peak) && (!(flags & kClipNorm) || is_finite_peak(peak_of(0, norm))));
 }
@@ -132,7 +132,7 @@ MATH_FN bool sgd_applies(uint32_t flags, Squares total, float norm) {
 /// The numbers of a group of tensors, a row of float32: learning rate and weight decay of
 /// the step times a factor plus the group's own number, and each scalar of the rule likewise,
 /// its own in two parts (Real) and with its rest.
-enum SgdGroup : uint32_t {
+enum StepGroup : uint32_t {
   kLearningRateTimes = 0,
   kLearningRatePlus = 1,
   kWeightDecayTimes = 2,
@@ -146,15 +146,15 @@ enum SgdGroup : uint32_t {
   kGroupNumbers = kFirstScalarTimes + kGroupScalar * kRuleScalars,
 };
 
-MATH_FN bool is_constant(MATH_CONSTANT SgdControl& control, int i) {
+MATH_FN bool is_constant(MATH_CONSTANT StepControl& control, int i) {
   return !((control.given | control.scheduled) >> i & 1);
 }
 
-/// `given` is the array of given values, one for each SgdScalar up to the last
+/// `given` is the array of given values, one for each StepScalar up to the last
 /// that is given. A scalar that is absent is never looked at: that of gradients which are
 /// not scaled is 1.
 template <typename Given>
-MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step, Given given) {
+MATH_FN float step_scalar(MATH_CONSTANT StepControl& control, int i, uint64_t step, Given given) {
   if (i == kGradScaleFactor && !(control.flags & kGradScale)) {
     return 1.0f;
   }
@@ -172,25 +172,25 @@ MATH_FN float sgd_scalar(MATH_CONSTANT SgdControl& control, int i, uint64_t step
 }
 
 /// The scalars of one step. A struct, because Metal passes no array of a thread.
-struct SgdScalars {
+struct StepScalars {
   float of[kScalars];
 };
 
 template <typename Given>
-MATH_FN SgdScalars sgd_scalars(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
+MATH_FN StepScalars step_scalars(MATH_CONSTANT StepControl& control, uint64_t step, Given given) {
   // In a loop: one copy of a schedule's code, where more cost the CUDA kernels registers.
-  SgdScalars scalars = {};
+  StepScalars scalars = {};
   for (int i = 0; i < kScalars; ++i) {
-    scalars.of[i] = sgd_scalar(control, i, step, given);
+    scalars.of[i] = step_scalar(control, i, step, given);
   }
   return scalars;
 }
 
 /// The next counter, and the scalars that were used: by one thread, once a step.
 template <typename StepOut, typename UsedOut>
-MATH_FN void sgd_counters(
-    SgdScalars scalars,
-    SgdHyper hyper,
+MATH_FN void step_counters(
+    StepScalars scalars,
+    StepHyper hyper,
     uint64_t step,
     StepOut step_out,
     UsedOut used_out) {
@@ -203,24 +203,25 @@ MATH_FN void sgd_counters(
 /// What gradients of this scale are multiplied by. NaN where it cannot be inverted: 0,
 /// negative, infinite, NaN, or subnormal, which a GPU may take for 0. So the gradients
 /// of such a scale are NaN too, and not finite.
-MATH_FN float sgd_unscale(float scale) {
+MATH_FN float step_unscale(float scale) {
   const bool inverts = scale >= power_of_two(-126) && is_finite_peak(float_to_bits(scale));
   return inverts ? divide_float(1.0f, scale) : bits_to_float(0x7fc00000u);
 }
 
 /// What the measurement of the gradients needs: their scale.
 template <typename Given>
-MATH_FN SgdHyper sgd_gradient_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given) {
-  SgdHyper hyper = {};
+MATH_FN StepHyper
+step_gradient_hyper(MATH_CONSTANT StepControl& control, uint64_t step, Given given) {
+  StepHyper hyper = {};
   hyper.unscale = control.flags & kGradScale
-      ? sgd_unscale(sgd_scalar(control, kGradScaleFactor, step, given))
+      ? step_unscale(step_scalar(control, kGradScaleFactor, step, given))
       : 1.0f;
   hyper.clip_value = control.clip_value;
   return hyper;
 }
 
 /// As mlx.optimizers.clip_grad_norm has it; NaN stays NaN.
-MATH_FN float sgd_clip_factor(float clip_norm, float norm) {
+MATH_FN float clip_factor_of(float clip_norm, float norm) {
   const float factor = divide_float(clip_norm, norm + 1e-6f);
   return factor > 1.0f ? 1.0f : factor;
 }
@@ -244,21 +245,21 @@ MATH_FN RuleNumbers bias_corrected(RuleNumbers n, float low0, float low1, uint64
 }
 
 /// The second part of a constant: what is known of it beyond float32.
-MATH_FN float low_part(MATH_CONSTANT SgdControl& control, int i) {
+MATH_FN float low_part(MATH_CONSTANT StepControl& control, int i) {
   return is_constant(control, i) ? control.constants[i].lo : 0.0f;
 }
 
 /// The numbers of a step but for those of a tensor, of its scalars. `measured` is
 /// read only with kMeasuredFlags.
 template <typename Measured>
-MATH_FN SgdHyper sgd_hyper_of(
-    MATH_CONSTANT SgdControl& control,
+MATH_FN StepHyper step_hyper_of(
+    MATH_CONSTANT StepControl& control,
     uint32_t rule,
     uint32_t flags,
     uint64_t step,
-    SgdScalars scalars,
+    StepScalars scalars,
     Measured measured) {
-  SgdHyper hyper = {};
+  StepHyper hyper = {};
   hyper.rule.learning_rate = scalars.of[kLearningRate];
   for (int i = 0; i < kRuleScalars; ++i) {
     const float scalar = scalars.of[kFirstRuleScalar + i];
@@ -274,10 +275,10 @@ MATH_FN SgdHyper sgd_hyper_of(
         step + 1);
   }
   hyper.weight_decay = scalars.of[kWeightDecayFactor];
-  hyper.unscale = sgd_unscale(scalars.of[kGradScaleFactor]);
+  hyper.unscale = step_unscale(scalars.of[kGradScaleFactor]);
   hyper.clip_value = control.clip_value;
   hyper.clip_factor =
-      flags & kClipNorm ? sgd_clip_factor(control.clip_norm, measured[kMeasuredNorm]) : 1.0f;
+      flags & kClipNorm ? clip_factor_of(control.clip_norm, measured[kMeasuredNorm]) : 1.0f;
   hyper.trust_ratio = 1.0f;
   hyper.average_weight = control.average_weight;
   hyper.apply = flags & kSkipNonfinite ? measured[kMeasuredApply] != 0.0f : 1;
@@ -286,19 +287,19 @@ MATH_FN SgdHyper sgd_hyper_of(
 }
 
 template <typename Given, typename Measured>
-MATH_FN SgdHyper
-sgd_hyper(MATH_CONSTANT SgdControl& control, uint64_t step, Given given, Measured measured) {
-  return sgd_hyper_of(
-      control, control.rule, control.flags, step, sgd_scalars(control, step, given), measured);
+MATH_FN StepHyper
+step_hyper(MATH_CONSTANT StepControl& control, uint64_t step, Given given, Measured measured) {
+  return step_hyper_of(
+      control, control.rule, control.flags, step, step_scalars(control, step, given), measured);
 }
 
 /// The numbers of one tensor. `flags` are the tensor's own. `group` is its row of
-/// SgdGroup (read with kGroups), `norms` the norms of its gradient and its parameter (read
+/// StepGroup (read with kGroups), `norms` the norms of its gradient and its parameter (read
 /// with kTrustRatio).
 template <typename Group, typename Norms>
-MATH_FN SgdHyper sgd_tensor_hyper(
-    MATH_CONSTANT SgdControl& control,
-    SgdHyper hyper,
+MATH_FN StepHyper step_tensor_hyper(
+    MATH_CONSTANT StepControl& control,
+    StepHyper hyper,
     uint32_t rule,
     uint64_t step,
     uint32_t flags,
@@ -343,13 +344,13 @@ MATH_FN SgdHyper sgd_tensor_hyper(
 
 /// The gradient whose peak is measured: an infinity in it counts.
 template <typename T>
-MATH_FN T sgd_unscaled(T gradient, SgdHyper hyper, uint32_t flags) {
+MATH_FN T step_unscaled(T gradient, StepHyper hyper, uint32_t flags) {
   return flags & kGradScale ? gradient * hyper.unscale : gradient;
 }
 
 /// An unscaled gradient that is squared: clipped by value.
 template <typename T>
-MATH_FN T sgd_clipped(T gradient, SgdHyper hyper, uint32_t flags) {
+MATH_FN T step_clipped(T gradient, StepHyper hyper, uint32_t flags) {
   if (flags & kClipValue) {
     const T limit = T() + hyper.clip_value;
     gradient = gradient > limit ? limit : gradient; // NaN stays
@@ -359,7 +360,7 @@ MATH_FN T sgd_clipped(T gradient, SgdHyper hyper, uint32_t flags) {
 }
 
 /// The peak of what is squared, from that of the unscaled gradients.
-MATH_FN uint32_t sgd_clipped_peak(uint32_t peak, SgdHyper hyper, uint32_t flags) {
+MATH_FN uint32_t step_clipped_peak(uint32_t peak, StepHyper hyper, uint32_t flags) {
   const uint32_t limit = float_to_bits(hyper.clip_value);
   const bool clips = (flags & kClipValue) && peak > limit && peak <= 0x7f800000u;
   return clips ? limit : peak; // NaN stays
@@ -368,14 +369,14 @@ MATH_FN uint32_t sgd_clipped_peak(uint32_t peak, SgdHyper hyper, uint32_t flags)
 /// Everything that is kept of an element, or of a vector of them. What a step does not have
 /// is left as it is.
 template <typename T>
-struct SgdElements {
+struct StepElements {
   T parameter;
   RuleSlots<T> slots;
   T master; // the parameter in float32
   T compensation; // what the parameter's rounding has lost
   T average;
 };
-using SgdElement = SgdElements<float>;
+using StepElement = StepElements<float>;
 
 /// A number of the rule, as it is stored. Each of them has 16 random bits of its own; the
 /// parameter has the low ones of `random`.
@@ -395,11 +396,11 @@ stored_slot(T x, int slot, typename Bits<T>::type random, uint32_t flags, uint32
 /// does not have are left out, not multiplied by zero: that keeps the sign of -0.0 and the
 /// bits of mlx.optimizers.
 template <typename T>
-MATH_FN SgdElements<T> sgd_element(
-    SgdElements<T> e,
+MATH_FN StepElements<T> step_element(
+    StepElements<T> e,
     T gradient,
     typename Bits<T>::type position,
-    SgdHyper hyper,
+    StepHyper hyper,
     uint32_t rule,
     uint32_t flags,
     uint32_t parameter_format,
@@ -416,7 +417,7 @@ MATH_FN SgdElements<T> sgd_element(
   if (flags & kMaximize) {
     gradient = -gradient;
   }
-  gradient = sgd_clipped(sgd_unscaled(gradient, hyper, flags), hyper, flags);
+  gradient = step_clipped(step_unscaled(gradient, hyper, flags), hyper, flags);
   if (flags & kClipNorm) {
     gradient = gradient * hyper.clip_factor;
   }

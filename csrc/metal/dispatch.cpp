@@ -30,7 +30,7 @@ std::vector<std::pair<int64_t, int64_t>> merged_dimensions(const mx::array& a) {
 }
 
 /// Threadgroups that cover a tensor: see piece_of_thread in metal/quads.h.
-size_t block_count(const SgdTensor& tensor, Threadgroups groups) {
+size_t block_count(const StepTensor& tensor, Threadgroups groups) {
   if (tensor.columns == 0) {
     return ceil_div(tensor.size, groups.threads * kQuad * kPasses);
   }
@@ -62,7 +62,7 @@ bool is_contiguous(const mx::array& a) {
 }
 
 bool Dispatch::add(
-    SgdTensor tensor,
+    StepTensor tensor,
     const mx::array& parameter,
     const mx::array& gradient,
     size_t most_sources,
@@ -81,7 +81,7 @@ bool Dispatch::add(
 }
 
 std::vector<Dispatch> make_dispatches(
-    const SgdPlan& plan,
+    const StepPlan& plan,
     const std::vector<const mx::array*>& parameters,
     const std::vector<const mx::array*>& gradients,
     bool arena_is_aligned,
@@ -100,7 +100,7 @@ std::vector<Dispatch> make_dispatches(
       }
       const auto view = *matrix_view(gradient);
       const size_t next = i + 1 < arena.offsets.size() ? arena.offsets[i + 1] : arena.size;
-      SgdTensor tensor{};
+      StepTensor tensor{};
       tensor.size = gradient.size();
       tensor.gap = gaps ? next - arena.offsets[i] - gradient.size() : 0;
       tensor.offset = arena.offsets[i];

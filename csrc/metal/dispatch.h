@@ -4,9 +4,9 @@
 #include <optional>
 #include <vector>
 
+#include "graph/step.h"
 #include "metal/sources.h"
 #include "mlx/array.h"
-#include "sgd.h"
 #include "table.h"
 
 namespace mlx_fused_optim::metal {
@@ -35,14 +35,14 @@ struct Threadgroups {
 struct Dispatch {
   explicit Dispatch(mx::Dtype gradient_dtype) : gradient_dtype(gradient_dtype) {}
 
-  fused_metal::SgdTable table{};
+  fused_metal::StepTable table{};
   BufferSources sources;
   mx::Dtype gradient_dtype;
   uint32_t blocks = 0; // threadgroups
 
   /// Adds a tensor, unless the table or `most_sources` slots are full.
   bool add(
-      fused_metal::SgdTensor tensor,
+      fused_metal::StepTensor tensor,
       const mx::array& parameter,
       const mx::array& gradient,
       size_t most_sources,
@@ -54,7 +54,7 @@ struct Dispatch {
 /// `gradients` can be read through is_contiguous and matrix_view; `gaps` says whether an output is
 /// fresh memory.
 std::vector<Dispatch> make_dispatches(
-    const SgdPlan& plan,
+    const StepPlan& plan,
     const std::vector<const mx::array*>& parameters,
     const std::vector<const mx::array*>& gradients,
     bool arena_is_aligned,

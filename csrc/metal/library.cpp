@@ -18,7 +18,7 @@ auto explained(Build build) {
     return build();
   } catch (const std::exception& error) {
     throw std::runtime_error(
-        std::string("[fused_sgd_step] the Metal kernels do not build on this machine: got\n") +
+        std::string("[fused_step] the Metal kernels do not build on this machine: got\n") +
         error.what() +
         "\nPlease report this message. Until it is mended, set the environment variable "
         "MLX_FUSED_OPTIM_COMPOSED=1: the step is then made of plain MLX operations, with the "
@@ -42,7 +42,7 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
-    const fused_math::SgdControl& control,
+    const fused_math::StepControl& control,
     mx::Dtype gradient,
     uint32_t tile_columns) {
   using namespace fused_math;
@@ -57,7 +57,7 @@ MTL::ComputePipelineState* step_kernel(
       tile_columns};
   mx::metal::MTLFCList constants;
   // MLX caches by this name alone, so it has every constant's value.
-  std::string specialised = "sgd_step";
+  std::string specialised = "fused_step";
   for (size_t i = 0; i < std::size(values); ++i) {
     constants.emplace_back(&values[i], MTL::DataType::DataTypeUInt, i);
     // A size_t: of to_string, the cross-build knows the overloads that MLX uses.
@@ -65,7 +65,7 @@ MTL::ComputePipelineState* step_kernel(
     specialised += std::to_string(size_t(values[i]));
   }
   return explained(
-      [&] { return device.get_kernel("sgd_step", library(device), specialised, constants); });
+      [&] { return device.get_kernel("fused_step", library(device), specialised, constants); });
 }
 
 uint32_t tile_columns() {
@@ -81,7 +81,7 @@ uint32_t tile_columns() {
     }
   }
   throw std::invalid_argument(
-      "[fused_sgd_step] MLX_FUSED_OPTIM_METAL_TILE is not the width of a tile: got '" + given +
+      "[fused_step] MLX_FUSED_OPTIM_METAL_TILE is not the width of a tile: got '" + given +
       "', allowed 4, 8, 16, 32, 64 or 128.");
 }
 
@@ -90,7 +90,7 @@ size_t threads_for(MTL::ComputePipelineState* kernel) {
   const size_t most = kernel->maxTotalThreadsPerThreadgroup();
   if (most < kSimdWidth) {
     throw std::runtime_error(
-        "[fused_sgd_step] this GPU cannot run the Metal kernels: got threadgroups of at most " +
+        "[fused_step] this GPU cannot run the Metal kernels: got threadgroups of at most " +
         std::to_string(most) + " threads, needed " + std::to_string(size_t(kSimdWidth)) +
         ". Set the environment variable MLX_FUSED_OPTIM_COMPOSED=1 to make the step of plain "
         "MLX operations.");

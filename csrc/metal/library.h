@@ -18,7 +18,7 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 /// The kernel of a step, specialised for its rule and options, and for what is in memory.
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
-    const fused_math::SgdControl& control,
+    const fused_math::StepControl& control,
     mx::Dtype gradient,
     uint32_t tile_columns);
 

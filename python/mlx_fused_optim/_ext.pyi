@@ -13,7 +13,7 @@ MAX_CYCLE_FACTOR: int
 # Of a step: name -> bit, see SgdFlags in csrc/math/frame.h; and the length of a group's row.
 FLAGS: dict[str, int]
 GROUP_NUMBERS: int
-# The table of csrc/rules.cpp; a rule is known by its place.
+# The table of csrc/graph/rules.cpp; a rule is known by its place.
 RULES: list[dict[str, Any]]
 
 class Schedule:
@@ -76,7 +76,7 @@ def is_tracing() -> bool: ...
 def has_placeholders(arrays: Sequence[mx.array]) -> bool: ...
 
 class Layout:
-    """Where each tensor lives: see csrc/layout.h."""
+    """Where each tensor lives: see csrc/graph/layout.h."""
 
     @overload
     def __init__(self, arg: Tree, /) -> None: ...
@@ -103,12 +103,12 @@ def pack_slot(
 def rule_slots(rule: int, flags: int) -> int: ...
 
 class Groups:
-    """Tensors that differ from the others: see csrc/sgd.h."""
+    """Tensors that differ from the others: see csrc/graph/step.h."""
 
     def __init__(self, group_of: Sequence[int], flags_of: Sequence[int]) -> None: ...
 
 class Options:
-    """What a step does: see csrc/sgd.h."""
+    """What a step does: see csrc/graph/step.h."""
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class Options:
         groups: Groups | None = None,
         group_numbers: mx.array | None = None,
         skipped: mx.array | None = None,
+        op: str = "fused_step",
     ) -> None: ...
 
 def fused_step(
@@ -145,7 +146,7 @@ def fused_step(
 ]: ...
 
 class PreparedStep:
-    """A step that is taken again: see csrc/prepared.h."""
+    """A step that is taken again: see csrc/binding/prepared.h."""
 
     def __init__(self, layout: object, key: str, entries: int, options: Options) -> None: ...
     def __call__(

@@ -110,7 +110,7 @@ def prepared_step(
 
 
 def options_of(
-    hyper: Hyper, options: Options, scalars: list[Any], scale: Any, **arrays: Any
+    hyper: Hyper, options: Options, scalars: list[Any], scale: Any, **more: Any
 ) -> _ext.Options:
     """As the extension takes them: the scalars are learning rate, weight decay, scale of the
     gradients and the rule's own."""
@@ -124,7 +124,7 @@ def options_of(
         ema_decay=options.ema_decay or 0.0,
         seed=options.seed,
         state_dtype=options.state_dtype or hyper.rule.state_dtype,
-        **arrays,
+        **more,
     )
 
 
@@ -240,6 +240,7 @@ def take_step(
             groups=groups,
             group_numbers=numbers,
             skipped=state.get("skipped") if options.skip_nonfinite else None,
+            op=op,
         ),
         stream=stream,
     )

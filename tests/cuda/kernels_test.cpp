@@ -417,10 +417,10 @@ void test_step(int round, Counted& counted) {
   for (auto& s : slots) {
     expected_slots.emplace_back(s.before ? s.before->type : type, arena_size);
   }
-  const auto hyper = sgd_hyper(common.control, step, common.given, common.measured);
+  const auto hyper = step_hyper(common.control, step, common.given, common.measured);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
-    const auto own = sgd_tensor_hyper(
+    const auto own = step_tensor_hyper(
         common.control,
         hyper,
         kernel.rule,
@@ -443,7 +443,7 @@ void test_step(int round, Counted& counted) {
       if (skips) {
         continue;
       }
-      const SgdElement result = sgd_element<float>(
+      const StepElement result = step_element<float>(
           {t.parameter.memory->get(from),
            {{values[0], values[1], values[2]}},
            values[kMasterCopy],
@@ -582,19 +582,19 @@ Squares folded_in_order(const std::vector<Squares>& values) {
 
 Squares sum_in_order(
     const std::vector<float>& elements,
-    const fused_math::SgdHyper& hyper,
+    const fused_math::StepHyper& hyper,
     uint32_t flags) {
   std::vector<Squares> chunks;
   for (size_t begin = 0; begin < elements.size(); begin += kChunk) {
     const size_t end = std::min<size_t>(elements.size(), begin + kChunk);
     uint32_t peak = 0;
     for (size_t i = begin; i < end; ++i) {
-      peak = peak_of(peak, sgd_unscaled(elements[i], hyper, flags));
+      peak = peak_of(peak, step_unscaled(elements[i], hyper, flags));
     }
-    const uint32_t clipped = sgd_clipped_peak(peak, hyper, flags);
+    const uint32_t clipped = step_clipped_peak(peak, hyper, flags);
     float lanes[kLanes] = {};
     for (size_t i = begin; i < end; ++i) {
-      const float x = sgd_clipped(sgd_unscaled(elements[i], hyper, flags), hyper, flags);
+      const float x = step_clipped(step_unscaled(elements[i], hyper, flags), hyper, flags);
       const float scaled = x * factor_of(clipped);
       lanes[i % kLanes] = lanes[i % kLanes] + scaled * scaled;
     }
@@ -621,7 +621,7 @@ void test_measurement(int round, Counted& counted) {
   const float given[] = {0, 0, round % 5 == 0 ? 0.0f : 0.3f};
   common.step = &step;
   common.given = given;
-  const auto hyper = sgd_gradient_hyper(common.control, step, common.given);
+  const auto hyper = step_gradient_hyper(common.control, step, common.given);
 
   const uint32_t tensors = 1 + below(3);
   std::vector<Array> arrays;
@@ -689,7 +689,7 @@ void test_measurement(int round, Counted& counted) {
   const auto where = ", round " + std::to_string(round);
   const auto total = folded_in_order({sums.begin(), sums.begin() + tensors});
   const float norm = norm_of(total);
-  const bool applies = sgd_applies(common.control.flags, total, norm);
+  const bool applies = step_applies(common.control.flags, total, norm);
   require(same(measured[kMeasuredNorm], norm), "the global norm" + where);
   require(measured[kMeasuredApply] == (applies ? 1.0f : 0.0f), "whether it applies" + where);
   require(skipped_out == skipped + !applies, "the steps skipped" + where);

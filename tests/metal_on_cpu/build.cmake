@@ -18,10 +18,10 @@ add_custom_command(OUTPUT ${kernels}.o
           ${harness}/shared.h ${harness}/include/metal_stdlib
   COMMAND_EXPAND_LISTS VERBATIM)
 
-list(REMOVE_ITEM sources csrc/cpu/sgd.cpp csrc/cpu/measure.cpp)
+list(REMOVE_ITEM sources csrc/cpu/step.cpp csrc/cpu/measure.cpp)
 list(APPEND sources
   csrc/metal/dispatch.cpp csrc/metal/library.cpp csrc/metal/measure.cpp csrc/metal/pack.cpp
-  csrc/metal/sgd.cpp csrc/metal/sources.cpp
+  csrc/metal/step.cpp csrc/metal/sources.cpp
   ${harness}/device.cpp ${harness}/eval_cpu.cpp ${harness}/grid.cpp ${harness}/memory.cpp
   ${kernels}.o)
 set(backend_includes ${harness}/include ${harness} metal ${metal_source_dir})

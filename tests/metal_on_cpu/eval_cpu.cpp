@@ -1,11 +1,11 @@
 // MLX has no GPU on Linux: in this build the CPU's streams take the GPU's path.
-#include "measure.h"
+#include "graph/measure.h"
+#include "graph/step.h"
 #include "mlx/backend/metal/device.h"
-#include "sgd.h"
 
 namespace mlx_fused_optim {
 
-void FusedSGD::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void FusedStep::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   eval_gpu(inputs, outputs);
   metal_on_cpu::hold_until_completed(inputs, outputs);
 }

@@ -14,26 +14,26 @@ FUNCTIONS = "python/mlx_fused_optim/functional.py"
 CHECKS = "python/mlx_fused_optim/_checks.py"
 SCHEDULE_PY = "python/mlx_fused_optim/schedules/_schedule.py"
 TEXT = "python/mlx_fused_optim/schedules/text.py"
-LAYOUT = "csrc/layout.cpp"
-VIEW = "csrc/view.cpp"
-DONATION = "csrc/donation.cpp"
-TREE = "csrc/tree.cpp"
-PREPARED = "csrc/prepared.cpp"
-MEASURE = "csrc/measure.cpp"
-SCHEDULE = "csrc/schedule.cpp"
-STEP = "csrc/sgd.cpp"
-COMPOSED = "csrc/sgd_composed.cpp"
-TRANSFORMS = "csrc/composed_transforms.cpp"
-ROUNDING = "csrc/rounding_composed.cpp"
+LAYOUT = "csrc/graph/layout.cpp"
+VIEW = "csrc/graph/view.cpp"
+DONATION = "csrc/graph/donation.cpp"
+TREE = "csrc/binding/tree.cpp"
+PREPARED = "csrc/binding/prepared.cpp"
+MEASURE = "csrc/graph/measure.cpp"
+SCHEDULE = "csrc/graph/schedule.cpp"
+STEP = "csrc/graph/step.cpp"
+COMPOSED = "csrc/composed/step.cpp"
+TRANSFORMS = "csrc/composed/transforms.cpp"
+ROUNDING = "csrc/composed/rounding.cpp"
 RULES_PY = "python/mlx_fused_optim/_rules.py"
 FRAME = "csrc/math/frame.h"
 RULES_H = "csrc/math/rules.h"
-RULES_COMPOSED = "csrc/rules_composed.cpp"
+RULES_COMPOSED = "csrc/composed/rules.cpp"
 RULE, SGD, ADAM, ADAMAX, LION, RMSPROP, ADADELTA = (
     f"csrc/math/rules/{name}.h"
     for name in ("rule", "sgd", "adam", "adamax", "lion", "rmsprop", "adadelta")
 )
-CPU = "csrc/cpu/sgd.cpp"
+CPU = "csrc/cpu/step.cpp"
 CPU_MEASURE = "csrc/cpu/measure.cpp"
 
 MUTANTS = [
@@ -173,7 +173,7 @@ MUTANTS = [
     Mutant("composed_rest", RULES_COMPOSED, "velocity = moved(*slots[kVelocity], gradient, momentum, n.rest[kDampening])", "velocity = moved(*slots[kVelocity], gradient, momentum, n.rest[kMomentumFactor])", "transforms_full full_conformance"),
     Mutant("composed_largest", RULES_COMPOSED, "      slots[kLargestMoment] = second;\n", "", "transforms_full full_conformance"),
     Mutant("composed_correction", RULES_COMPOSED, "multiply(root(second), n.corrected_root)", "root(second)", "transforms_full full_conformance"),
-    Mutant("scalars_in_another_order", "csrc/rules.cpp", '{"alpha", "eps"}', '{"eps", "alpha"}', "rules full_conformance"),
+    Mutant("scalars_in_another_order", "csrc/graph/rules.cpp", '{"alpha", "eps"}', '{"eps", "alpha"}', "rules full_conformance"),
     # ---- Python: the rules
     Mutant("moments_in_half", RULES_PY, "state_dtype: mx.Dtype | None = mx.float32,", "state_dtype: mx.Dtype | None = None,", "rules"),
     Mutant("factors_of_one", RULES_PY, "BELOW_ONE = Range(0.0, 1.0, (False, True))", "BELOW_ONE = Range(0.0, 1.0, (False, False))", "rules"),

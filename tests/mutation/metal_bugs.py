@@ -9,14 +9,14 @@ PACK = "metal/pack.metal"
 TABLE = "metal/table.h"
 QUADS = "metal/quads.h"
 MEASURE = "metal/measure.metal"
-HOST = "csrc/metal/sgd.cpp"
+HOST = "csrc/metal/step.cpp"
 PACKING = "csrc/metal/dispatch.cpp"
 LIBRARY = "csrc/metal/library.cpp"
 SOURCES = "csrc/metal/sources.cpp"
 MEASURING = "csrc/metal/measure.cpp"
 STEP = "csrc/math/frame.h"
 NORM = "csrc/math/norm.h"
-DONATION = "csrc/donation.cpp"
+DONATION = "csrc/graph/donation.cpp"
 
 MUTANTS = [
     # ---- The kernels: where a thread works
@@ -31,7 +31,7 @@ MUTANTS = [
     Mutant("never_wide", KERNEL, "count == kQuad && (tensor.wide & kWideArena)", "false"),
     Mutant("tile_of_another_width", PACKING, "tensor.columns, groups.tile_columns)", "tensor.columns, kTileColumns)"),
     Mutant("count_bounds_the_loop", QUADS, "i < kQuad; ++i) {\n      if (i < count) {\n        values", "i < count; ++i) {\n      {\n        values"),
-    Mutant("scalars_without_a_barrier", QUADS, "  threadgroup_barrier(mem_flags::mem_threadgroup);\n  SgdScalars", "  SgdScalars"),
+    Mutant("scalars_without_a_barrier", QUADS, "  threadgroup_barrier(mem_flags::mem_threadgroup);\n  StepScalars", "  StepScalars"),
     Mutant("scalars_of_three_threads", QUADS, "lane < kScalars)", "lane < kScalars - 1)"),
     # ---- The kernels: memory
     Mutant("gap_left_as_it_was", KERNEL, "if (block == 0) {", "if (block == 1) {"),
@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("peaks_without_a_barrier", MEASURE, "  threadgroup_barrier(mem_flags::mem_threadgroup);\n\n  uint32_t peak", "  uint32_t peak"),
     Mutant("peak_before_unscaling", MEASURE, "peak_of(peak, unscaled)", "peak_of(peak, x[i])"),
     Mutant("chunk_never_read_again", MEASURE, "if (factor != 1.0f) {", "if (false) {"),
-    Mutant("scale_of_the_unclipped", MEASURE, "sgd_clipped_peak(peak, hyper, flags)", "peak"),
+    Mutant("scale_of_the_unclipped", MEASURE, "step_clipped_peak(peak, hyper, flags)", "peak"),
     Mutant("scale_of_no_small_chunk", NORM, "exponent >= kLeastExponent && ", ""),
     Mutant("scale_of_no_large_chunk", NORM, " && exponent <= kMostExponent", ""),
     Mutant("scaled_down_once", NORM, "x.sum.hi * factor * factor", "x.sum.hi * factor"),
@@ -95,7 +95,7 @@ MUTANTS = [
     # ---- The kernels: language and names
     Mutant("kernel_without_a_name", PACK, 'INSTANTIATE("pack_2"', 'INSTANTIATE("pack_8"'),
     Mutant("double_literal", KERNEL, "const float4 zero = float4(0.0f);", "const float4 zero = float4(0.0);"),
-    Mutant("no_address_space", KERNEL, "constant SgdTensor& tensor = ", "const SgdTensor& tensor = "),
+    Mutant("no_address_space", KERNEL, "constant StepTensor& tensor = ", "const StepTensor& tensor = "),
     Mutant("not_ascii", KERNEL, "// The step on the GPU", "// The st\u00e9p on the GPU"),
     Mutant("division_as_it_comes", "csrc/math/portability.h", "return precise::divide(a, b);", "return a / b;"),
     Mutant("given_is_constant", KERNEL, "device const float* given [[buffer(kGivenBuffer)]],\n    // clang-format off", "constant float* given [[buffer(kGivenBuffer)]],\n    // clang-format off"),
@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant("formats_of_the_host_swapped", LIBRARY, "      control.parameter_format,\n      format_of(gradient),", "      format_of(gradient),\n      control.parameter_format,"),
     Mutant("fast_math", LIBRARY, "mx::MathMode::Safe", "mx::MathMode::Fast"),
     Mutant("compiler_message_lost", LIBRARY, "error.what() +", '"an error" +'),
-    Mutant("another_kernel_name", HOST, '"sgd_finish"', '"sgd_end"'),
+    Mutant("another_kernel_name", HOST, '"step_finish"', '"step_end"'),
     # ---- Memory that may not be written
     Mutant("given_away_though_held", DONATION, "handle_count(parameters[i]) != 1", "false"),
     Mutant("given_away_though_shared", DONATION, "input.is_donatable() &&", ""),

@@ -2,8 +2,8 @@
 // that the frame gives it and the change of the parameter that it gives back.
 //
 // A new rule is a header beside this one with one function of this form, a value in
-// Rule, its lines in rules.h, csrc/rules.cpp and csrc/cpu/kernel.cpp, its step in MLX
-// operations in csrc/rules_composed.cpp, and what Python adds: _rules.py, and a class in
+// Rule, its lines in rules.h, csrc/graph/rules.cpp and csrc/cpu/kernel.cpp, its step in MLX
+// operations in csrc/composed/rules.cpp, and what Python adds: _rules.py, and a class in
 // optimizers/.
 #pragma once
 
@@ -40,7 +40,7 @@ enum RuleSizes : int {
 /// The numbers of a step that a rule sees.
 struct RuleNumbers {
   float learning_rate;
-  float scalar[kRuleScalars]; // as csrc/rules.cpp names them
+  float scalar[kRuleScalars]; // as csrc/graph/rules.cpp names them
   float rest[kRuleScalars]; // 1 - scalar; of a constant formed in float64 and rounded once
   // With kBiasCorrection:
   float corrected_rate; // learning_rate / (1 - scalar[0]^t)

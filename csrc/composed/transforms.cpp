@@ -1,4 +1,4 @@
-#include "composed_transforms.h"
+#include "composed/transforms.h"
 
 #include <algorithm>
 

@@ -10,12 +10,12 @@
 
 #include <algorithm>
 
-#include "composed.h"
-#include "errors.h"
-#include "prepared.h"
-#include "sgd.h"
-#include "tracing.h"
-#include "tree.h"
+#include "binding/prepared.h"
+#include "binding/tree.h"
+#include "composed/switch.h"
+#include "graph/errors.h"
+#include "graph/step.h"
+#include "graph/tracing.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -92,20 +92,21 @@ nb::list layout_arenas(const Layout& layout) {
 nb::tuple step_of_tree(
     const Tree& tree,
     const Layout& layout,
-    const SgdSlots& slots,
+    const StepSlots& slots,
     const mx::array& step,
-    const SgdOptions& options,
+    const StepOptions& options,
     mx::StreamOrDevice stream) {
   if (!tree.fits(layout)) {
     refuse(
-        "fused_sgd_step",
+        options.op,
         "the layout is of other tensors: got layout_",
         fingerprint_text(layout.fingerprint),
         ", the tree has layout_",
         tree.fingerprint(),
         ".");
   }
-  auto result = sgd_step(layout, tree.parameters(), tree.gradients(), slots, step, options, stream);
+  auto result =
+      fused_step(layout, tree.parameters(), tree.gradients(), slots, step, options, stream);
   auto measured = nb::make_tuple(nb::none(), nb::none());
   if (!result.measured.empty()) {
     measured = nb::make_tuple(result.measured[0], result.measured[1]);
@@ -121,7 +122,7 @@ nb::tuple step_of_tree(
 
 nb::dict flags() {
   using namespace fused_math;
-  const std::pair<const char*, SgdFlags> named[] = {
+  const std::pair<const char*, StepFlags> named[] = {
       {"weight_decay", kWeightDecay},
       {"maximize", kMaximize},
       {"grad_scale", kGradScale},
@@ -181,7 +182,7 @@ NB_MODULE(_ext, m) {
   m.attr("MAX_SEGMENTS") = int(fused_math::kMaxSegments);
   m.attr("MAX_CYCLE_FACTOR") = int(fused_math::kMaxCycleFactor);
 
-  // The makers of schedules, see csrc/schedule.h: they trust their arguments.
+  // The makers of schedules, see csrc/graph/schedule.h: they trust their arguments.
   m.def("constant", &constant, "value"_a);
   m.def(
       "exponential_decay",
@@ -234,7 +235,7 @@ NB_MODULE(_ext, m) {
           "Whether it is part of a function that is being compiled or vectorised.")
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
-  nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/layout.h.")
+  nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/graph/layout.h.")
       .def(
           "__init__",
           [](Layout* self, const Tree& tree) { new (self) Layout(make_layout(tree.specs())); })
@@ -295,16 +296,16 @@ NB_MODULE(_ext, m) {
       "The way back, in new memory: zeros where a tensor is None; without a dtype, that which\n"
       "all of them can be promoted to.");
 
-  nb::class_<SgdGroups>(m, "Groups", "Tensors that differ from the others: see csrc/sgd.h.")
+  nb::class_<StepGroups>(m, "Groups", "Tensors that differ from the others: see csrc/graph/step.h.")
       .def(
           "__init__",
-          [](SgdGroups* self, std::vector<uint32_t> group_of, std::vector<uint32_t> flags_of) {
+          [](StepGroups* self, std::vector<uint32_t> group_of, std::vector<uint32_t> flags_of) {
             for (auto group : group_of) {
               if (group >= flags_of.size()) {
                 throw nb::index_error("[Groups] a tensor's group does not exist.");
               }
             }
-            new (self) SgdGroups{std::move(group_of), std::move(flags_of)};
+            new (self) StepGroups{std::move(group_of), std::move(flags_of)};
           },
           "group_of"_a,
           "flags_of"_a);
@@ -318,12 +319,12 @@ NB_MODULE(_ext, m) {
       "How many of a rule's slots a step keeps: the first ones.");
   m.attr("GROUP_NUMBERS") = int(fused_math::kGroupNumbers);
 
-  nb::class_<SgdOptions>(m, "Options", "What a step does: see csrc/sgd.h.")
+  nb::class_<StepOptions>(m, "Options", "What a step does: see csrc/graph/step.h.")
       .def(
           "__init__",
-          [](SgdOptions* self,
+          [](StepOptions* self,
              uint32_t rule,
-             std::vector<SgdScalarSource> scalars,
+             std::vector<StepScalarSource> scalars,
              uint32_t flags,
              float clip_value,
              float clip_norm,
@@ -331,14 +332,16 @@ NB_MODULE(_ext, m) {
              double ema_decay,
              uint64_t seed,
              std::optional<mx::Dtype> state_dtype,
-             std::shared_ptr<SgdGroups> groups,
+             std::shared_ptr<StepGroups> groups,
              std::optional<mx::array> group_numbers,
-             std::optional<mx::array> skipped) {
+             std::optional<mx::array> skipped,
+             std::string op) {
             if (rule >= rules().size() ||
                 scalars.size() != fused_math::kFirstRuleScalar + rules()[rule].scalars.size()) {
               throw nb::index_error("[Options] not a rule, or not as many scalars as it has.");
             }
-            new (self) SgdOptions{
+            new (self) StepOptions{
+                std::move(op),
                 rule,
                 std::move(scalars),
                 flags,
@@ -365,6 +368,7 @@ NB_MODULE(_ext, m) {
           "groups"_a = nb::none(),
           "group_numbers"_a = nb::none(),
           "skipped"_a = nb::none(),
+          "op"_a = "fused_step",
           "``scalars`` are learning_rate, weight_decay, grad_scale and the rule's own, each a\n"
           "float, a Schedule or a scalar array.");
 
@@ -381,9 +385,10 @@ NB_MODULE(_ext, m) {
       "One step of every tensor: (parameters, slots, step, used scalars or None where all are\n"
       "constant, measured or None, steps skipped or None).");
 
-  nb::class_<PreparedStep>(m, "PreparedStep", "A step that is taken again: see csrc/prepared.h.")
+  nb::class_<PreparedStep>(
+      m, "PreparedStep", "A step that is taken again: see csrc/binding/prepared.h.")
       .def(
-          nb::init<nb::object, std::string, size_t, SgdOptions>(),
+          nb::init<nb::object, std::string, size_t, StepOptions>(),
           "layout"_a,
           "key"_a,
           "entries"_a,

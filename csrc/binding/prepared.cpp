@@ -1,9 +1,9 @@
-#include "prepared.h"
+#include "binding/prepared.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
-#include "tracing.h"
+#include "graph/tracing.h"
 
 namespace mlx_fused_optim {
 
@@ -40,10 +40,10 @@ const Names& names() {
 }
 
 /// What an entry of state["arenas"] keeps, or nothing if it has more or less than that.
-std::optional<SgdSlots> slots_of(
+std::optional<StepSlots> slots_of(
     nb::handle entry,
     const std::vector<std::pair<int, nb::str>>& slot_names) {
-  SgdSlots slots;
+  StepSlots slots;
   size_t known = lookup(entry, names().table) ? 1 : 0;
   for (auto& [slot, name] : slot_names) {
     const auto arenas = lookup(entry, name);
@@ -75,7 +75,7 @@ nb::dict copy_of(nb::handle dict) {
 
 } // namespace
 
-PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, SgdOptions options)
+PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, StepOptions options)
     : held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),
@@ -112,7 +112,7 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
   if (!tree.fits(layout_) || !step || !last_rate || !is_own) {
     return {};
   }
-  const std::optional<SgdSlots> slots = entry ? slots_of(entry, slot_names_) : SgdSlots{};
+  const std::optional<StepSlots> slots = entry ? slots_of(entry, slot_names_) : StepSlots{};
   auto options = options_;
   auto& rate = options.scalars[fused_math::kLearningRate];
   const bool is_given = std::holds_alternative<mx::array>(rate);
@@ -127,9 +127,10 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     return {};
   }
 
-  SgdStep taken;
+  StepResult taken;
   try {
-    taken = sgd_step(layout_, tree.parameters(), tree.gradients(), *slots, *step, options, stream);
+    taken =
+        fused_step(layout_, tree.parameters(), tree.gradients(), *slots, *step, options, stream);
   } catch (const std::invalid_argument&) { // nothing has been changed
     return {};
   }

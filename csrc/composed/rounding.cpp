@@ -1,6 +1,6 @@
-#include "rounding_composed.h"
+#include "composed/rounding.h"
 
-#include "layout.h"
+#include "graph/layout.h"
 
 namespace mlx_fused_optim {
 

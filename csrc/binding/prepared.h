@@ -1,8 +1,8 @@
 // A step that is taken again: what Python checks and looks up is done once.
 #pragma once
 
-#include "sgd.h"
-#include "tree.h"
+#include "binding/tree.h"
+#include "graph/step.h"
 
 namespace mlx_fused_optim {
 
@@ -15,7 +15,7 @@ class PreparedStep {
  public:
   /// `key` is the layout's in state["arenas"], which has `entries` in all. Of `options`, the
   /// learning rate counts only if it is a schedule.
-  PreparedStep(nb::object layout, std::string key, size_t entries, SgdOptions options);
+  PreparedStep(nb::object layout, std::string key, size_t entries, StepOptions options);
 
   /// The updated parameters and the next state, or nothing where something is not as it
   /// was when the step was prepared: then Python has to look, and to say what is wrong.
@@ -30,7 +30,7 @@ class PreparedStep {
   const Layout& layout_;
   nb::str key_;
   size_t entries_;
-  SgdOptions options_;
+  StepOptions options_;
   std::vector<std::pair<int, nb::str>> slot_names_; // as the state calls them
 };
 

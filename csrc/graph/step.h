@@ -5,37 +5,37 @@
 #include <variant>
 #include <vector>
 
-#include "layout.h"
+#include "graph/layout.h"
+#include "graph/rules.h"
+#include "graph/schedule.h"
+#include "graph/view.h"
 #include "math/frame.h"
-#include "rules.h"
-#include "schedule.h"
-#include "view.h"
 
 namespace mlx_fused_optim {
 
-using fused_math::SgdControl;
+using fused_math::StepControl;
 
-using enum fused_math::SgdSlot;
+using enum fused_math::StepSlot;
 
 /// The tensors of a layout that differ from the others. Made once for a layout.
-struct SgdGroups {
+struct StepGroups {
   std::vector<uint32_t> group_of; // of each tensor of the layout: its row of numbers
   std::vector<uint32_t> flags_of; // of each group: which of kTensorFlags it has
 };
 
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.
-struct SgdPlan {
+struct StepPlan {
   std::shared_ptr<const Arena> arena;
-  std::shared_ptr<const SgdGroups> groups; // null without kGroups
-  SgdControl control; // its flags are those that this arena's dtype has a use for
+  std::shared_ptr<const StepGroups> groups; // null without kGroups
+  StepControl control; // its flags are those that this arena's dtype has a use for
   mx::Dtype state_dtype; // of the rule's slots
   bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
 
   size_t tensor_count() const { return arena->tensors.size(); }
   size_t parameter_inputs() const { return whole ? 1 : tensor_count(); }
-  /// Where the arena's tensor `i` begins in its SgdInputs::parameter (elements).
+  /// Where the arena's tensor `i` begins in its StepInputs::parameter (elements).
   size_t parameter_begin(size_t i) const { return whole ? arena->offsets[i] : 0; }
   size_t tensor_size(size_t i) const { return element_count(arena->shapes[i]); }
   uint32_t flags() const { return control.flags; }
@@ -65,8 +65,8 @@ struct SgdPlan {
 /// inputs  = parameters... (or one arena), gradients..., [slots...], [step], [given scalars],
 ///           [measured], [group numbers]
 /// outputs = [parameter arena, slots...], [step, used scalars]
-struct SgdInputs {
-  SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays);
+struct StepInputs {
+  StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays);
   /// The array with the arena's tensor `i`; a whole arena has it at parameter_begin(i).
   const mx::array& parameter(size_t i) const { return parameters[whole ? 0 : i]; }
   const mx::array* parameters;
@@ -74,12 +74,12 @@ struct SgdInputs {
   const mx::array* gradients;
   std::array<const mx::array*, kSlots> slots; // null where the arena has none
   const mx::array* step; // uint64; null unless plan.reads_step()
-  const mx::array* given; // float32, see SgdControl; null when nothing is given
-  const mx::array* measured; // float32, see SgdMeasured; null without kMeasuredFlags
+  const mx::array* given; // float32, see StepControl; null when nothing is given
+  const mx::array* measured; // float32, see StepMeasured; null without kMeasuredFlags
   const mx::array* groups; // float32 {groups, kGroupNumbers}; null without kGroups
 };
-struct SgdOutputs {
-  SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays);
+struct StepOutputs {
+  StepOutputs(const StepPlan& plan, std::vector<mx::array>& arrays);
   mx::array* parameters; // null when the arena has no tensors
   std::array<mx::array*, kSlots> slots;
   mx::array* step; // null unless plan.writes_step
@@ -87,34 +87,35 @@ struct SgdOutputs {
 };
 
 /// A number of the step: a constant or a schedule, or an array that has it.
-using SgdScalarSource = std::variant<mx::array, Schedule, double>;
+using StepScalarSource = std::variant<mx::array, Schedule, double>;
 
 /// The options of a step.
-struct SgdOptions {
+struct StepOptions {
+  std::string op; // who asked for the step, for errors
   uint32_t rule; // fused_math::Rule
-  std::vector<SgdScalarSource> scalars; // by SgdScalar; of the rule's, those that it has
-  uint32_t flags; // fused_math::SgdFlags
+  std::vector<StepScalarSource> scalars; // by StepScalar; of the rule's, those that it has
+  uint32_t flags; // fused_math::StepFlags
   float clip_value; // used with kClipValue, as the next ones with theirs
   float clip_norm;
   float trust_coefficient;
   double ema_decay;
   uint64_t seed;
   std::optional<mx::Dtype> state_dtype; // of the rule's slots; by default the parameter's
-  std::shared_ptr<const SgdGroups> groups;
+  std::shared_ptr<const StepGroups> groups;
   std::optional<mx::array> group_numbers; // float32 {groups, kGroupNumbers}
   std::optional<mx::array> skipped; // uint64 scalar: steps skipped so far
 };
 
 /// The state's arenas, for each slot one for each of the layout's arenas that has it.
-using SgdSlots = std::array<std::vector<mx::array>, kSlots>;
+using StepSlots = std::array<std::vector<mx::array>, kSlots>;
 
 /// One step of a whole layout.
-struct SgdStep {
+struct StepResult {
   std::vector<mx::array> parameters; // views into the new arenas
-  SgdSlots slots;
+  StepSlots slots;
   std::optional<mx::array> next; // the counter, uint64
   std::optional<mx::array> used; // the scalars, float32 {kScalars}; none if all are constant
-  // With kMeasuredFlags: see SgdMeasured, and steps skipped so far (uint64).
+  // With kMeasuredFlags: see StepMeasured, and steps skipped so far (uint64).
   std::vector<mx::array> measured;
 };
 
@@ -124,19 +125,19 @@ struct SgdStep {
 /// that. The maths is float32, rounded once on the store. `step` is a uint64 scalar, at which
 /// schedules are evaluated. Parameters and slots are updated in place when
 /// nobody else holds them. Throws std::invalid_argument before any change.
-SgdStep sgd_step(
+StepResult fused_step(
     const Layout& layout,
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
-    const SgdSlots& slots,
+    const StepSlots& slots,
     const mx::array& step,
-    const SgdOptions& options,
+    const StepOptions& options,
     mx::StreamOrDevice s = {});
 
-/// The step of one arena. Evaluation is in csrc/{cpu,metal,cuda}/sgd.cpp.
-class FusedSGD : public mx::Primitive {
+/// The step of one arena. Evaluation is in csrc/{cpu,metal,cuda}/step.cpp.
+class FusedStep : public mx::Primitive {
  public:
-  FusedSGD(mx::Stream stream, SgdPlan plan) : mx::Primitive(stream), plan_(std::move(plan)) {}
+  FusedStep(mx::Stream stream, StepPlan plan) : mx::Primitive(stream), plan_(std::move(plan)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -154,11 +155,11 @@ class FusedSGD : public mx::Primitive {
       const std::vector<mx::array>& inputs,
       const std::vector<int>& axes) override;
 
-  DEFINE_NAME(FusedSGD)
+  DEFINE_NAME(FusedStep)
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
  private:
-  SgdPlan plan_;
+  StepPlan plan_;
 };
 
 /// A tensor of a flat arena, without a copy; in MLX's operations where those are asked for.
@@ -173,34 +174,5 @@ std::vector<mx::array> arena_tensors(
     const mx::array& arena,
     const std::shared_ptr<const Arena>& layout,
     mx::StreamOrDevice s = {});
-
-/// The same step in MLX operations: what FusedSGD differentiates and vectorises.
-std::vector<mx::array> sgd_step_composed(
-    const SgdPlan& plan,
-    const std::vector<mx::array>& inputs,
-    mx::Stream stream);
-
-/// A tensor of an arena, all of them, and a number of the step, likewise.
-mx::array composed_tensor(
-    const mx::array& arena,
-    const mx::Shape& shape,
-    size_t offset,
-    mx::Stream stream);
-std::vector<mx::array> composed_tensors(
-    const mx::array& arena,
-    const Arena& layout,
-    mx::Stream stream);
-mx::array composed_scalar(
-    const SgdControl& control,
-    int i,
-    const mx::array* step,
-    const mx::array* given,
-    mx::Stream stream);
-/// fused_math::sgd_unscale of the step's scale.
-mx::array composed_unscale(
-    const SgdControl& control,
-    const mx::array* step,
-    const mx::array* given,
-    mx::Stream stream);
 
 } // namespace mlx_fused_optim

@@ -1,20 +1,20 @@
 // A build for machines where MLX has no GPU backend.
 #include <stdexcept>
 
-#include "measure.h"
-#include "sgd.h"
+#include "graph/measure.h"
+#include "graph/step.h"
 
 namespace mlx_fused_optim {
 
-void FusedSGD::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+void FusedStep::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(
-      "[fused_sgd_step] no GPU implementation in this build: got a GPU stream, "
+      "[fused_step] no GPU implementation in this build: got a GPU stream, "
       "pass stream=mx.cpu or set mx.set_default_device(mx.cpu).");
 }
 
 void MeasureGradients::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(
-      "[fused_sgd_step] no GPU implementation in this build: got a GPU stream, "
+      "[fused_step] no GPU implementation in this build: got a GPU stream, "
       "pass stream=mx.cpu or set mx.set_default_device(mx.cpu).");
 }
 

@@ -1,6 +1,6 @@
 // Evaluation on the CPU: pointers are gathered now, the work is queued on the
 // stream's thread.
-#include "sgd.h"
+#include "graph/step.h"
 
 #include <algorithm>
 #include <cstring>
@@ -9,14 +9,14 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/sources.h"
-#include "donation.h"
+#include "graph/donation.h"
 #include "mlx/backend/cpu/encoder.h"
 
 namespace mlx_fused_optim {
 
 namespace {
 
-using fused_math::SgdHyper;
+using fused_math::StepHyper;
 
 // Elements a thread must have to be worth waking: about 30 us of memory traffic.
 constexpr size_t kGrain = 32768;
@@ -30,7 +30,7 @@ struct TaskTensor : cpu::Tensor {
 /// Everything the queued work needs, by pointer: MLX keeps the buffers alive
 /// until the stream has passed this step.
 struct Task {
-  Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out);
+  Task(const StepPlan& plan, const StepInputs& in, const StepOutputs& out);
 
   void run() const;
 
@@ -39,9 +39,9 @@ struct Task {
   void clear_gaps(const Arena& arena, mx::array* output, const mx::array& input);
   uint64_t counter() const { return step ? *step : 0; }
   /// The elements [begin, end) of a tensor.
-  void update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper) const;
+  void update(const TaskTensor& tensor, size_t begin, size_t end, const StepHyper& hyper) const;
 
-  SgdControl control;
+  StepControl control;
   cpu::Sources sources;
   cpu::Arenas arenas{};
   std::vector<TaskTensor> tensors;
@@ -55,7 +55,7 @@ struct Task {
   float* used_out;
 };
 
-Task::Task(const SgdPlan& plan, const SgdInputs& in, const SgdOutputs& out)
+Task::Task(const StepPlan& plan, const StepInputs& in, const StepOutputs& out)
     : control(plan.control),
       step(in.step ? in.step->data<uint64_t>() : nullptr),
       given(in.given ? in.given->data<float>() : nullptr),
@@ -107,11 +107,11 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
 
 void Task::run() const {
   const uint64_t t = counter();
-  const auto scalars = fused_math::sgd_scalars(control, t, given);
+  const auto scalars = fused_math::step_scalars(control, t, given);
   const auto hyper =
-      fused_math::sgd_hyper_of(control, control.rule, control.flags, t, scalars, measured);
+      fused_math::step_hyper_of(control, control.rule, control.flags, t, scalars, measured);
   if (step_out) {
-    fused_math::sgd_counters(scalars, hyper, t, step_out, used_out);
+    fused_math::step_counters(scalars, hyper, t, step_out, used_out);
   }
   for (auto [begin, bytes] : gaps) {
     std::memset(begin, 0, bytes);
@@ -132,8 +132,9 @@ void Task::run() const {
   });
 }
 
-void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const SgdHyper& hyper) const {
-  const auto own = fused_math::sgd_tensor_hyper(
+void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const StepHyper& hyper)
+    const {
+  const auto own = fused_math::step_tensor_hyper(
       control,
       hyper,
       control.rule,
@@ -152,10 +153,10 @@ void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const SgdH
 
 } // namespace
 
-void FusedSGD::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void FusedStep::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   set_outputs(plan_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
-  SgdInputs in(plan_, inputs);
-  SgdOutputs out(plan_, outputs);
+  StepInputs in(plan_, inputs);
+  StepOutputs out(plan_, outputs);
   auto task = std::make_shared<const Task>(plan_, in, out);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   encoder.dispatch([task] { task->run(); });

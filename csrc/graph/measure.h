@@ -2,8 +2,8 @@
 // of all gradients, without the host. See csrc/math/norm.h for the order of the sums.
 #pragma once
 
+#include "graph/memory_order.h"
 #include "math/frame.h"
-#include "memory_order.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -13,7 +13,7 @@ namespace mx = mlx::core;
 
 /// What a measurement does, apart from its arrays.
 struct MeasurePlan {
-  fused_math::SgdControl control; // flags, clip_value, the scale of the gradients
+  fused_math::StepControl control; // flags, clip_value, the scale of the gradients
   size_t gradient_count; // gradients of the whole layout
   bool has_parameters; // with kTrustRatio: the norms of the parameters too
 
@@ -25,7 +25,7 @@ struct MeasurePlan {
 };
 
 /// inputs  = gradients..., [parameters...], step, skipped, [given scalars]
-/// outputs = measured (float32, see SgdMeasured), skipped (uint64)
+/// outputs = measured (float32, see StepMeasured), skipped (uint64)
 struct MeasureInputs {
   MeasureInputs(const MeasurePlan& plan, const std::vector<mx::array>& inputs)
       : arrays(inputs.data()),

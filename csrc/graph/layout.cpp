@@ -1,4 +1,4 @@
-#include "layout.h"
+#include "graph/layout.h"
 
 #include <algorithm>
 #include <cstdio>

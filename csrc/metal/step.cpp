@@ -1,11 +1,11 @@
 // Evaluation on Metal: buffers are bound and dispatches encoded now; MLX's command
 // encoder runs them in order with everything else on the stream.
-#include "sgd.h"
+#include "graph/step.h"
 
 #include <algorithm>
 #include <map>
 
-#include "donation.h"
+#include "graph/donation.h"
 #include "metal/dispatch.h"
 #include "metal/library.h"
 #include "metal/pack.h"
@@ -21,22 +21,22 @@ using mx::metal::CommandEncoder;
 
 // What Metal takes by value.
 constexpr size_t kMaxBytes = 4096;
-static_assert(sizeof(SgdControl) <= kMaxBytes);
-static_assert(sizeof(SgdTable) <= kMaxBytes);
+static_assert(sizeof(StepControl) <= kMaxBytes);
+static_assert(sizeof(StepTable) <= kMaxBytes);
 static_assert(sizeof(Schedule) <= kMaxBytes);
 static_assert(fused_math::kMeasureNorm <= UINT16_MAX, "a tensor's flags have 16 bits");
 static_assert(size_t(fused_math::kScalars) <= kSimdWidth, "a thread each scalar");
 
 /// The kernels of a step, compiled, and threadgroups that suit all of them.
 struct StepKernels {
-  StepKernels(mx::metal::Device& device, const SgdPlan& plan, const SgdInputs& in);
+  StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in);
 
   std::map<mx::Dtype::Val, MTL::ComputePipelineState*> step; // by the gradient's dtype
   MTL::ComputePipelineState* finish = nullptr; // if the plan writes the step
   metal::Threadgroups groups{kMostThreads, metal::tile_columns()};
 };
 
-StepKernels::StepKernels(mx::metal::Device& device, const SgdPlan& plan, const SgdInputs& in) {
+StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in) {
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
     const auto gradient = in.gradients[i].dtype();
     auto*& kernel = step[gradient.val()];
@@ -46,7 +46,7 @@ StepKernels::StepKernels(mx::metal::Device& device, const SgdPlan& plan, const S
     }
   }
   if (plan.writes_step) {
-    finish = metal::kernel(device, "sgd_finish");
+    finish = metal::kernel(device, "step_finish");
   }
 }
 
@@ -55,8 +55,8 @@ struct Readable {
   Readable(
       metal::Packer& packer,
       CommandEncoder& encoder,
-      const SgdPlan& plan,
-      const SgdInputs& in) {
+      const StepPlan& plan,
+      const StepInputs& in) {
     auto together = encoder.start_concurrent(); // the copies, if there are any
     auto flat = [&](const mx::array& a) { return &packer.readable(a, metal::is_contiguous(a)); };
     for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
@@ -76,9 +76,9 @@ struct Readable {
 };
 
 std::vector<metal::Dispatch> dispatches_of(
-    const SgdPlan& plan,
-    const SgdInputs& in,
-    const SgdOutputs& out,
+    const StepPlan& plan,
+    const StepInputs& in,
+    const StepOutputs& out,
     const Readable& readable,
     metal::Threadgroups groups) {
   if (plan.tensor_count() == 0) {
@@ -115,7 +115,7 @@ void bind_optional(CommandEncoder& encoder, const mx::array* a, int slot) {
   }
 }
 
-void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdInputs& in) {
+void bind_numbers(CommandEncoder& encoder, const StepControl& control, const StepInputs& in) {
   encoder.set_bytes(control, kControlBuffer);
   if (in.step) {
     encoder.set_input_array(*in.step, kStepBuffer);
@@ -128,11 +128,11 @@ void bind_numbers(CommandEncoder& encoder, const SgdControl& control, const SgdI
 /// What a dispatch has of buffers: see the places in metal/table.h.
 void bind_buffers(
     CommandEncoder& encoder,
-    const SgdPlan& plan,
+    const StepPlan& plan,
     const metal::Dispatch& dispatch,
-    const SgdInputs& in,
+    const StepInputs& in,
     const Readable& readable,
-    const SgdOutputs& out) {
+    const StepOutputs& out) {
   const uint32_t rule = plan.control.rule, flags = plan.flags();
   encoder.set_output_array(*out.parameters, int(kFirstBuffer) + kParameterOutPlace);
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -154,10 +154,10 @@ void bind_buffers(
 
 } // namespace
 
-void FusedSGD::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto& device = mx::metal::device(stream().device);
-  SgdInputs in(plan_, inputs);
-  SgdOutputs out(plan_, outputs);
+  StepInputs in(plan_, inputs);
+  StepOutputs out(plan_, outputs);
   // Kernels first: if they do not compile, nothing has changed.
   const StepKernels kernels(device, plan_, in);
   auto& encoder = mx::metal::get_command_encoder(stream());

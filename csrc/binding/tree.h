@@ -8,7 +8,7 @@
 // class of ours, and the linker may keep that version.
 #include <nanobind/stl/string.h>
 
-#include "layout.h"
+#include "graph/layout.h"
 
 namespace mlx_fused_optim {
 

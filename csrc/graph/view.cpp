@@ -1,4 +1,4 @@
-#include "view.h"
+#include "graph/view.h"
 
 #include <algorithm>
 #include <map>

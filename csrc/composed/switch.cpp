@@ -1,9 +1,9 @@
-#include "composed.h"
+#include "composed/switch.h"
 
 #include <cstdlib>
 #include <string_view>
 
-#include "errors.h"
+#include "graph/errors.h"
 
 namespace mlx_fused_optim {
 
@@ -12,7 +12,7 @@ bool composed_is_asked_for() {
   const std::string_view text = value ? value : "";
   if (text != "" && text != "0" && text != "1") {
     refuse(
-        "fused_sgd_step",
+        "fused_step",
         "MLX_FUSED_OPTIM_COMPOSED is not a switch: got '",
         text,
         "', allowed 0 or 1.");

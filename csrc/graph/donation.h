@@ -4,7 +4,7 @@
 #include <functional>
 #include <optional>
 
-#include "sgd.h"
+#include "graph/step.h"
 
 namespace mlx_fused_optim {
 
@@ -25,7 +25,7 @@ std::optional<mx::array> whole_arena(
 /// - The step counter and the learning rate, where the kernel writes them, are always
 ///   fresh: other dispatches of the same step still read the old counter.
 void set_outputs(
-    const SgdPlan& plan,
+    const StepPlan& plan,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate);

@@ -1,6 +1,6 @@
-#include "tree.h"
+#include "binding/tree.h"
 
-#include "errors.h"
+#include "graph/errors.h"
 
 namespace mlx_fused_optim {
 

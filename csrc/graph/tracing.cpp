@@ -1,4 +1,4 @@
-#include "tracing.h"
+#include "graph/tracing.h"
 
 #include <unordered_set>
 

@@ -1,4 +1,4 @@
-#include "donation.h"
+#include "graph/donation.h"
 
 #include <atomic>
 
@@ -44,7 +44,7 @@ std::optional<int64_t> arena_begin(const Arena& arena, Parameter parameter) {
 }
 
 /// Likewise, if nobody else holds them; otherwise nothing.
-std::optional<int64_t> donatable_arena(const SgdPlan& plan, const mx::array* parameters) {
+std::optional<int64_t> donatable_arena(const StepPlan& plan, const mx::array* parameters) {
   const size_t n = plan.tensor_count();
   const auto& data = parameters[0].data_shared_ptr();
   // One use each: a gradient, a view or a pending operation on the same buffer
@@ -101,12 +101,12 @@ void restore(std::vector<mx::array>& outputs, const std::vector<mx::array>& inpu
 }
 
 void give_memory(
-    const SgdPlan& plan,
+    const StepPlan& plan,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  SgdInputs in(plan, inputs);
-  SgdOutputs out(plan, outputs);
+  StepInputs in(plan, inputs);
+  StepOutputs out(plan, outputs);
   if (out.parameters && plan.whole) {
     set_output(*out.parameters, in.parameters[0], allocate);
   } else if (out.parameters) {
@@ -152,7 +152,7 @@ std::optional<mx::array> whole_arena(const Arena& arena, const std::vector<mx::a
 }
 
 void set_outputs(
-    const SgdPlan& plan,
+    const StepPlan& plan,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {

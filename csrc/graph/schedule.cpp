@@ -1,13 +1,13 @@
-#include "schedule.h"
+#include "graph/schedule.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "errors.h"
+#include "graph/errors.h"
 
-#include "composed.h"
+#include "composed/switch.h"
 
 namespace mlx_fused_optim {
 

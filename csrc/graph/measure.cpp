@@ -1,9 +1,10 @@
-#include "measure.h"
+#include "graph/measure.h"
 
-#include "composed.h"
-#include "composed_transforms.h"
+#include "composed/step.h"
+#include "composed/switch.h"
+#include "composed/transforms.h"
+#include "graph/step.h"
 #include "mlx/transforms.h"
-#include "sgd.h"
 
 namespace mlx_fused_optim {
 

@@ -1,6 +1,6 @@
-#include "rules_composed.h"
+#include "composed/rules.h"
 
-#include "composed_operators.h"
+#include "composed/operators.h"
 
 namespace mlx_fused_optim {
 

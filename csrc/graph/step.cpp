@@ -1,20 +1,19 @@
-#include "sgd.h"
+#include "graph/step.h"
 
 #include <algorithm>
 
-#include "composed.h"
-#include "donation.h"
-#include "errors.h"
-#include "measure.h"
-#include "rules.h"
+#include "composed/step.h"
+#include "composed/switch.h"
+#include "graph/donation.h"
+#include "graph/errors.h"
+#include "graph/measure.h"
+#include "graph/rules.h"
 
 #include "mlx/transforms.h"
 
 namespace mlx_fused_optim {
 
 namespace {
-
-constexpr const char* kOp = "fused_sgd_step";
 
 uint32_t format_of(mx::Dtype dtype) {
   return dtype == mx::float32 ? fused_math::kFloat32
@@ -33,10 +32,10 @@ uint32_t flags_for(mx::Dtype parameter, mx::Dtype state, uint32_t flags) {
   return flags;
 }
 
-SgdPlan make_plan(
+StepPlan make_plan(
     std::shared_ptr<const Arena> arena,
-    const SgdOptions& options,
-    SgdControl control,
+    const StepOptions& options,
+    StepControl control,
     bool writes_step,
     bool whole) {
   const auto state = options.state_dtype.value_or(arena->dtype);
@@ -48,7 +47,7 @@ SgdPlan make_plan(
   return {std::move(arena), options.groups, control, state, writes_step, whole};
 }
 
-void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& options) {
+void check_slots(const Layout& layout, const StepSlots& slots, const StepOptions& options) {
   for (int slot = 0; slot < kSlots; ++slot) {
     size_t count = 0;
     for (auto& arena : layout.arenas) {
@@ -62,7 +61,7 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
         auto& array = slots[slot][count];
         if (array.shape() != shape || array.dtype() != dtype) {
           refuse(
-              kOp,
+              options.op,
               slot_name(options.rule, slot),
               " of arena ",
               count,
@@ -81,7 +80,7 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
     }
     if (slots[slot].size() != count) {
       refuse(
-          kOp,
+          options.op,
           slot_name(options.rule, slot),
           " has the wrong number of arenas: got ",
           slots[slot].size(),
@@ -94,19 +93,24 @@ void check_slots(const Layout& layout, const SgdSlots& slots, const SgdOptions& 
 
 void check(
     const Layout& layout,
-    const SgdSlots& slots,
+    const StepSlots& slots,
     const mx::array& step,
-    const SgdOptions& options) {
+    const StepOptions& options) {
   check_slots(layout, slots, options);
   if (step.ndim() != 0 || step.dtype() != mx::uint64) {
     refuse(
-        kOp, "step must be a uint64 scalar: got ", step.dtype(), " of shape ", step.shape(), ".");
+        options.op,
+        "step must be a uint64 scalar: got ",
+        step.dtype(),
+        " of shape ",
+        step.shape(),
+        ".");
   }
   for (size_t i = 0; i < options.scalars.size(); ++i) {
     auto* array = std::get_if<mx::array>(&options.scalars[i]);
     if (array && array->ndim() != 0) {
       refuse(
-          kOp,
+          options.op,
           scalar_name(options.rule, i),
           " must be a scalar: got an array of shape ",
           array->shape(),
@@ -115,7 +119,7 @@ void check(
   }
   if (options.skipped && (options.skipped->ndim() != 0 || options.skipped->dtype() != mx::uint64)) {
     refuse(
-        kOp,
+        options.op,
         "skipped must be a uint64 scalar: got ",
         options.skipped->dtype(),
         " of shape ",
@@ -128,18 +132,20 @@ void check(
     if (!options.groups || options.groups->group_of.size() != layout.tensors.size() ||
         !options.group_numbers || options.group_numbers->shape() != expected ||
         options.group_numbers->dtype() != mx::float32) {
-      refuse(kOp, "the groups do not fit: got other numbers of tensors or groups than the layout.");
+      refuse(
+          options.op,
+          "the groups do not fit: got other numbers of tensors or groups than the layout.");
     }
   }
 }
 
 /// The constants and schedules, and the given scalars as one array (none if none is given).
-std::pair<SgdControl, std::vector<mx::array>> make_control(
-    const SgdOptions& options,
+std::pair<StepControl, std::vector<mx::array>> make_control(
+    const StepOptions& options,
     const mx::array& step,
     mx::Stream stream) {
   using namespace fused_math;
-  SgdControl control{};
+  StepControl control{};
   control.seed = options.seed;
   control.clip_value = options.clip_value;
   control.clip_norm = options.clip_norm;
@@ -194,7 +200,7 @@ mx::array next_counter(mx::array step, mx::Stream stream) {
 }
 
 std::vector<mx::array> measure(
-    const SgdControl& control,
+    const StepControl& control,
     const std::vector<mx::array>& given,
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
@@ -214,7 +220,7 @@ std::vector<mx::array> measure(
 
 } // namespace
 
-SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
+StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()),
       whole(plan.whole),
       gradients(arrays.data() + plan.parameter_inputs()),
@@ -233,7 +239,7 @@ SgdInputs::SgdInputs(const SgdPlan& plan, const std::vector<mx::array>& arrays)
   groups = plan.flags() & fused_math::kGroups ? next++ : nullptr;
 }
 
-SgdOutputs::SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays)
+StepOutputs::StepOutputs(const StepPlan& plan, std::vector<mx::array>& arrays)
     : parameters(nullptr), slots{}, step(nullptr), used(nullptr) {
   auto* next = arrays.data();
   if (plan.tensor_count() > 0) {
@@ -248,13 +254,13 @@ SgdOutputs::SgdOutputs(const SgdPlan& plan, std::vector<mx::array>& arrays)
   }
 }
 
-bool SgdPlan::reads_step() const {
+bool StepPlan::reads_step() const {
   using namespace fused_math;
   return control.scheduled || is_bias_corrected(control.rule, flags()) ||
       flags() & (kStochastic | kSkipNonfinite);
 }
 
-std::vector<mx::Shape> SgdPlan::output_shapes() const {
+std::vector<mx::Shape> StepPlan::output_shapes() const {
   std::vector<mx::Shape> shapes;
   if (tensor_count() > 0) {
     shapes.push_back(arena_shape(*arena));
@@ -271,7 +277,7 @@ std::vector<mx::Shape> SgdPlan::output_shapes() const {
   return shapes;
 }
 
-std::vector<mx::Dtype> SgdPlan::output_dtypes() const {
+std::vector<mx::Dtype> StepPlan::output_dtypes() const {
   std::vector<mx::Dtype> dtypes;
   if (tensor_count() > 0) {
     dtypes.push_back(arena->dtype);
@@ -288,20 +294,20 @@ std::vector<mx::Dtype> SgdPlan::output_dtypes() const {
   return dtypes;
 }
 
-SgdStep sgd_step(
+StepResult fused_step(
     const Layout& layout,
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
-    const SgdSlots& slots,
+    const StepSlots& slots,
     const mx::array& step,
-    const SgdOptions& options,
+    const StepOptions& options,
     mx::StreamOrDevice s) {
   check(layout, slots, step, options);
   auto stream = mx::to_stream(s);
   const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, step, stream);
 
-  SgdStep result;
+  StepResult result;
   result.parameters = parameters; // each is replaced below
   if (options.flags & fused_math::kMeasuredFlags) {
     result.measured = measure(control, given, parameters, gradients, step, options.skipped, stream);
@@ -349,13 +355,13 @@ SgdStep sgd_step(
       inputs.push_back(*options.group_numbers);
     }
 
-    auto outputs = composed ? sgd_step_composed(plan, inputs, stream)
+    auto outputs = composed ? step_composed(plan, inputs, stream)
                             : mx::array::make_arrays(
                                   plan.output_shapes(),
                                   plan.output_dtypes(),
-                                  std::make_shared<FusedSGD>(stream, plan),
+                                  std::make_shared<FusedStep>(stream, plan),
                                   inputs);
-    SgdOutputs out(plan, outputs);
+    StepOutputs out(plan, outputs);
     if (out.parameters) {
       auto views = arena_tensors(*out.parameters, plan.arena, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
@@ -395,13 +401,13 @@ std::vector<mx::array> arena_tensors(
                                  : arena_views(arena, layout, s);
 }
 
-std::vector<mx::Shape> FusedSGD::output_shapes(const std::vector<mx::array>& inputs) {
+std::vector<mx::Shape> FusedStep::output_shapes(const std::vector<mx::array>& inputs) {
   // A shapeless compiled graph calls this with new inputs. The arena was laid
   // out for the shapes of the trace, so only the batch may have changed.
   auto check = [&](size_t input, size_t tensor) {
     if (inputs[input].shape() != plan_.arena->shapes[tensor]) {
       refuse(
-          kOp,
+          "fused_step",
           "a shapeless compiled step cannot change the shapes of its parameters: got ",
           inputs[input].shape(),
           ", traced with ",

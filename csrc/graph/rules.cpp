@@ -1,4 +1,4 @@
-#include "rules.h"
+#include "graph/rules.h"
 
 namespace mlx_fused_optim {
 

@@ -1,12 +1,12 @@
 // The step in MLX operations: csrc/math/frame.h once more, for what MLX can transform.
 #include <bit>
 
-#include "composed_operators.h"
-#include "composed_transforms.h"
+#include "composed/operators.h"
+#include "composed/rounding.h"
+#include "composed/rules.h"
+#include "composed/step.h"
+#include "composed/transforms.h"
 #include "mlx/transforms.h"
-#include "rounding_composed.h"
-#include "rules_composed.h"
-#include "sgd.h"
 
 namespace mlx_fused_optim {
 
@@ -29,7 +29,7 @@ struct Numbers {
 
 class ComposedStep : ComposedOperators {
  public:
-  ComposedStep(const SgdPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
+  ComposedStep(const StepPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
       : ComposedOperators(s), plan_(plan), control_(plan.control), in_(plan, inputs) {}
 
   std::vector<mx::array> outputs() const;
@@ -59,9 +59,9 @@ class ComposedStep : ComposedOperators {
   mx::array stored_slot(const mx::array& x, int slot, std::optional<mx::array> random) const;
   ComposedSlots wide_slots(const std::array<std::optional<mx::array>, kSlots>& slots) const;
 
-  const SgdPlan& plan_;
-  const SgdControl& control_;
-  SgdInputs in_;
+  const StepPlan& plan_;
+  const StepControl& control_;
+  StepInputs in_;
 };
 
 mx::array ComposedStep::scalar(int i) const {
@@ -303,7 +303,7 @@ std::vector<mx::array> ComposedStep::outputs() const {
   return outputs;
 }
 
-ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
+ComposedOperation composed_operation(const StepPlan& plan, mx::Stream s) {
   const int slots = [&] {
     int count = 0;
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -319,9 +319,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
     step_out.push_back((plan.tensor_count() > 0) + slots);
   }
   return {
-      [&plan, s](const std::vector<mx::array>& inputs) {
-        return sgd_step_composed(plan, inputs, s);
-      },
+      [&plan, s](const std::vector<mx::array>& inputs) { return step_composed(plan, inputs, s); },
       step_in,
       step_out};
 }
@@ -329,7 +327,7 @@ ComposedOperation composed_operation(const SgdPlan& plan, mx::Stream s) {
 } // namespace
 
 mx::array composed_scalar(
-    const SgdControl& control,
+    const StepControl& control,
     int i,
     const mx::array* step,
     const mx::array* given,
@@ -345,7 +343,7 @@ mx::array composed_scalar(
 }
 
 mx::array composed_unscale(
-    const SgdControl& control,
+    const StepControl& control,
     const mx::array* step,
     const mx::array* given,
     mx::Stream s) {
@@ -378,21 +376,21 @@ std::vector<mx::array> composed_tensors(const mx::array& arena, const Arena& lay
   return tensors;
 }
 
-std::vector<mx::array> sgd_step_composed(
-    const SgdPlan& plan,
+std::vector<mx::array> step_composed(
+    const StepPlan& plan,
     const std::vector<mx::array>& inputs,
     mx::Stream s) {
   return ComposedStep(plan, inputs, s).outputs();
 }
 
-std::vector<mx::array> FusedSGD::jvp(
+std::vector<mx::array> FusedStep::jvp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& tangents,
     const std::vector<int>& argnums) {
   return composed_jvp(composed_operation(plan_, stream()), primals, tangents, argnums);
 }
 
-std::vector<mx::array> FusedSGD::vjp(
+std::vector<mx::array> FusedStep::vjp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& cotangents,
     const std::vector<int>& argnums,
@@ -400,7 +398,7 @@ std::vector<mx::array> FusedSGD::vjp(
   return composed_vjp(composed_operation(plan_, stream()), primals, cotangents, argnums);
 }
 
-std::pair<std::vector<mx::array>, std::vector<int>> FusedSGD::vmap(
+std::pair<std::vector<mx::array>, std::vector<int>> FusedStep::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
   return composed_vmap(composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());

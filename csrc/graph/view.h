@@ -4,7 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "layout.h"
+#include "graph/layout.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
