@@ -61,7 +61,7 @@ inline uint32_t format_of_slot(int slot) {
   // With groups, a tensor may be without some of what the step has. What is kept of it stays.
   const uint32_t flags = step_flags & kGroups ? uint32_t(tensor.flags) : step_flags;
   // Only the first thread corrects the bias, for all: its powers cost more than an element.
-  const uint32_t corrected_rule = lane == 0 ? step_rule : uint32_t(kSgd);
+  const uint32_t corrected_rule = lane == 0 ? step_rule : uint32_t(Rules::kCount);
   StepHyper hyper = step_tensor_hyper(
       control,
       step_hyper_of(control, corrected_rule, step_flags, step[0], all, measured),
@@ -71,7 +71,7 @@ inline uint32_t format_of_slot(int slot) {
       groups + uint64_t(tensor.group) * kGroupNumbers,
       measured + kMeasuredTensors + uint64_t(tensor.number) * 2);
   threadgroup float corrected[2];
-  if (is_bias_corrected(step_rule, step_flags)) {
+  if (Rules::is_bias_corrected(step_rule, step_flags)) {
     if (lane == 0) {
       corrected[0] = hyper.rule.corrected_rate;
       corrected[1] = hyper.rule.corrected_root;

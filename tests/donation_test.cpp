@@ -14,11 +14,11 @@ namespace mlx_fused_optim {
 // As sgd.cpp and layout.cpp have them, for a plan with parameters, momentum and a step.
 StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()), whole(plan.whole), slots{} {
-  slots[fused_math::kVelocity] = &arrays[plan.parameter_inputs()];
+  slots[fused_math::Sgd::kVelocity] = &arrays[plan.parameter_inputs()];
 }
 StepOutputs::StepOutputs(const StepPlan&, std::vector<mx::array>& arrays)
     : parameters(&arrays[0]), slots{}, step(&arrays[2]), used(nullptr) {
-  slots[fused_math::kVelocity] = &arrays[1];
+  slots[fused_math::Sgd::kVelocity] = &arrays[1];
 }
 mx::Shape arena_shape(const Arena& arena) { return {int(arena.size)}; }
 

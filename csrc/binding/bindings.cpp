@@ -313,7 +313,7 @@ NB_MODULE(_ext, m) {
   m.attr("RULES") = rule_rows();
   m.def(
       "rule_slots",
-      [](uint32_t rule, uint32_t flags) { return fused_math::rule_slots(rule, flags); },
+      [](uint32_t rule, uint32_t flags) { return fused_math::Rules::slots(rule, flags); },
       "rule"_a,
       "flags"_a,
       "How many of a rule's slots a step keeps: the first ones.");

@@ -1,9 +1,9 @@
-// The step in MLX operations: csrc/math/frame.h once more, for what MLX can transform.
+// The step in MLX operations: csrc/math/frame.h once more, for what MLX can transform. The rules
+// are those of csrc/math/rules.
 #include <bit>
 
 #include "composed/operators.h"
 #include "composed/rounding.h"
-#include "composed/rules.h"
 #include "composed/step.h"
 #include "composed/transforms.h"
 #include "mlx/transforms.h"
@@ -22,7 +22,7 @@ mx::array number(float value) { return mx::array(value); }
 
 /// The numbers of a step, as scalars.
 struct Numbers {
-  ComposedNumbers rule;
+  RuleNumbers<Composed> rule;
   mx::array weight_decay, unscale, clip_factor, trust_ratio;
   std::array<mx::array, kRuleScalars> low; // what is known of the rule's beyond float32
 };
@@ -40,6 +40,7 @@ class ComposedStep : ComposedOperators {
     std::array<std::optional<mx::array>, kSlots> slots;
   };
 
+  Composed of(mx::array x) const { return {std::move(x), s}; }
   mx::array scalar(int i) const;
   mx::array measured(int i) const { return mx::take(*in_.measured, i, 0, s); }
   mx::array applies() const { return mx::not_equal(measured(kMeasuredApply), number(0), s); }
@@ -50,6 +51,7 @@ class ComposedStep : ComposedOperators {
   }
   Numbers numbers() const;
   Numbers tensor_numbers(Numbers numbers, size_t i) const;
+  void correct_bias(Numbers& numbers) const;
   Tensor update(size_t i, const Numbers& numbers) const;
   mx::array parameter(size_t i) const;
   mx::array gradient(size_t i, const Numbers& numbers) const;
@@ -57,7 +59,6 @@ class ComposedStep : ComposedOperators {
   mx::array stored(const mx::array& x, mx::Dtype dtype, const std::optional<mx::array>& random)
       const;
   mx::array stored_slot(const mx::array& x, int slot, std::optional<mx::array> random) const;
-  ComposedSlots wide_slots(const std::array<std::optional<mx::array>, kSlots>& slots) const;
 
   const StepPlan& plan_;
   const StepControl& control_;
@@ -70,18 +71,13 @@ mx::array ComposedStep::scalar(int i) const {
 
 Numbers ComposedStep::numbers() const {
   const auto zero = number(0), one = number(1);
-  Numbers n{
-      {scalar(kLearningRate), {zero, zero, zero}, {one, one, one}, one, one},
-      scalar(kWeightDecayFactor),
-      one,
-      one,
-      one,
-      {zero, zero, zero}};
+  Numbers n{{}, scalar(kWeightDecayFactor), one, one, one, {zero, zero, zero}};
+  n.rule.learning_rate = of(scalar(kLearningRate));
   for (int i = 0; i < kRuleScalars; ++i) {
     const int at = kFirstRuleScalar + i;
     const bool constant = is_constant(control_, at);
-    n.rule.scalar[i] = scalar(at);
-    n.rule.rest[i] = constant ? number(control_.rest[i]) : subtract(one, n.rule.scalar[i]);
+    n.rule.scalar[i] = of(scalar(at));
+    n.rule.rest[i] = constant ? of(number(control_.rest[i])) : 1.0f - n.rule.scalar[i];
     n.low[i] = number(constant ? control_.constants[at].lo : 0.0f);
   }
   if (plan_.flags() & kGradScale) {
@@ -106,12 +102,15 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
     auto affine = [&](const mx::array& x, int times, int plus) {
       return add(multiply(own(times), x), own(plus));
     };
-    n.rule.learning_rate = affine(n.rule.learning_rate, kLearningRateTimes, kLearningRatePlus);
+    auto own_number = [&](Composed& x, int times, int plus) {
+      x = of(affine(x.array, times, plus));
+    };
+    own_number(n.rule.learning_rate, kLearningRateTimes, kLearningRatePlus);
     for (int i = 0; i < kRuleScalars; ++i) {
       const int times = kFirstScalarTimes + kGroupScalar * i;
       n.low[i] = affine(n.low[i], times, times + 2);
-      n.rule.rest[i] = affine(n.rule.rest[i], times, times + 3);
-      n.rule.scalar[i] = affine(n.rule.scalar[i], times, times + 1);
+      own_number(n.rule.rest[i], times, times + 3);
+      own_number(n.rule.scalar[i], times, times + 1);
     }
     n.weight_decay = affine(n.weight_decay, kWeightDecayTimes, kWeightDecayPlus);
     coefficient = own(kTrustCoefficient);
@@ -129,11 +128,24 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
     const auto counts = mx::logical_and(both, mx::isfinite(ratio, s), s);
     n.trust_ratio = mx::where(counts, ratio, number(1), s);
   }
-  if (is_bias_corrected(control_.rule, flags)) {
-    const auto t = add(*in_.step, mx::array(uint64_t(1), mx::uint64));
-    n.rule = bias_corrected_composed(n.rule, n.low[0], n.low[1], t);
+  if (Rules::is_bias_corrected(control_.rule, flags)) {
+    correct_bias(n);
   }
   return n;
+}
+
+void ComposedStep::correct_bias(Numbers& n) const {
+  // In float64, which MLX has on the CPU. It is as exact as csrc/math, not bit for bit.
+  const auto cpu = mx::default_stream(mx::Device::cpu);
+  auto exact = [&](const mx::array& x) { return mx::astype(x, mx::float64, cpu); };
+  const auto t = exact(add(*in_.step, mx::array(uint64_t(1), mx::uint64)));
+  auto bias = [&](int i) {
+    const auto factor = mx::add(exact(n.rule.scalar[i].array), exact(n.low[i]), cpu);
+    return mx::subtract(mx::array(1.0, mx::float64), mx::power(factor, t, cpu), cpu);
+  };
+  auto rounded = [&](const mx::array& x) { return of(mx::astype(x, mx::float32, cpu)); };
+  n.rule.corrected_rate = rounded(mx::divide(exact(n.rule.learning_rate.array), bias(0), cpu));
+  n.rule.corrected_root = rounded(mx::rsqrt(bias(1), cpu));
 }
 
 mx::array ComposedStep::parameter(size_t i) const {
@@ -180,17 +192,6 @@ mx::array ComposedStep::stored_slot(const mx::array& x, int slot, std::optional<
   return stored(x, plan_.state_dtype, random);
 }
 
-ComposedSlots ComposedStep::wide_slots(
-    const std::array<std::optional<mx::array>, kSlots>& slots) const {
-  ComposedSlots wide;
-  for (int slot = 0; slot < kRuleSlots; ++slot) {
-    if (slots[slot]) {
-      wide[slot] = this->wide(*slots[slot]);
-    }
-  }
-  return wide;
-}
-
 ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   const uint32_t flags = plan_.tensor_flags(i);
   const auto n = tensor_numbers(step, i);
@@ -216,23 +217,29 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   if (flags & kTrustRatio) {
     u = multiply(u, n.trust_ratio);
   }
-  const auto ruled = rule_composed(control_.rule, u, wide_slots(old), n.rule, flags, s);
+  RuleSlots<Composed> wide_slots;
+  for (int slot = 0; slot < kRuleSlots; ++slot) {
+    if (old[slot]) {
+      wide_slots.of[slot] = of(wide(*old[slot]));
+    }
+  }
+  const auto ruled = Rules::step(control_.rule, of(u), wide_slots, n.rule, flags);
   Tensor next{parameter, old};
   std::optional<mx::array> random;
   if (flags & kStochastic) {
     random = random_bits_composed(
         arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s);
   }
-  for (int slot = 0; slot < rule_slots(control_.rule, flags); ++slot) {
-    next.slots[slot] = stored_slot(*ruled.slots[slot], slot, random);
+  for (int slot = 0; slot < Rules::slots(control_.rule, flags); ++slot) {
+    next.slots[slot] = stored_slot(ruled.slots.of[slot].array, slot, random);
   }
   if ((flags & kWeightDecay) && (flags & kDecoupled)) {
-    const auto decay = multiply(n.rule.learning_rate, n.weight_decay);
+    const auto decay = multiply(n.rule.learning_rate.array, n.weight_decay);
     w = multiply(w, subtract(number(1), decay));
   }
-  auto exact = subtract(w, ruled.change);
+  auto exact = subtract(w, ruled.change.array);
   if (flags & kCompensated) {
-    const auto change = subtract(wide(*old[kCompensation]), ruled.change);
+    const auto change = subtract(wide(*old[kCompensation]), ruled.change.array);
     exact = add(w, change);
     const auto rounded = nearest_composed(exact, arena.dtype, s);
     next.parameter = mx::astype(rounded, arena.dtype, s);

@@ -139,48 +139,44 @@ void update_any(const Block& block, size_t n, const StepHyper& hyper, Form form)
 template <uint32_t rule>
 constexpr uint32_t plain_flags(uint32_t n) {
   using namespace fused_math;
-  const bool has_flags = rule == kSgd || rule == kAdam;
-  return (has_flags ? n & kRuleFlags : 0) | (n & kWeightDecay) |
+  return (n & Rules::flags(rule)) | (n & kWeightDecay) |
       ((n & kWeightDecay) && (n & 8) ? kDecoupled : 0);
 }
+
+/// 0, 1, ..., count - 1: <utility> is not for here, see cpu/kernel.h.
+template <uint32_t... numbers>
+struct Sequence {};
+template <uint32_t count, uint32_t... numbers>
+struct SequenceTo : SequenceTo<count - 1, count - 1, numbers...> {};
+template <uint32_t... numbers>
+struct SequenceTo<0, numbers...> {
+  using type = Sequence<numbers...>;
+};
+
+template <uint32_t rule, typename Kernels = SequenceTo<16>::type>
+struct PlainUpdates;
+template <uint32_t rule, uint32_t... n>
+struct PlainUpdates<rule, Sequence<n...>> {
+  static constexpr decltype(&update_plain<rule, 0>) of[] = {
+      update_plain<rule, plain_flags<rule>(n)>...};
+};
 
 template <uint32_t rule>
 void update_of(const Block& block, size_t n, const StepHyper& hyper, Form form) {
   using namespace fused_math;
-  static constexpr decltype(&update_plain<rule, 0>) plain[] = {
-#define PLAIN(n) update_plain<rule, plain_flags<rule>(n)>
-      PLAIN(0),
-      PLAIN(1),
-      PLAIN(2),
-      PLAIN(3),
-      PLAIN(4),
-      PLAIN(5),
-      PLAIN(6),
-      PLAIN(7),
-      PLAIN(8),
-      PLAIN(9),
-      PLAIN(10),
-      PLAIN(11),
-      PLAIN(12),
-      PLAIN(13),
-      PLAIN(14),
-      PLAIN(15)};
-#undef PLAIN
   if (form.flags & ~kPlainFlags) {
     update_any<rule>(block, n, hyper, form);
   } else {
-    plain[(form.flags & 7) | (form.flags & kDecoupled ? 8 : 0)](block, n, hyper);
+    PlainUpdates<rule>::of[(form.flags & 7) | (form.flags & kDecoupled ? 8 : 0)](block, n, hyper);
   }
 }
 
-constexpr decltype(&update_of<0>) kUpdates[fused_math::kRules] = {
-    update_of<fused_math::kSgd>,
-    update_of<fused_math::kAdam>,
-    update_of<fused_math::kAdamax>,
-    update_of<fused_math::kLion>,
-    update_of<fused_math::kRmsprop>,
-    update_of<fused_math::kAdagrad>,
-    update_of<fused_math::kAdadelta>};
+template <typename Rules = SequenceTo<fused_math::Rules::kCount>::type>
+struct Updates;
+template <uint32_t... rule>
+struct Updates<Sequence<rule...>> {
+  static constexpr decltype(&update_of<0>) of[] = {update_of<rule>...};
+};
 
 /// Where the elements from `at` on are to be computed: in their own memory, or in
 /// `buffer` to be narrowed.
@@ -228,7 +224,7 @@ void KERNEL(update)(
     }
     block.position = static_cast<uint32_t>(at);
 
-    kUpdates[form.rule](block, n, hyper, form);
+    Updates<>::of[form.rule](block, n, hyper, form);
 
     if (type != Type::float32) {
       write(type, arenas.parameter_out, at, n, block.parameter_out);

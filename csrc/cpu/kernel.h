@@ -46,7 +46,7 @@ struct Tensor {
 
 /// What a step consists of, for one tensor.
 struct Form {
-  uint32_t rule; // fused_math::Rule
+  uint32_t rule; // its place in fused_math::Rules
   uint32_t flags; // fused_math::StepFlags
   uint32_t parameter_format, state_format; // fused_math::Format
 };

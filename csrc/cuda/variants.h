@@ -36,7 +36,7 @@ ScheduleParts parts_of(const fused_math::StepControl& control);
 /// A kernel, and what it knows when it is compiled. What a kind has no use for is left out.
 struct Variant {
   Kind kind;
-  uint32_t rule = fused_math::kSgd;
+  uint32_t rule = 0;
   Type parameter = Type::float32;
   Type state = Type::float32; // of the rule's slots
   uint32_t gradients = bit_of(Type::float32); // a set of types

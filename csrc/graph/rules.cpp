@@ -4,22 +4,17 @@ namespace mlx_fused_optim {
 
 using namespace fused_math;
 
+namespace {
+
+template <typename... Rule>
+std::vector<RuleDescription> described(RuleList<Rule...>) {
+  return {Rule::template names<RuleDescription>()...};
+}
+
+} // namespace
+
 const std::vector<RuleDescription>& rules() {
-  static const std::vector<RuleDescription> table = {
-      {"sgd",
-       {"momentum"},
-       {"momentum", "dampening"},
-       {{"momentum", kMomentum}, {"nesterov", kNesterov}}},
-      {"adam",
-       {"m", "v", "largest_v"},
-       {"beta1", "beta2", "eps"},
-       {{"bias_correction", kBiasCorrection}, {"amsgrad", kAmsgrad}}},
-      {"adamax", {"m", "v"}, {"beta1", "beta2", "eps"}, {}},
-      {"lion", {"m"}, {"beta1", "beta2"}, {}},
-      {"rmsprop", {"v"}, {"alpha", "eps"}, {}},
-      {"adagrad", {"v"}, {"eps"}, {}},
-      {"adadelta", {"v", "u"}, {"rho", "eps"}, {}},
-  };
+  static const std::vector<RuleDescription> table = described(Rules());
   return table;
 }
 

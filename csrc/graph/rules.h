@@ -1,5 +1,4 @@
-// What the rules of csrc/math/rules are called and what they have, as data: everything else
-// about them is derived from this table.
+// What the rules of csrc/math/rules are called and what they have, as a table.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +14,7 @@ struct RuleFlag {
   uint32_t bit;
 };
 
-/// A rule of csrc/math/rules.
+/// A rule of csrc/math/rules, as its names() have it.
 struct RuleDescription {
   const char* name;
   std::vector<const char*> slots; // as mlx.optimizers calls them, but for the momentum of SGD
@@ -23,7 +22,7 @@ struct RuleDescription {
   std::vector<RuleFlag> flags;
 };
 
-/// By fused_math::Rule.
+/// By number: in the order of fused_math::Rules.
 const std::vector<RuleDescription>& rules();
 
 /// Of a slot or a scalar, the frame's among them.

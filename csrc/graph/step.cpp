@@ -256,7 +256,7 @@ StepOutputs::StepOutputs(const StepPlan& plan, std::vector<mx::array>& arrays)
 
 bool StepPlan::reads_step() const {
   using namespace fused_math;
-  return control.scheduled || is_bias_corrected(control.rule, flags()) ||
+  return control.scheduled || Rules::is_bias_corrected(control.rule, flags()) ||
       flags() & (kStochastic | kSkipNonfinite);
 }
 

@@ -92,7 +92,7 @@ using StepScalarSource = std::variant<mx::array, Schedule, double>;
 /// The options of a step.
 struct StepOptions {
   std::string op; // who asked for the step, for errors
-  uint32_t rule; // fused_math::Rule
+  uint32_t rule; // its place in fused_math::Rules
   std::vector<StepScalarSource> scalars; // by StepScalar; of the rule's, those that it has
   uint32_t flags; // fused_math::StepFlags
   float clip_value; // used with kClipValue, as the next ones with theirs

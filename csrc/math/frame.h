@@ -21,7 +21,7 @@ namespace fused_math {
 /// What a step consists of. Fixed for a compiled graph: kernels may be
 /// specialised on it.
 enum StepFlags : uint32_t {
-  // Bits 0 and 1 are the rule's own: RuleFlags.
+  // Bits 0 and 1 are the rule's own.
   kWeightDecay = 1 << 2,
   kMaximize = 1 << 3,
   kGradScale = 1 << 4,
@@ -47,7 +47,7 @@ enum StepFlags : uint32_t {
 
 /// The numbers of one step, for one tensor.
 struct StepHyper {
-  RuleNumbers rule;
+  RuleNumbers<float> rule;
   float weight_decay;
   float unscale; // 1 / grad_scale
   float clip_value;
@@ -69,7 +69,7 @@ enum StepSlot : int {
 
 /// Whether a step keeps a slot.
 MATH_FN constexpr bool has_slot(uint32_t rule, uint32_t flags, int slot) {
-  return slot < kRuleSlots    ? slot < rule_slots(rule, flags)
+  return slot < kRuleSlots    ? slot < Rules::slots(rule, flags)
       : slot == kMasterCopy   ? (flags & kMaster) != 0
       : slot == kCompensation ? (flags & kCompensated) != 0
                               : (flags & kAverage) != 0;
@@ -102,7 +102,7 @@ struct StepControl {
   uint32_t flags; // StepFlags
   uint32_t given;
   uint32_t scheduled;
-  uint32_t rule; // Rule
+  uint32_t rule; // its place in Rules
   uint32_t parameter_format; // Format
   uint32_t state_format; // Format, of the rule's slots
   uint32_t reserved;
@@ -237,7 +237,11 @@ MATH_FN Real bias_of(Real factor, uint64_t t) {
 
 /// The two numbers of a bias correction at update `t`, counted from 1. `low` are the second
 /// parts of the factors.
-MATH_FN RuleNumbers bias_corrected(RuleNumbers n, float low0, float low1, uint64_t t) {
+MATH_FN RuleNumbers<float> bias_corrected(
+    RuleNumbers<float> n,
+    float low0,
+    float low1,
+    uint64_t t) {
   const Real first = bias_of({n.scalar[0], low0}, t), second = bias_of({n.scalar[1], low1}, t);
   n.corrected_rate = divide({n.learning_rate, 0.0f}, first).hi;
   n.corrected_root = reciprocal_root(second).hi;
@@ -267,7 +271,7 @@ MATH_FN StepHyper step_hyper_of(
     hyper.rule.rest[i] =
         is_constant(control, kFirstRuleScalar + i) ? control.rest[i] : 1.0f - scalar;
   }
-  if (is_bias_corrected(rule, flags)) {
+  if (Rules::is_bias_corrected(rule, flags)) {
     hyper.rule = bias_corrected(
         hyper.rule,
         low_part(control, kFirstRuleScalar),
@@ -307,7 +311,7 @@ MATH_FN StepHyper step_tensor_hyper(
     Norms norms) {
   float trust_coefficient = control.trust_coefficient;
   if (flags & kGroups) {
-    RuleNumbers n = hyper.rule;
+    RuleNumbers<float> n = hyper.rule;
     float low[kRuleScalars];
     n.learning_rate = group[kLearningRateTimes] * n.learning_rate + group[kLearningRatePlus];
     for (int i = 0; i < kRuleScalars; ++i) {
@@ -317,7 +321,7 @@ MATH_FN StepHyper step_tensor_hyper(
       n.scalar[i] = times * n.scalar[i] + group[kFirstScalarPlus + at];
       n.rest[i] = times * n.rest[i] + group[kFirstScalarPlusRest + at];
     }
-    if (is_bias_corrected(rule, flags)) {
+    if (Rules::is_bias_corrected(rule, flags)) {
       n = bias_corrected(n, low[0], low[1], step + 1);
     }
     hyper.rule = n;
@@ -427,14 +431,14 @@ MATH_FN StepElements<T> step_element(
   if (flags & kTrustRatio) {
     gradient = gradient * hyper.trust_ratio;
   }
-  const RuleStep<T> next = rule_step(rule, gradient, e.slots, hyper.rule, flags);
+  const RuleStep<T> next = Rules::step(rule, gradient, e.slots, hyper.rule, flags);
 
   U random = position & 0u;
   if (flags & kStochastic) {
     random = random_bits(position, hyper.key);
   }
   for (int slot = 0; slot < kRuleSlots; ++slot) {
-    if (slot < rule_slots(rule, flags)) {
+    if (slot < Rules::slots(rule, flags)) {
       e.slots.of[slot] = stored_slot(next.slots.of[slot], slot, random, flags, state_format);
     }
   }

@@ -10,42 +10,48 @@
 
 namespace fused_math {
 
-/// How many slots a rule has with these flags; they are the first ones.
-MATH_FN constexpr int rule_slots(uint32_t rule, uint32_t flags) {
-  return rule == kSgd                        ? (flags & kMomentum ? 1 : 0)
-      : rule == kAdam                        ? (flags & kAmsgrad ? 3 : 2)
-      : rule == kAdamax || rule == kAdadelta ? 2
-                                             : 1;
-}
-
-/// Whether a rule's numbers depend on how many steps there were.
-MATH_FN bool is_bias_corrected(uint32_t rule, uint32_t flags) {
-  return rule == kAdam && (flags & kBiasCorrection);
-}
-
-template <typename T>
-MATH_FN RuleStep<T> rule_step(
-    uint32_t rule,
-    T gradient,
-    RuleSlots<T> slots,
-    RuleNumbers n,
-    uint32_t flags) {
-  switch (rule) {
-    case kAdam:
-      return adam(gradient, slots, n, flags);
-    case kAdamax:
-      return adamax(gradient, slots, n);
-    case kLion:
-      return lion(gradient, slots, n);
-    case kRmsprop:
-      return rmsprop(gradient, slots, n);
-    case kAdagrad:
-      return adagrad(gradient, slots, n);
-    case kAdadelta:
-      return adadelta(gradient, slots, n);
-    default:
-      return sgd(gradient, slots, n, flags);
+/// Rules by number, which is their place.
+template <typename... None>
+struct RuleList { // none is left: no such rule
+  enum : uint32_t { kCount = 0 };
+  MATH_MEMBER constexpr uint32_t flags(uint32_t) { return 0; }
+  MATH_MEMBER constexpr int slots(uint32_t, uint32_t) { return 0; }
+  MATH_MEMBER constexpr bool is_bias_corrected(uint32_t, uint32_t) { return false; }
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(uint32_t, T, RuleSlots<T> slots, RuleNumbers<N>, uint32_t) {
+    return {T(), slots};
   }
-}
+};
+
+template <typename First, typename... Others>
+struct RuleList<First, Others...> {
+  using Rest = RuleList<Others...>;
+  enum : uint32_t { kCount = 1 + Rest::kCount };
+
+  /// All flags of a rule.
+  MATH_MEMBER constexpr uint32_t flags(uint32_t rule) {
+    return rule == 0 ? uint32_t(First::kFlags) : Rest::flags(rule - 1);
+  }
+  /// How many slots it has with these flags; they are the first ones.
+  MATH_MEMBER constexpr int slots(uint32_t rule, uint32_t flags) {
+    return rule == 0 ? First::slots(flags) : Rest::slots(rule - 1, flags);
+  }
+  /// Whether its numbers depend on how many steps there were.
+  MATH_MEMBER constexpr bool is_bias_corrected(uint32_t rule, uint32_t flags) {
+    return rule == 0 ? (flags & First::kCorrection) != 0 : Rest::is_bias_corrected(rule - 1, flags);
+  }
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(
+      uint32_t rule,
+      T gradient,
+      RuleSlots<T> slots,
+      RuleNumbers<N> n,
+      uint32_t flags) {
+    return rule == 0 ? First::step(gradient, slots, n, flags)
+                     : Rest::step(rule - 1, gradient, slots, n, flags);
+  }
+};
+
+using Rules = RuleList<Sgd, Adam, Adamax, Lion, Rmsprop, Adagrad, Adadelta>;
 
 } // namespace fused_math

@@ -47,7 +47,7 @@ MTL::ComputePipelineState* step_kernel(
     uint32_t tile_columns) {
   using namespace fused_math;
   // Where the rule has no slots, their format makes no kernel of its own.
-  const bool has_slots = rule_slots(control.rule, control.flags) > 0;
+  const bool has_slots = Rules::slots(control.rule, control.flags) > 0;
   const uint32_t values[] = {
       control.rule,
       control.flags,

@@ -176,8 +176,16 @@ struct Tested {
   void (*strided)(const Launch<Strided>&);
 };
 
-template <uint32_t rule, typename P, typename S, uint32_t gradients, uint32_t flags>
+template <typename Rule, typename... All>
+constexpr uint32_t number_of(RuleList<All...>) {
+  uint32_t number = 0;
+  static_cast<void>(((std::is_same_v<Rule, All> || !++number) || ...));
+  return number;
+}
+
+template <typename Rule, typename P, typename S, uint32_t gradients, uint32_t flags>
 constexpr Tested tested() {
+  constexpr uint32_t rule = number_of<Rule>(Rules());
   using K = Known<rule, P, S, gradients, flags>;
   return {
       rule,
@@ -194,29 +202,29 @@ constexpr uint32_t kF32 = bit_of(Type::float32), kF16 = bit_of(Type::float16),
                    kBF16 = bit_of(Type::bfloat16);
 constexpr uint32_t kFrame = kWeightDecay | kMaximize | kGradScale | kClipValue | kClipNorm |
     kSkipNonfinite | kTrustRatio | kGroups | kDecoupled;
-constexpr uint32_t kWithMomentum = kMomentum, kWithNesterov = kMomentum | kNesterov,
-                   kCorrected = kBiasCorrection, kCorrectedLargest = kBiasCorrection | kAmsgrad;
+constexpr uint32_t kWithMomentum = Sgd::kMomentum, kWithNesterov = Sgd::kFlags,
+                   kCorrected = Adam::kBiasCorrection, kCorrectedLargest = Adam::kFlags;
 constexpr Tested kTested[] = {
-    tested<kSgd, float32, float32, kF32, 0>(),
-    tested<kSgd, bfloat16, bfloat16, kBF16, kWithNesterov | kWeightDecay>(),
-    tested<kSgd, float16, float16, kF16, kWithNesterov | kFrame | kCompensated>(),
-    tested<kSgd, bfloat16, float16, kF32, kWithMomentum | kCompensated | kStochastic | kAverage>(),
-    tested<kAdam, float32, float32, kF32, kCorrected | kWeightDecay | kDecoupled>(),
-    tested<kAdam, float32, bfloat16, kF32 | kBF16, kCorrectedLargest | kFrame>(),
-    tested<kAdam, bfloat16, bfloat16, kBF16, kMaster | kSkipNonfinite>(),
+    tested<Sgd, float32, float32, kF32, 0>(),
+    tested<Sgd, bfloat16, bfloat16, kBF16, kWithNesterov | kWeightDecay>(),
+    tested<Sgd, float16, float16, kF16, kWithNesterov | kFrame | kCompensated>(),
+    tested<Sgd, bfloat16, float16, kF32, kWithMomentum | kCompensated | kStochastic | kAverage>(),
+    tested<Adam, float32, float32, kF32, kCorrected | kWeightDecay | kDecoupled>(),
+    tested<Adam, float32, bfloat16, kF32 | kBF16, kCorrectedLargest | kFrame>(),
+    tested<Adam, bfloat16, bfloat16, kBF16, kMaster | kSkipNonfinite>(),
     tested<
-        kAdam,
+        Adam,
         float16,
         float16,
         kF16,
         kCorrectedLargest | kFrame | kMaster | kStochastic | kAverage>(),
-    tested<kAdamax, bfloat16, float32, kBF16, kMaster | kAverage | kGroups | kWeightDecay>(),
-    tested<kLion, bfloat16, bfloat16, kBF16, kWeightDecay | kDecoupled | kStochastic>(),
-    tested<kRmsprop, float16, float32, kAnyType, kClipNorm | kCompensated>(),
-    tested<kAdagrad, float32, float16, kF32, kTrustRatio | kStochastic>(),
-    tested<kAdadelta, float16, bfloat16, kBF16, kMaster | kSkipNonfinite | kWeightDecay>(),
+    tested<Adamax, bfloat16, float32, kBF16, kMaster | kAverage | kGroups | kWeightDecay>(),
+    tested<Lion, bfloat16, bfloat16, kBF16, kWeightDecay | kDecoupled | kStochastic>(),
+    tested<Rmsprop, float16, float32, kAnyType, kClipNorm | kCompensated>(),
+    tested<Adagrad, float32, float16, kF32, kTrustRatio | kStochastic>(),
+    tested<Adadelta, float16, bfloat16, kBF16, kMaster | kSkipNonfinite | kWeightDecay>(),
     // A step with more than a process may have kernels for (csrc/cuda/kernels.cpp).
-    tested<kAdam, bfloat16, float32, kAnyType, kGenericFlags>(),
+    tested<Adam, bfloat16, float32, kAnyType, kGenericFlags>(),
 };
 constexpr int kTestedCount = std::size(kTested);
 
@@ -319,8 +327,8 @@ void test_step(int round, Counted& counted) {
   const uint64_t step = 41;
   const float given[kScalars] = {0.1f, 0.01f, 4.0f, 0.8f, 0.95f, 0.01f};
   std::vector<float> measured = {5.0f, skips ? 0.0f : 1.0f}, groups;
-  const bool counts = skips || (flags & kStochastic) || is_bias_corrected(kernel.rule, flags) ||
-      below(2); // else it needs no step
+  const bool counts = skips || (flags & kStochastic) ||
+      Rules::is_bias_corrected(kernel.rule, flags) || below(2); // else it needs no step
   common.step = counts ? &step : nullptr;
   common.given = given;
 
@@ -609,7 +617,7 @@ Squares sum_in_order(
 }
 
 template <uint32_t flags>
-using MeasureKnown = Known<kSgd, float32, float32, kAnyType, flags>;
+using MeasureKnown = Known<0, float32, float32, kAnyType, flags>;
 
 void test_measurement(int round, Counted& counted) {
   MeasureCommon common{};

@@ -27,8 +27,7 @@ TRANSFORMS = "csrc/composed/transforms.cpp"
 ROUNDING = "csrc/composed/rounding.cpp"
 RULES_PY = "python/mlx_fused_optim/_rules.py"
 FRAME = "csrc/math/frame.h"
-RULES_H = "csrc/math/rules.h"
-RULES_COMPOSED = "csrc/composed/rules.cpp"
+OPERATORS = "csrc/composed/operators.h"
 RULE, SGD, ADAM, ADAMAX, LION, RMSPROP, ADADELTA = (
     f"csrc/math/rules/{name}.h"
     for name in ("rule", "sgd", "adam", "adamax", "lion", "rmsprop", "adadelta")
@@ -128,27 +127,27 @@ MUTANTS = [
     Mutant("second_moment_not_kept", ADAM, "  slots.of[kSecondMoment] = v;\n", "", "rules"),
     Mutant("largest_not_kept", ADAM, "    slots.of[kLargestMoment] = second;\n", "", "rules full_conformance"),
     Mutant("largest_of_the_moment", ADAM, "larger(slots.of[kLargestMoment], v)", "larger(slots.of[kSecondMoment], v)", "rules full_conformance"),
-    Mutant("eps_under_the_root", ADAM, "const T scale = corrected ? root(second) * n.corrected_root : root(second);", "const T scale = corrected ? root(second) * n.corrected_root : root(second + n.scalar[kAdamEps]);", "rules"),
+    Mutant("eps_under_the_root", ADAM, "const T scale = corrected ? root(second) * n.corrected_root : root(second);", "const T scale = corrected ? root(second) * n.corrected_root : root(second + n.scalar[kEps]);", "rules"),
     Mutant("root_not_corrected", ADAM, "root(second) * n.corrected_root", "root(second)", "correction full_conformance"),
     Mutant("rate_not_corrected", ADAM, "corrected ? n.corrected_rate : n.learning_rate", "n.learning_rate", "correction full_conformance"),
-    Mutant("eps_corrected_too", ADAM, "scale + n.scalar[kAdamEps]), slots}", "scale + (corrected ? n.scalar[kAdamEps] * n.corrected_root : n.scalar[kAdamEps])), slots}", "full_conformance"),
+    Mutant("eps_corrected_too", ADAM, "scale + n.scalar[kEps]), slots}", "scale + (corrected ? n.scalar[kEps] * n.corrected_root : n.scalar[kEps])), slots}", "full_conformance"),
     Mutant("sign_forgotten", ADAMAX, "magnitude_of(gradient)", "gradient", "rules"),
-    Mutant("infinity_norm_never_falls", ADAMAX, "n.scalar[kBeta2] * slots.of[kSecondMoment]", "slots.of[kSecondMoment]", "rules"),
-    Mutant("root_of_the_infinity_norm", ADAMAX, "v + n.scalar[kAdamEps])", "root(v) + n.scalar[kAdamEps])", "rules"),
-    Mutant("direction_of_the_new", LION, "const T old = slots.of[kFirstMoment];\n  const T direction = moved(old,", "const T old = slots.of[kFirstMoment];\n  const T direction = moved(moved(old, gradient, n.scalar[kBeta2], n.rest[kBeta2]),", "rules"),
+    Mutant("infinity_norm_never_falls", ADAMAX, "n.scalar[kBeta2] * slots.of[kInfinityNorm]", "slots.of[kInfinityNorm]", "rules"),
+    Mutant("root_of_the_infinity_norm", ADAMAX, "v + n.scalar[kEps])", "root(v) + n.scalar[kEps])", "rules"),
+    Mutant("direction_of_the_new", LION, "const T direction = moved(old,", "const T direction = moved(moved(old, gradient, n.scalar[kBeta2], n.rest[kBeta2]),", "rules"),
     Mutant("lions_rates_swapped", LION, "moved(old, gradient, n.scalar[kBeta1], n.rest[kBeta1])", "moved(old, gradient, n.scalar[kBeta2], n.rest[kBeta2])", "rules"),
-    Mutant("zero_goes_down", LION, "direction < zero ? -one : zero", "direction <= zero ? -one : zero", "rules"),
-    Mutant("nan_has_a_direction", LION, "direction > zero ? one : below", "direction < zero ? below : one", "rules"),
+    Mutant("zero_goes_down", RULE, "choose(x < zero, -one, zero)", "choose(x <= zero, -one, zero)", "rules"),
+    Mutant("nan_has_a_direction", RULE, "choose(x > zero, one, choose(x < zero, -one, zero))", "choose(x <= zero, choose(x < zero, -one, zero), one)", "rules"),
     Mutant("no_average_of_squares", RMSPROP, "const T v = moved(slots.of[kSquares], gradient * gradient, n.scalar[kAlpha], n.rest[kAlpha]);", "const T v = slots.of[kSquares] + gradient * gradient;", "rules"),
     Mutant("squares_forgotten", RMSPROP, "slots.of[kSquares] + gradient * gradient", "gradient * gradient", "rules"),
     Mutant("squares_not_kept", RMSPROP, "  slots.of[kSquares] = squares;\n", "", "rules"),
-    Mutant("eps_of_the_other", RMSPROP, "n.scalar[kAdagradEps]", "n.scalar[kRmspropEps]", "rules"),
+    Mutant("eps_of_the_other", RMSPROP, "enum Scalar : int { kEps }", "enum Scalar : int { kEps = 1 }", "rules"),
     Mutant("divided_before_the_rate", RMSPROP, "quotient(rate * gradient, root(squares) + eps)", "rate * quotient(gradient, root(squares) + eps)", "rules"),
     Mutant("changes_of_this_step", ADADELTA, "root(old + eps)", "root(moved(old, gradient * gradient, rho, rest) + eps)", "rules"),
     Mutant("one_root_of_a_quotient", ADADELTA, "quotient(root(old + eps), root(v + eps))", "root(quotient(old + eps, v + eps))", "rules"),
     Mutant("changes_not_kept", ADADELTA, "  slots.of[kChangeSquares] = moved(old, change * change, rho, rest);\n", "", "rules"),
     Mutant("squares_of_the_gradient", ADADELTA, "change * change", "gradient * gradient", "rules"),
-    Mutant("nan_is_not_larger", RULE, "((a > b) | (a != a)) ? a : b", "a > b ? a : b", "rules full_conformance"),
+    Mutant("nan_is_not_larger", RULE, "choose((a > b) | (a != a), a, b)", "choose(a > b, a, b)", "rules full_conformance"),
     # ---- The frame
     Mutant("corrected_by_the_step_before", FRAME, "        low_part(control, kFirstRuleScalar + 1),\n        step + 1);", "        low_part(control, kFirstRuleScalar + 1),\n        step);", "correction"),
     Mutant("correction_in_float32", FRAME, "control.constants[i].lo : 0.0f", "0.0f : 0.0f", "correction"),
@@ -168,12 +167,16 @@ MUTANTS = [
     Mutant("rates_of_the_frame_swapped", FRAME, "hyper.weight_decay = scalars.of[kWeightDecayFactor];", "hyper.weight_decay = scalars.of[kLearningRate];", "conformance rules"),
     Mutant("master_takes_the_rounding", FRAME, "    e.master = exact;\n", "    e.master = round_nearest(exact, parameter_format);\n", "full_conformance full_step"),
     Mutant("compensation_of_nothing", FRAME, "const T change = e.compensation - next.change;", "const T change = T() - next.change;", "full_conformance full_step"),
-    Mutant("slots_of_amsgrad", RULES_H, "(flags & kAmsgrad ? 3 : 2)", "3", "rules options"),
+    Mutant("slots_of_amsgrad", ADAM, "flags & kAmsgrad ? 3 : 2", "3", "rules options"),
     # ---- The rules in MLX's operations, and their table
-    Mutant("composed_rest", RULES_COMPOSED, "velocity = moved(*slots[kVelocity], gradient, momentum, n.rest[kDampening])", "velocity = moved(*slots[kVelocity], gradient, momentum, n.rest[kMomentumFactor])", "transforms_full full_conformance"),
-    Mutant("composed_largest", RULES_COMPOSED, "      slots[kLargestMoment] = second;\n", "", "transforms_full full_conformance"),
-    Mutant("composed_correction", RULES_COMPOSED, "multiply(root(second), n.corrected_root)", "root(second)", "transforms_full full_conformance"),
-    Mutant("scalars_in_another_order", "csrc/graph/rules.cpp", '{"alpha", "eps"}', '{"eps", "alpha"}', "rules full_conformance"),
+    Mutant("composed_rest", COMPOSED, "of(number(control_.rest[i]))", "1.0f - n.rule.scalar[i]", "full_conformance"),
+    Mutant("composed_slot", COMPOSED, "stored_slot(ruled.slots.of[slot].array, slot, random)", "stored_slot(ruled.slots.of[0].array, slot, random)", "transforms_full full_conformance"),
+    Mutant("composed_correction", COMPOSED, "rounded(mx::rsqrt(bias(1), cpu))", "rounded(mx::rsqrt(bias(0), cpu))", "transforms_full full_conformance"),
+    Mutant("composed_quotient", OPERATORS, "composed(mx::divide, a, b)", "composed(mx::divide, b, a)", "transforms_full full_conformance"),
+    Mutant("composed_choice", OPERATORS, "mx::where(condition.array, a.array, b.array", "mx::where(condition.array, b.array, a.array", "transforms_full full_conformance"),
+    Mutant("composed_magnitude", OPERATORS, "mx::abs(x.array, x.s)", "x.array", "transforms_full full_conformance"),
+    Mutant("plain_flags_of_no_rule", "csrc/cpu/kernel.cpp", "(n & Rules::flags(rule))", "(n & 0)", "conformance rules"),
+    Mutant("scalars_in_another_order", RMSPROP, '{"alpha", "eps"}', '{"eps", "alpha"}', "rules full_conformance"),
     # ---- Python: the rules
     Mutant("moments_in_half", RULES_PY, "state_dtype: mx.Dtype | None = mx.float32,", "state_dtype: mx.Dtype | None = None,", "rules"),
     Mutant("factors_of_one", RULES_PY, "BELOW_ONE = Range(0.0, 1.0, (False, True))", "BELOW_ONE = Range(0.0, 1.0, (False, False))", "rules"),

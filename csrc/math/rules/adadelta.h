@@ -5,22 +5,27 @@
 
 namespace fused_math {
 
-enum AdadeltaNames : int {
-  kGradientSquares = 0, // slots
-  kChangeSquares = 1,
-  kRho = 0, // scalars
-  kAdadeltaEps = 1,
-};
+struct Adadelta : PlainRule {
+  enum Slot : int { kGradientSquares, kChangeSquares };
+  enum Scalar : int { kRho, kEps };
 
-template <typename T>
-MATH_FN RuleStep<T> adadelta(T gradient, RuleSlots<T> slots, RuleNumbers n) {
-  const float rho = n.scalar[kRho], rest = n.rest[kRho], eps = n.scalar[kAdadeltaEps];
-  const T old = slots.of[kChangeSquares];
-  const T v = moved(slots.of[kGradientSquares], gradient * gradient, rho, rest);
-  const T change = quotient(root(old + eps), root(v + eps)) * gradient;
-  slots.of[kGradientSquares] = v;
-  slots.of[kChangeSquares] = moved(old, change * change, rho, rest);
-  return {n.learning_rate * change, slots};
-}
+  MATH_MEMBER constexpr int slots(uint32_t) { return 2; }
+
+  template <typename Names>
+  MATH_MEMBER Names names() {
+    return {"adadelta", {"v", "u"}, {"rho", "eps"}, {}};
+  }
+
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {
+    const N rho = n.scalar[kRho], rest = n.rest[kRho], eps = n.scalar[kEps];
+    const T old = slots.of[kChangeSquares];
+    const T v = moved(slots.of[kGradientSquares], gradient * gradient, rho, rest);
+    const T change = quotient(root(old + eps), root(v + eps)) * gradient;
+    slots.of[kGradientSquares] = v;
+    slots.of[kChangeSquares] = moved(old, change * change, rho, rest);
+    return {n.learning_rate * change, slots};
+  }
+};
 
 } // namespace fused_math

@@ -6,30 +6,39 @@
 
 namespace fused_math {
 
-enum AdamNames : int {
-  kFirstMoment = 0, // slots
-  kSecondMoment = 1,
-  kLargestMoment = 2, // with kAmsgrad
-  kBeta1 = 0, // scalars
-  kBeta2 = 1,
-  kAdamEps = 2,
-};
+struct Adam : PlainRule {
+  enum Flag : uint32_t { kBiasCorrection = 1, kAmsgrad = 2, kFlags = 3, kCorrection = 1 };
+  enum Slot : int { kFirstMoment, kSecondMoment, kLargestMoment }; // the last with kAmsgrad
+  enum Scalar : int { kBeta1, kBeta2, kEps };
 
-template <typename T>
-MATH_FN RuleStep<T> adam(T gradient, RuleSlots<T> slots, RuleNumbers n, uint32_t flags) {
-  const T m = moved(slots.of[kFirstMoment], gradient, n.scalar[kBeta1], n.rest[kBeta1]);
-  const T v = moved(slots.of[kSecondMoment], gradient * gradient, n.scalar[kBeta2], n.rest[kBeta2]);
-  slots.of[kFirstMoment] = m;
-  slots.of[kSecondMoment] = v;
-  T second = v;
-  if (flags & kAmsgrad) {
-    second = larger(slots.of[kLargestMoment], v);
-    slots.of[kLargestMoment] = second;
+  MATH_MEMBER constexpr int slots(uint32_t flags) { return flags & kAmsgrad ? 3 : 2; }
+
+  template <typename Names>
+  MATH_MEMBER Names names() {
+    return {
+        "adam",
+        {"m", "v", "largest_v"},
+        {"beta1", "beta2", "eps"},
+        {{"bias_correction", kBiasCorrection}, {"amsgrad", kAmsgrad}}};
   }
-  const bool corrected = flags & kBiasCorrection;
-  const T scale = corrected ? root(second) * n.corrected_root : root(second);
-  const float rate = corrected ? n.corrected_rate : n.learning_rate;
-  return {quotient(rate * m, scale + n.scalar[kAdamEps]), slots};
-}
+
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t flags) {
+    const T m = moved(slots.of[kFirstMoment], gradient, n.scalar[kBeta1], n.rest[kBeta1]);
+    const T v =
+        moved(slots.of[kSecondMoment], gradient * gradient, n.scalar[kBeta2], n.rest[kBeta2]);
+    slots.of[kFirstMoment] = m;
+    slots.of[kSecondMoment] = v;
+    T second = v;
+    if (flags & kAmsgrad) {
+      second = larger(slots.of[kLargestMoment], v);
+      slots.of[kLargestMoment] = second;
+    }
+    const bool corrected = flags & kBiasCorrection;
+    const T scale = corrected ? root(second) * n.corrected_root : root(second);
+    const N rate = corrected ? n.corrected_rate : n.learning_rate;
+    return {quotient(rate * m, scale + n.scalar[kEps]), slots};
+  }
+};
 
 } // namespace fused_math

@@ -1,18 +1,30 @@
 // Adamax (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980, section 7.1), without bias
-// correction, as mlx.optimizers.Adamax. Slots and scalars are Adam's.
+// correction, as mlx.optimizers.Adamax.
 #pragma once
 
-#include "adam.h"
+#include "rule.h"
 
 namespace fused_math {
 
-template <typename T>
-MATH_FN RuleStep<T> adamax(T gradient, RuleSlots<T> slots, RuleNumbers n) {
-  const T m = moved(slots.of[kFirstMoment], gradient, n.scalar[kBeta1], n.rest[kBeta1]);
-  const T v = larger(n.scalar[kBeta2] * slots.of[kSecondMoment], magnitude_of(gradient));
-  slots.of[kFirstMoment] = m;
-  slots.of[kSecondMoment] = v;
-  return {quotient(n.learning_rate * m, v + n.scalar[kAdamEps]), slots};
-}
+struct Adamax : PlainRule {
+  enum Slot : int { kFirstMoment, kInfinityNorm };
+  enum Scalar : int { kBeta1, kBeta2, kEps };
+
+  MATH_MEMBER constexpr int slots(uint32_t) { return 2; }
+
+  template <typename Names>
+  MATH_MEMBER Names names() {
+    return {"adamax", {"m", "v"}, {"beta1", "beta2", "eps"}, {}};
+  }
+
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {
+    const T m = moved(slots.of[kFirstMoment], gradient, n.scalar[kBeta1], n.rest[kBeta1]);
+    const T v = larger(n.scalar[kBeta2] * slots.of[kInfinityNorm], magnitude_of(gradient));
+    slots.of[kFirstMoment] = m;
+    slots.of[kInfinityNorm] = v;
+    return {quotient(n.learning_rate * m, v + n.scalar[kEps]), slots};
+  }
+};
 
 } // namespace fused_math

@@ -7,29 +7,46 @@
 
 namespace fused_math {
 
-enum RmspropNames : int {
-  kSquares = 0, // slot
-  kAlpha = 0, // scalars
-  kRmspropEps = 1,
-  kAdagradEps = 0,
+struct OverRoot : PlainRule {
+  enum Slot : int { kSquares };
+
+  MATH_MEMBER constexpr int slots(uint32_t) { return 1; }
+
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> over_root(T gradient, T squares, RuleSlots<T> slots, N rate, N eps) {
+    slots.of[kSquares] = squares;
+    return {quotient(rate * gradient, root(squares) + eps), slots};
+  }
 };
 
-template <typename T>
-MATH_FN RuleStep<T> over_root(T gradient, T squares, RuleSlots<T> slots, float rate, float eps) {
-  slots.of[kSquares] = squares;
-  return {quotient(rate * gradient, root(squares) + eps), slots};
-}
+struct Rmsprop : OverRoot {
+  enum Scalar : int { kAlpha, kEps };
 
-template <typename T>
-MATH_FN RuleStep<T> rmsprop(T gradient, RuleSlots<T> slots, RuleNumbers n) {
-  const T v = moved(slots.of[kSquares], gradient * gradient, n.scalar[kAlpha], n.rest[kAlpha]);
-  return over_root(gradient, v, slots, n.learning_rate, n.scalar[kRmspropEps]);
-}
+  template <typename Names>
+  MATH_MEMBER Names names() {
+    return {"rmsprop", {"v"}, {"alpha", "eps"}, {}};
+  }
 
-template <typename T>
-MATH_FN RuleStep<T> adagrad(T gradient, RuleSlots<T> slots, RuleNumbers n) {
-  const T v = slots.of[kSquares] + gradient * gradient;
-  return over_root(gradient, v, slots, n.learning_rate, n.scalar[kAdagradEps]);
-}
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {
+    const T v = moved(slots.of[kSquares], gradient * gradient, n.scalar[kAlpha], n.rest[kAlpha]);
+    return over_root(gradient, v, slots, n.learning_rate, n.scalar[kEps]);
+  }
+};
+
+struct Adagrad : OverRoot {
+  enum Scalar : int { kEps };
+
+  template <typename Names>
+  MATH_MEMBER Names names() {
+    return {"adagrad", {"v"}, {"eps"}, {}};
+  }
+
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {
+    const T v = slots.of[kSquares] + gradient * gradient;
+    return over_root(gradient, v, slots, n.learning_rate, n.scalar[kEps]);
+  }
+};
 
 } // namespace fused_math

@@ -5,21 +5,32 @@
 
 namespace fused_math {
 
-enum SgdNames : int {
-  kVelocity = 0, // slot, with kMomentum
-  kMomentumFactor = 0, // scalar
-  kDampening = 1, // scalar
-};
+struct Sgd : PlainRule {
+  enum Flag : uint32_t { kMomentum = 1, kNesterov = 2, kFlags = 3 };
+  enum Slot : int { kVelocity }; // with kMomentum
+  enum Scalar : int { kMomentumFactor, kDampening };
 
-template <typename T>
-MATH_FN RuleStep<T> sgd(T gradient, RuleSlots<T> slots, RuleNumbers n, uint32_t flags) {
-  if (flags & kMomentum) {
-    const float momentum = n.scalar[kMomentumFactor];
-    const T velocity = moved(slots.of[kVelocity], gradient, momentum, n.rest[kDampening]);
-    gradient = flags & kNesterov ? gradient + momentum * velocity : velocity;
-    slots.of[kVelocity] = velocity;
+  MATH_MEMBER constexpr int slots(uint32_t flags) { return flags & kMomentum ? 1 : 0; }
+
+  template <typename Names>
+  MATH_MEMBER Names names() {
+    return {
+        "sgd",
+        {"momentum"},
+        {"momentum", "dampening"},
+        {{"momentum", kMomentum}, {"nesterov", kNesterov}}};
   }
-  return {n.learning_rate * gradient, slots};
-}
+
+  template <typename T, typename N>
+  MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t flags) {
+    if (flags & kMomentum) {
+      const N momentum = n.scalar[kMomentumFactor];
+      const T velocity = moved(slots.of[kVelocity], gradient, momentum, n.rest[kDampening]);
+      gradient = flags & kNesterov ? gradient + momentum * velocity : velocity;
+      slots.of[kVelocity] = velocity;
+    }
+    return {n.learning_rate * gradient, slots};
+  }
+};
 
 } // namespace fused_math
