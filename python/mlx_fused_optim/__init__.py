@@ -12,63 +12,12 @@ from ._requirements import check_extension, check_mlx
 check_mlx()
 check_extension()
 
-from . import optimizers, schedulers
+from . import functional, optimizers, schedulers, schedules
 from ._describe import describe
-from .functional import (
-    fused_adadelta_init,
-    fused_adadelta_step,
-    fused_adagrad_init,
-    fused_adagrad_step,
-    fused_adam_init,
-    fused_adam_step,
-    fused_adamax_init,
-    fused_adamax_step,
-    fused_adamw_init,
-    fused_adamw_step,
-    fused_ema,
-    fused_lion_init,
-    fused_lion_step,
-    fused_rmsprop_init,
-    fused_rmsprop_step,
-    fused_sgd_init,
-    fused_sgd_step,
-)
-from .optimizers import (
-    SGD,
-    AdaDelta,
-    Adafactor,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    FusedOptimizer,
-    Lion,
-    MultiOptimizer,
-    Muon,
-    Optimizer,
-    RMSprop,
-    clip_grad_norm,
-)
+from .functional import *
+from .optimizers import *
 from .scaler import GradScaler
-from .schedules import (
-    Schedule,
-    constant,
-    cosine_decay,
-    cosine_restarts,
-    exponential_decay,
-    inverse_sqrt,
-    join_schedules,
-    linear_schedule,
-    multi_step,
-    one_cycle,
-    parse_schedule,
-    polynomial_decay,
-    scaled,
-    step_decay,
-    triangular,
-    warmup,
-    warmup_stable_decay,
-)
+from .schedules import *
 
 
 def __getattr__(name: str) -> object:
@@ -81,57 +30,7 @@ def __getattr__(name: str) -> object:
 
 
 __version__ = "0.1.0"
-__all__ = [
-    "SGD",
-    "AdaDelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "FusedOptimizer",
-    "GradScaler",
-    "Lion",
-    "MultiOptimizer",
-    "Muon",
-    "Optimizer",
-    "RMSprop",
-    "Schedule",
-    "clip_grad_norm",
-    "constant",
-    "cosine_decay",
-    "cosine_restarts",
-    "describe",
-    "exponential_decay",
-    "fused_adadelta_init",
-    "fused_adadelta_step",
-    "fused_adagrad_init",
-    "fused_adagrad_step",
-    "fused_adam_init",
-    "fused_adam_step",
-    "fused_adamax_init",
-    "fused_adamax_step",
-    "fused_adamw_init",
-    "fused_adamw_step",
-    "fused_ema",
-    "fused_lion_init",
-    "fused_lion_step",
-    "fused_rmsprop_init",
-    "fused_rmsprop_step",
-    "fused_sgd_init",
-    "fused_sgd_step",
-    "inverse_sqrt",
-    "join_schedules",
-    "linear_schedule",
-    "multi_step",
-    "one_cycle",
-    "optimizers",
-    "parse_schedule",
-    "polynomial_decay",
-    "scaled",
-    "schedulers",
-    "step_decay",
-    "triangular",
-    "warmup",
-    "warmup_stable_decay",
-]
+__all__ = ["GradScaler", "describe", "optimizers", "schedulers"]
+__all__ += functional.__all__
+__all__ += optimizers.__all__
+__all__ += schedules.__all__

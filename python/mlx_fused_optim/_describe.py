@@ -9,7 +9,7 @@ from mlx.utils import tree_unflatten
 
 from . import _packing
 from ._paths import name_of
-from ._rules import ALL_SLOTS
+from ._rules import all_slots
 
 
 def describe(state: dict[str, Any]) -> str:
@@ -42,7 +42,7 @@ def describe(state: dict[str, Any]) -> str:
     if isinstance(state, dict) and any(key.startswith("arenas.") for key in map(str, state)):
         state = tree_unflatten(list(state.items()))
     _packing.check_is_state(state, op)
-    rule = ALL_SLOTS
+    rule = all_slots()
     tensors = _packing.everything(state, rule, op)
     names = [name for name in rule if any(name in kept for kept in tensors.values())]
     rows = [["tensor", "shape", *(rule[name].key for name in names)]]

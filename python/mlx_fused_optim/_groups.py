@@ -12,7 +12,7 @@ from . import _ext
 from ._checks import checked_factor, checked_positive, checked_scalar, least_of
 from ._paths import leaves, name_of
 from ._recent import Recent
-from ._rules import ANY, RULE_PLACES, SGD, Rule
+from ._rules import ANY, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
 
@@ -29,15 +29,16 @@ KEYS = ("learning_rate", "learning_rate_factor", "weight_decay")
 COLUMNS = {"learning_rate": 0, "weight_decay": 2}
 TRUST_COEFFICIENT = 4
 FIRST_SCALAR, SCALAR_NUMBERS = 5, 4
+SGD_FLAGS = next(row["flags"] for row in _ext.RULES if row["name"] == "sgd")
 # Overrides that decide whether a tensor has a term at all, and the bit of that term.
 TERMS = {
-    "momentum": SGD.flags["momentum"],
+    "momentum": SGD_FLAGS["momentum"],
     "weight_decay": _ext.FLAGS["weight_decay"],
     "trust_coefficient": _ext.FLAGS["trust_ratio"],
 }
 
 
-RULE_FLAGS = sum(SGD.flags.values())  # the two bits that any rule has
+RULE_FLAGS = sum(SGD_FLAGS.values())  # the two bits that any rule has
 
 
 class Member(NamedTuple):
@@ -140,7 +141,7 @@ def _checked_member(op: str, rule: Rule, number: int, group: Any) -> Member:
             f"[{op}] the overrides of group {number} are of the wrong type: got "
             f"{type(overrides).__name__}, allowed a dict."
         )
-    allowed = (*KEYS, *rule.scalars, *(("trust_coefficient",) if rule is SGD else ()))
+    allowed = (*KEYS, *rule.scalars, *(("trust_coefficient",) if rule.name == "sgd" else ()))
     if "beta1" in allowed and "betas" in overrides:
         overrides = {**overrides, **named_betas(op, overrides["betas"])}
         del overrides["betas"]

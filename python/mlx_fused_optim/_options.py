@@ -18,7 +18,7 @@ from ._checks import (
     checked_scalar,
 )
 from ._groups import NO_GROUPS, GroupList, Groups, checked_groups
-from ._rules import SGD, Rule
+from ._rules import Rule
 from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
@@ -236,7 +236,7 @@ def checked_options(op: str, rule: Rule, **options: Any) -> Options:
         clip_value = checked_positive(op, "clip_value", clip_value, infinite=True)
     trust_coefficient = given.trust_coefficient
     if trust_coefficient is not None:
-        if rule is not SGD:
+        if rule.name != "sgd":
             raise ValueError(
                 f"[{op}] trust_coefficient is LARS's, which is of SGD: got {trust_coefficient}, "
                 "allowed None."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -69,55 +71,56 @@ UNIT = Range(0.0, 1.0)
 BELOW_ONE = Range(0.0, 1.0, (False, True))
 
 
+RULES: dict[str, Rule] = {}
+
+
 class Rule:
-    """One rule of csrc/math/rules."""
+    """One rule of csrc/math/rules, by its name there: the range of each of its scalars, and where
+    mlx.optimizers keeps a slot that has another name. Each optimizer has one."""
 
     def __init__(
         self,
         name: str,
-        ranges: tuple[Range, ...],
         state_dtype: mx.Dtype | None = mx.float32,
-        keys: dict[str, str] | None = None,
+        keys: Mapping[str, str] = MappingProxyType({}),
+        **ranges: Range,
     ):
         self.number = next(i for i, row in enumerate(_ext.RULES) if row["name"] == name)
         row = _ext.RULES[self.number]
         self.name = name
         self.scalars: tuple[str, ...] = tuple(row["scalars"])
-        self.ranges = dict(zip(self.scalars, ranges, strict=True), weight_decay=ANY)
+        if self.scalars != tuple(ranges):
+            raise TypeError(f"[{name}] has scalars: got {(*ranges,)}, allowed {self.scalars}.")
+        self.ranges = {**ranges, "weight_decay": ANY}
         self.flags: dict[str, int] = row["flags"]
         # Those that are options; the others follow from a number.
         self.choices = tuple(name for name in self.flags if name not in self.scalars)
         # Of half parameters: below float32 a second moment does not decay.
         self.state_dtype = state_dtype
         own = [
-            Slot(slot, (keys or {}).get(slot, slot), has_own_dtype=True, lasts=True)
+            Slot(slot, keys.get(slot, slot), has_own_dtype=True, lasts=True)
             for slot in row["slots"]
         ]
         self.own_slots = tuple(slot.name for slot in own)
         self.slots = Slots(*own, *FRAME_SLOTS, together=self.kept(0))
         # Of each slot, among those of the kernel.
         self.places = (*range(len(own)), *range(RULE_PLACES, RULE_PLACES + len(FRAME_SLOTS)))
+        RULES[name] = self
 
     def kept(self, flags: int) -> tuple[str, ...]:
         """The slots of its own that a step with these flags keeps."""
         return self.own_slots[: _ext.rule_slots(self.number, flags)]
 
-    def __reduce__(self) -> str:
-        return self.name.upper()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rule_named, (self.name,)
 
 
-SGD = Rule("sgd", (FROM_ZERO, UNIT), None, {"momentum": "v"})
-ADAM = Rule("adam", (BELOW_ONE, BELOW_ONE, FROM_ZERO))
-ADAMAX = Rule("adamax", (BELOW_ONE, BELOW_ONE, FROM_ZERO))
-LION = Rule("lion", (BELOW_ONE, BELOW_ONE))
-RMSPROP = Rule("rmsprop", (FROM_ZERO, ABOVE_ZERO))
-ADAGRAD = Rule("adagrad", (ABOVE_ZERO,))
-ADADELTA = Rule("adadelta", (FROM_ZERO, ABOVE_ZERO))
+def rule_named(name: str) -> Rule:
+    return RULES[name]
 
-# Of a state of which nobody says whose it is.
-ALL_SLOTS = Slots(
-    *(SGD.slots[name] for name in SGD.own_slots),
-    *(ADAM.slots[name] for name in ADAM.own_slots),
-    *(ADADELTA.slots[name] for name in ("u",)),
-    *FRAME_SLOTS,
-)
+
+def all_slots() -> Slots:
+    """Of a state of which nobody says whose it is."""
+    rules = sorted(RULES.values(), key=lambda rule: rule.number)
+    own = {name: rule.slots[name] for rule in rules for name in rule.own_slots}
+    return Slots(*own.values(), *FRAME_SLOTS)

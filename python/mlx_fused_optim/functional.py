@@ -12,7 +12,7 @@ from . import _ext, _packing
 from ._checks import LearningRate, checked_scalar
 from ._groups import known_groups
 from ._options import Options
-from ._rules import ALL_SLOTS
+from ._rules import all_slots
 from ._step import Hyper, begun, never_changes, prepared_step, take_step
 from .optimizers import (
     SGD,
@@ -26,6 +26,26 @@ from .optimizers import (
     RMSprop,
 )
 from .schedules._of_mlx import as_ours
+
+__all__ = [
+    "fused_adadelta_init",
+    "fused_adadelta_step",
+    "fused_adagrad_init",
+    "fused_adagrad_step",
+    "fused_adam_init",
+    "fused_adam_step",
+    "fused_adamax_init",
+    "fused_adamax_step",
+    "fused_adamw_init",
+    "fused_adamw_step",
+    "fused_ema",
+    "fused_lion_init",
+    "fused_lion_step",
+    "fused_rmsprop_init",
+    "fused_rmsprop_step",
+    "fused_sgd_init",
+    "fused_sgd_step",
+]
 
 Init = Callable[..., _packing.State]
 Step = Callable[..., tuple[Any, _packing.State]]
@@ -58,7 +78,8 @@ def _checked(
     return hyper, options
 
 
-def _init_of(cls: type[FusedOptimizer], name: str) -> Init:
+def _init_of(cls: type[FusedOptimizer]) -> Init:
+    name = f"fused_{cls._op.lower()}"
     op = f"{name}_init"
 
     def init(
@@ -101,7 +122,8 @@ def _init_of(cls: type[FusedOptimizer], name: str) -> Init:
     return init
 
 
-def _step_of(cls: type[FusedOptimizer], name: str) -> Step:
+def _step_of(cls: type[FusedOptimizer]) -> Step:
+    name = f"fused_{cls._op.lower()}"
     op = f"{name}_step"
 
     def step(
@@ -175,6 +197,10 @@ def _step_of(cls: type[FusedOptimizer], name: str) -> Step:
     return step
 
 
+def _pair(cls: type[FusedOptimizer]) -> tuple[Init, Step]:
+    return _init_of(cls), _step_of(cls)
+
+
 def fused_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     """The moving average of the parameters that a state keeps, see
     :meth:`FusedOptimizer.ema_parameters`.
@@ -193,18 +219,14 @@ def fused_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
         {'w': array([1, 1], dtype=float32)}
     """
     _packing.check_scalars(state, "fused_ema")
-    return _packing.averages(state, dtype, ALL_SLOTS, "fused_ema")
+    return _packing.averages(state, dtype, all_slots(), "fused_ema")
 
 
-fused_sgd_init, fused_sgd_step = _init_of(SGD, "fused_sgd"), _step_of(SGD, "fused_sgd")
-fused_adam_init, fused_adam_step = _init_of(Adam, "fused_adam"), _step_of(Adam, "fused_adam")
-fused_adamw_init, fused_adamw_step = _init_of(AdamW, "fused_adamw"), _step_of(AdamW, "fused_adamw")
-fused_adamax_init = _init_of(Adamax, "fused_adamax")
-fused_adamax_step = _step_of(Adamax, "fused_adamax")
-fused_lion_init, fused_lion_step = _init_of(Lion, "fused_lion"), _step_of(Lion, "fused_lion")
-fused_rmsprop_init = _init_of(RMSprop, "fused_rmsprop")
-fused_rmsprop_step = _step_of(RMSprop, "fused_rmsprop")
-fused_adagrad_init = _init_of(Adagrad, "fused_adagrad")
-fused_adagrad_step = _step_of(Adagrad, "fused_adagrad")
-fused_adadelta_init = _init_of(AdaDelta, "fused_adadelta")
-fused_adadelta_step = _step_of(AdaDelta, "fused_adadelta")
+fused_sgd_init, fused_sgd_step = _pair(SGD)
+fused_adam_init, fused_adam_step = _pair(Adam)
+fused_adamw_init, fused_adamw_step = _pair(AdamW)
+fused_adamax_init, fused_adamax_step = _pair(Adamax)
+fused_lion_init, fused_lion_step = _pair(Lion)
+fused_rmsprop_init, fused_rmsprop_step = _pair(RMSprop)
+fused_adagrad_init, fused_adagrad_step = _pair(Adagrad)
+fused_adadelta_init, fused_adadelta_step = _pair(AdaDelta)

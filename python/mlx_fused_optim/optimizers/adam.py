@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import mlx.optimizers
 
-from .. import _rules
 from .._checks import Hyperparameter, LearningRate
 from .._options import Options, StepOptions
+from .._rules import BELOW_ONE, FROM_ZERO, Rule
 from .base import Betas, FusedOptimizer, Number
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Adam(FusedOptimizer, mlx.optimizers.Adam):
     """
 
     _op = "Adam"
-    _rule = _rules.ADAM
+    _rule = Rule("adam", beta1=BELOW_ONE, beta2=BELOW_ONE, eps=FROM_ZERO)
     _of_mlx = frozenset({"beta1", "beta2", "eps", "bias_correction"})
     beta1 = Number()
     beta2 = Number()
@@ -133,7 +133,6 @@ class AdamW(Adam, mlx.optimizers.AdamW):
     """
 
     _op = "AdamW"
-    _rule = _rules.ADAM
     _of_mlx = frozenset({"beta1", "beta2", "eps", "weight_decay", "bias_correction"})
     _usual = Options(decoupled=True)
 
@@ -197,7 +196,7 @@ class Adamax(Adam, mlx.optimizers.Adamax):
     """
 
     _op = "Adamax"
-    _rule = _rules.ADAMAX
+    _rule = Rule("adamax", beta1=BELOW_ONE, beta2=BELOW_ONE, eps=FROM_ZERO)
     _of_mlx = frozenset({"beta1", "beta2", "eps"})
 
     def __init__(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import mlx.optimizers
 
-from .. import _rules
 from .._checks import Hyperparameter, LearningRate
 from .._options import StepOptions
+from .._rules import ABOVE_ZERO, FROM_ZERO, Rule
 from .base import FusedOptimizer, Number
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
     """
 
     _op = "RMSprop"
-    _rule = _rules.RMSPROP
+    _rule = Rule("rmsprop", alpha=FROM_ZERO, eps=ABOVE_ZERO)
     _of_mlx = frozenset({"alpha", "eps"})
 
     alpha = Number()
@@ -107,7 +107,7 @@ class Adagrad(FusedOptimizer, mlx.optimizers.Adagrad):
     """
 
     _op = "Adagrad"
-    _rule = _rules.ADAGRAD
+    _rule = Rule("adagrad", eps=ABOVE_ZERO)
     _of_mlx = frozenset({"eps"})
 
     eps = Number()
@@ -162,7 +162,7 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
     """
 
     _op = "AdaDelta"
-    _rule = _rules.ADADELTA
+    _rule = Rule("adadelta", rho=FROM_ZERO, eps=ABOVE_ZERO)
     _of_mlx = frozenset({"rho", "eps"})
 
     rho = Number()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import mlx.optimizers
 
-from .. import _rules
 from .._checks import Hyperparameter, LearningRate
 from .._options import Options, StepOptions
+from .._rules import BELOW_ONE, Rule
 from .base import Betas, FusedOptimizer, Number
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Lion(FusedOptimizer, mlx.optimizers.Lion):
     """
 
     _op = "Lion"
-    _rule = _rules.LION
+    _rule = Rule("lion", beta1=BELOW_ONE, beta2=BELOW_ONE)
     _of_mlx = frozenset({"beta1", "beta2", "weight_decay"})
     _usual = Options(decoupled=True)
     beta1 = Number()

@@ -8,7 +8,7 @@ import mlx.optimizers
 
 from .._checks import Hyperparameter, LearningRate
 from .._options import StepOptions
-from .._rules import SGD as RULE
+from .._rules import FROM_ZERO, UNIT, Rule
 from .._step import Hyper
 from .base import FusedOptimizer, Number
 
@@ -85,7 +85,7 @@ class SGD(FusedOptimizer, mlx.optimizers.SGD):
     """
 
     _op = "SGD"
-    _rule = RULE
+    _rule = Rule("sgd", None, {"momentum": "v"}, momentum=FROM_ZERO, dampening=UNIT)
     _of_mlx = frozenset({"momentum", "weight_decay", "dampening", "nesterov"})
 
     momentum = Number()
@@ -120,5 +120,5 @@ class SGD(FusedOptimizer, mlx.optimizers.SGD):
                 f"momentum={momentum}, dampening={dampening}, "
                 "allowed momentum above 0 and dampening 0."
             )
-        bit = RULE.flags["momentum"] if momentum != 0 else 0
+        bit = cls._rule.flags["momentum"] if momentum != 0 else 0
         return hyper._replace(flags=hyper.flags | bit)
