@@ -8,23 +8,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import _ext, _packing
+from . import _ext, _packing, optimizers
 from ._checks import LearningRate, checked_scalar
 from ._groups import known_groups
 from ._options import Options
 from ._rules import all_slots
 from ._step import Hyper, begun, never_changes, prepared_step, take_step
-from .optimizers import (
-    SGD,
-    AdaDelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    FusedOptimizer,
-    Lion,
-    RMSprop,
-)
+from .optimizers.base import FusedOptimizer
 from .schedules._of_mlx import as_ours
 
 __all__ = [
@@ -222,11 +212,11 @@ def fused_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
     return _packing.averages(state, dtype, all_slots(), "fused_ema")
 
 
-fused_sgd_init, fused_sgd_step = _pair(SGD)
-fused_adam_init, fused_adam_step = _pair(Adam)
-fused_adamw_init, fused_adamw_step = _pair(AdamW)
-fused_adamax_init, fused_adamax_step = _pair(Adamax)
-fused_lion_init, fused_lion_step = _pair(Lion)
-fused_rmsprop_init, fused_rmsprop_step = _pair(RMSprop)
-fused_adagrad_init, fused_adagrad_step = _pair(Adagrad)
-fused_adadelta_init, fused_adadelta_step = _pair(AdaDelta)
+fused_sgd_init, fused_sgd_step = _pair(optimizers.SGD)
+fused_adam_init, fused_adam_step = _pair(optimizers.Adam)
+fused_adamw_init, fused_adamw_step = _pair(optimizers.AdamW)
+fused_adamax_init, fused_adamax_step = _pair(optimizers.Adamax)
+fused_lion_init, fused_lion_step = _pair(optimizers.Lion)
+fused_rmsprop_init, fused_rmsprop_step = _pair(optimizers.RMSprop)
+fused_adagrad_init, fused_adagrad_step = _pair(optimizers.Adagrad)
+fused_adadelta_init, fused_adadelta_step = _pair(optimizers.AdaDelta)
