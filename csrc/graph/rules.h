@@ -14,7 +14,7 @@ struct RuleFlag {
   uint32_t bit;
 };
 
-/// A rule of csrc/math/rules, as its names() have it.
+/// A rule of csrc/math/rules, as its RULE_NAMES have it.
 struct RuleDescription {
   const char* name;
   std::vector<const char*> slots; // as mlx.optimizers calls them, but for the momentum of SGD

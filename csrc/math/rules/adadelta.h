@@ -11,10 +11,7 @@ struct Adadelta : PlainRule {
 
   MATH_MEMBER constexpr int slots(uint32_t) { return 2; }
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {"adadelta", {"v", "u"}, {"rho", "eps"}, {}};
-  }
+  RULE_NAMES("adadelta", {"v", "u"}, {"rho", "eps"}, {})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {

@@ -13,14 +13,11 @@ struct Adam : PlainRule {
 
   MATH_MEMBER constexpr int slots(uint32_t flags) { return flags & kAmsgrad ? 3 : 2; }
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {
-        "adam",
-        {"m", "v", "largest_v"},
-        {"beta1", "beta2", "eps"},
-        {{"bias_correction", kBiasCorrection}, {"amsgrad", kAmsgrad}}};
-  }
+  RULE_NAMES(
+      "adam",
+      {"m", "v", "largest_v"},
+      {"beta1", "beta2", "eps"},
+      {{"bias_correction", kBiasCorrection}, {"amsgrad", kAmsgrad}})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t flags) {

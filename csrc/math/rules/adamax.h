@@ -12,10 +12,7 @@ struct Adamax : PlainRule {
 
   MATH_MEMBER constexpr int slots(uint32_t) { return 2; }
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {"adamax", {"m", "v"}, {"beta1", "beta2", "eps"}, {}};
-  }
+  RULE_NAMES("adamax", {"m", "v"}, {"beta1", "beta2", "eps"}, {})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {

@@ -11,10 +11,7 @@ struct Lion : PlainRule {
 
   MATH_MEMBER constexpr int slots(uint32_t) { return 1; }
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {"lion", {"m"}, {"beta1", "beta2"}, {}};
-  }
+  RULE_NAMES("lion", {"m"}, {"beta1", "beta2"}, {})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {

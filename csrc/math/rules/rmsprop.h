@@ -22,10 +22,7 @@ struct OverRoot : PlainRule {
 struct Rmsprop : OverRoot {
   enum Scalar : int { kAlpha, kEps };
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {"rmsprop", {"v"}, {"alpha", "eps"}, {}};
-  }
+  RULE_NAMES("rmsprop", {"v"}, {"alpha", "eps"}, {})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {
@@ -37,10 +34,7 @@ struct Rmsprop : OverRoot {
 struct Adagrad : OverRoot {
   enum Scalar : int { kEps };
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {"adagrad", {"v"}, {"eps"}, {}};
-  }
+  RULE_NAMES("adagrad", {"v"}, {"eps"}, {})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t) {

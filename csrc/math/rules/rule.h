@@ -44,15 +44,26 @@ struct RuleStep {
 };
 
 /// What a rule is that does not say otherwise. Each also has
-///   slots(flags)   how many slots it has with these flags; they are the first ones
-///   names()        what a user calls it, its slots, its scalars and its flags
-///   step(...)      what it does, in the functions below: T may be a vector, so nothing branches
+///   slots(flags)      how many slots it has with these flags; they are the first ones
+///   RULE_NAMES(...)   what a user calls it, its slots, its scalars and its flags
+///   step(...)         what it does, in the functions below: T may be a vector, so nothing branches
 struct PlainRule {
   enum : uint32_t {
     kFlags = 0, // all of its flags
     kCorrection = 0, // the one with which the bias is corrected
   };
 };
+
+// Where there are no strings, as on a GPU, nobody asks for names.
+#if defined(__METAL_VERSION__) || defined(__CUDACC__)
+#define RULE_NAMES(...)
+#else
+#define RULE_NAMES(...)     \
+  template <typename Names> \
+  static Names names() {    \
+    return {__VA_ARGS__};   \
+  }
+#endif
 
 /// x * x of a moving average: old * factor + rest * x.
 template <typename T, typename N>

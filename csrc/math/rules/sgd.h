@@ -12,14 +12,11 @@ struct Sgd : PlainRule {
 
   MATH_MEMBER constexpr int slots(uint32_t flags) { return flags & kMomentum ? 1 : 0; }
 
-  template <typename Names>
-  MATH_MEMBER Names names() {
-    return {
-        "sgd",
-        {"momentum"},
-        {"momentum", "dampening"},
-        {{"momentum", kMomentum}, {"nesterov", kNesterov}}};
-  }
+  RULE_NAMES(
+      "sgd",
+      {"momentum"},
+      {"momentum", "dampening"},
+      {{"momentum", kMomentum}, {"nesterov", kNesterov}})
 
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(T gradient, RuleSlots<T> slots, RuleNumbers<N> n, uint32_t flags) {

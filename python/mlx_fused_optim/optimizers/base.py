@@ -161,8 +161,8 @@ class FusedOptimizer(Optimizer):
     """An optimizer whose step is one kernel for the whole tree of parameters.
 
     A subclass has a rule, the numbers of the rule as attributes, and a constructor that calls
-    :meth:`_begin`. Its second base is the class of ``mlx.optimizers`` that it stands for, so
-    that it is one, and so that a step of one tensor is MLX's.
+    :meth:`_begin`. Its second base is the class of ``mlx.optimizers`` that it stands for, if
+    any, so that it is one, and so that a step of one tensor is MLX's.
     """
 
     _op: ClassVar[str]  # its name in errors
