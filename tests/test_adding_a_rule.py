@@ -86,7 +86,7 @@ def test_the_example_is_short():
     """A header, a row, a class, and the lines that export it."""
     blocks = example()
     kinds = [language for _, language, _ in blocks]
-    assert kinds == ["cpp", "diff", "python", "diff", "diff"]
+    assert kinds == ["cpp", "diff", "py", "diff", "diff"]
     changed = [line for _, kind, text in blocks if kind == "diff" for line in text.splitlines()]
     assert sum(line[0] == "+" for line in changed) <= 8
     assert sum(line[0] == "-" for line in changed) <= 1
