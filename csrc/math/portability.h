@@ -18,7 +18,7 @@ using namespace metal;
 #endif
 // Inlined, so that structs by value are in registers.
 #define MATH_FN inline __attribute__((always_inline))
-#define MATH_MEMBER static inline
+#define MATH_MEMBER static MATH_FN
 #define MATH_CONSTANT constant
 #elif defined(__CUDACC__)
 #include <cstdint>
