@@ -28,11 +28,11 @@ bench: $(VENV)/installed
 	$(RUN)/python bench/bench.py $(ARGS)
 
 # The tests, and the examples in the docstrings of the installed package.
-test: $(VENV)/installed metal-check-if-possible
+test: $(VENV)/tools $(VENV)/installed metal-check-if-possible
 	$(RUN)/python -m pytest $(SPLIT) tests/ --doctest-modules --pyargs mlx_fused_optim $(ARGS)
 
 # Plants bugs, one after another, and asks that each is caught. ARGS: see the program.
-mutants: $(VENV)/installed
+mutants: $(VENV)/tools $(VENV)/installed
 	$(RUN)/python tests/mutation $(ARGS)
 
 lint: $(VENV)/tools
@@ -61,13 +61,19 @@ include metal.mk
 $(RUN)/pip:
 	tools/make_venv.sh $(PYTHON) $(VENV)
 
-$(VENV)/tools: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
-	$(RUN)/python tools/requirements.py $(EXTRA) bench dev > $(VENV)/requirements.txt
-	$(PIP) install --quiet --requirement $(VENV)/requirements.txt
+# What builds, runs and shows the package; and what tests it.
+$(VENV)/build: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
+	$(RUN)/python tools/requirements.py $(EXTRA) build bench > $(VENV)/build.txt
+	$(PIP) install --quiet --requirement $(VENV)/build.txt
+	touch $@
+
+$(VENV)/tools: $(VENV)/build
+	$(RUN)/python tools/requirements.py $(EXTRA) dev > $(VENV)/tools.txt
+	$(PIP) install --quiet --requirement $(VENV)/tools.txt
 	touch $@
 
 # The package is installed from its wheel, as users get it.
-$(VENV)/installed: $(VENV)/tools $(SOURCES)
+$(VENV)/installed: $(VENV)/build $(SOURCES)
 	rm -rf dist
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(PIP) install --quiet --no-deps --force-reinstall dist/*.whl

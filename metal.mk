@@ -1,7 +1,7 @@
 # The Metal backend, on Linux: see docs/metal.md. Included by the Makefile.
 .PHONY: metal-check metal-check-if-possible mac-wheel
 
-metal-check: $(VENV)/installed
+metal-check: $(VENV)/tools $(VENV)/installed
 	PYTHON=$(RUN)/python tools/metal_check.sh $(SPLIT)
 
 metal-check-if-possible:

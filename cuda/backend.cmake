@@ -22,7 +22,11 @@ target_compile_options(mlx_fused_optim_cuda PRIVATE -Wall -Wextra)
 # libmlx brings the driver and NVRTC with it where it has CUDA; a libmlx without CUDA, like the
 # one of most build machines, lacks symbols that resolve elsewhere.
 target_link_libraries(mlx_fused_optim_cuda PRIVATE mlx)
+set_source_files_properties(
+  csrc/cuda/encoding.cpp csrc/cuda/measure.cpp csrc/cuda/memory.cpp csrc/cuda/schedule.cpp csrc/cuda/step.cpp
+  PROPERTIES UNITY_GROUP mlx) # see CMakeLists.txt
 set_target_properties(mlx_fused_optim_cuda PROPERTIES
+  UNITY_BUILD_MODE GROUP
   CXX_VISIBILITY_PRESET hidden
   BUILD_WITH_INSTALL_RPATH ON
   INSTALL_RPATH "$ORIGIN/../mlx/lib")

@@ -86,6 +86,8 @@ def test_another_device_is_compared_with_the_cpu(monkeypatch):
         [],
     )
 
+    for cases in ("OPTIMIZERS", "SHARED"):
+        monkeypatch.setattr(check, cases, {})
     right, calls = check.everything_after, []
 
     def off_on_the_cpu(case, dtype, device):

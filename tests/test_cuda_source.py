@@ -1,6 +1,7 @@
 """CUDA's kernels are source that NVRTC compiles: every kind of step for every generation of
 GPUs, without one, by the package nvidia-cuda-nvrtc and the backend's own C++."""
 
+import collections
 import glob
 import importlib.util
 import itertools
@@ -166,13 +167,15 @@ def is_light(description):
 
 @pytest.mark.parametrize("part", range(4))  # so that they share the work of many processes
 def test_every_kind_of_step_compiles_and_spills_next_to_nothing(compiler, part):
-    """For sm_90, and for one of the others in turn; what takes long for one of them all."""
-    each, others = itertools.cycle(CAPABILITIES), itertools.cycle([80, 100, 120])
-
-    def capabilities(variant):
-        return (next(each),) if variant[-2:] == ANY_SCHEDULE else (90, next(others))
-
-    lines = [(c, *v) for v in variants() for c in capabilities(v)][part::4]
+    """Each for one generation: of every rule, tiles and the rest in turn, every second one for
+    sm_90. So that every generation meets every rule, and every dtype in both forms."""
+    turns = collections.defaultdict(lambda: itertools.cycle([90, 80, 90, 100, 90, 120]))
+    lines = [(next(turns[v[1], v[0] == TILED]), *v) for v in variants()]
+    met = {(capability, v[1]) for capability, *v in lines}
+    assert met == set(itertools.product(CAPABILITIES, range(len(RULES))))
+    met = {(capability, v[0] == TILED, v[2]) for capability, *v in lines}
+    assert met == set(itertools.product(CAPABILITIES, (True, False), TYPES))
+    lines = lines[part::4]
     said, status = compiler("machine", lines)
     assert status == 0 and len(said) == len(lines), "\n".join(said[-20:])
     for line in said:

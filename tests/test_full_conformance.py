@@ -520,7 +520,8 @@ def test_the_table_catches(mistake, dtype):
     title = CATCHING[mistake]
     wrong = replace(RIGHT, **{mistake: True})
     if title is None:  # needs two options: some combination has them
-        assert any(mismatches(case, results(0)[case.name], wrong) for case in FULL_CASES)
+        several = [c for c in FULL_CASES if c.title.startswith("pairs") and dtype in c.parameters]
+        assert any(mismatches(case, results(0)[case.name], wrong) for case in several)
         return
     if mistake in EXACT_ONLY_IN_FLOAT32:
         dtype = "float32"  # the store of a half type hides almost all of it

@@ -550,8 +550,8 @@ def test_a_compiled_step_leaves_what_is_held():
 # ---- Memory is reused --------------------------------------------------------------------
 
 # Far above the few hundred bytes of counters and rates, far below any tensor here.
-SLACK = 64 * 1024
-BIG = {"a": (1024, 1024), "b": (512, 999), "c": (1, 300_001)}
+SLACK = 32 * 1024
+BIG = {"a": (256, 512), "b": (128, 999), "c": (1, 75_001)}
 
 
 def big_run(dtype=mx.float32, rate=0.1, **options):

@@ -352,7 +352,7 @@ def test_options_are_specialised_and_named():
         log = dispatches(training.step)
         flags = FLAGS["momentum"] * (momentum > 0) | FLAGS["nesterov"] * nesterov
         flags |= FLAGS["weight_decay"] * (decay > 0)
-        assert log[0]["pipeline"] == f"sgd_step_0_{flags}_0_0_0_{TILE}"
+        assert log[0]["pipeline"] == f"fused_step_0_{flags}_0_0_0_{TILE}"
         pipelines.add(log[0]["pipeline"])
         assert (bytes_of(log, "velocities")["read"] > 0) == (momentum > 0)
     assert len(pipelines) == 5
@@ -526,7 +526,7 @@ def test_variants_are_compiled_for_options_and_dtypes_and_for_nothing_else():
     flags = sum(FLAGS[name] for name in ("momentum", "weight_decay", "groups"))
     # The rule, its flags, and the formats of parameter, gradient and state.
     formats = [(p, g) for p in range(3) for g in range(3)]
-    assert set(pipelines) == {f"sgd_step_0_{flags}_{p}_{g}_{p}_{TILE}" for p, g in formats}
+    assert set(pipelines) == {f"fused_step_0_{flags}_{p}_{g}_{p}_{TILE}" for p, g in formats}
 
 
 @pytest.mark.parametrize(("held", "at"), [(False, 0), (True, 5), (False, 14)])

@@ -1,15 +1,18 @@
-// Enough of CUDA for a C++ compiler to run the kernels, a block at a time and a thread
-// for each of its threads: that what they index, load, fold and store is right can be
-// seen without a GPU, by a sanitizer too.
+// Enough of CUDA for a C++ compiler to run the kernels, a block at a time and its threads by
+// turns, each with a stack of its own: that what they index, load, fold and store is right can
+// be seen without a GPU, by a sanitizer too.
 #pragma once
 
+#include <ucontext.h>
+
 #include <algorithm>
-#include <barrier>
 #include <bit>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "math/portability.h"
@@ -29,8 +32,7 @@
 struct Index {
   uint32_t x;
 };
-inline thread_local Index threadIdx, blockIdx;
-inline Index gridDim, blockDim;
+inline Index threadIdx, blockIdx, gridDim, blockDim;
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -67,48 +69,112 @@ using std::min;
 
 namespace emulation {
 
+constexpr size_t kStackBytes = 1 << 17;
+
+struct Thread {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  ucontext_t context;
+  bool ended;
+};
+inline std::vector<Thread> threads; // of the block that runs, and more
+inline ucontext_t scheduler;
+inline std::function<void()> kernel;
+inline size_t events; // by which a block comes nearer to its end
+
+/// Until the other threads had their turns.
+inline void yield() { swapcontext(&threads[threadIdx.x].context, &scheduler); }
+
+class Barrier {
+ public:
+  explicit Barrier(uint32_t expected) : expected_(expected) {}
+  void wait() {
+    const auto turn = passed_;
+    ++arrived_;
+    pass_if_all_are_here();
+    while (passed_ == turn) {
+      yield();
+    }
+  }
+  /// A thread that has ended is waited for no more.
+  void drop() {
+    --expected_;
+    pass_if_all_are_here();
+  }
+
+ private:
+  void pass_if_all_are_here() {
+    ++events;
+    if (arrived_ == expected_) {
+      arrived_ = 0;
+      ++passed_;
+    }
+  }
+  uint32_t expected_, arrived_ = 0, passed_ = 0;
+};
+
 struct Warp {
-  std::barrier<> barrier{32};
+  Barrier barrier{32};
   uint32_t values[32];
 };
-inline std::unique_ptr<std::barrier<>> block_barrier;
-inline std::vector<std::unique_ptr<Warp>> warps;
+inline std::vector<Warp> warps;
+inline std::unique_ptr<Barrier> block_barrier;
 
-/// Runs `kernel()` as all threads of one block, a multiple of 32.
-template <typename Kernel>
-void run_block(uint32_t block, uint32_t threads, Kernel kernel) {
-  block_barrier = std::make_unique<std::barrier<>>(threads);
-  warps.clear();
-  for (uint32_t i = 0; i < threads / 32; ++i) {
-    warps.push_back(std::make_unique<Warp>());
+inline void run_thread() {
+  kernel();
+  threads[threadIdx.x].ended = true;
+  block_barrier->drop();
+  warps[threadIdx.x / 32].barrier.drop();
+}
+
+/// Runs `kernel()` as all threads of one block, a multiple of 32: in order, and then in
+/// reverse, from barrier to barrier. Without a barrier one of two threads comes too early.
+inline void run_block(uint32_t block, uint32_t count, std::function<void()> run) {
+  kernel = std::move(run);
+  blockIdx.x = block;
+  block_barrier = std::make_unique<Barrier>(count);
+  warps.assign(count / 32, {});
+  threads.resize(std::max<size_t>(threads.size(), count));
+  for (uint32_t i = 0; i < count; ++i) {
+    auto& thread = threads[i];
+    thread.ended = false;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    thread.context.uc_link = &scheduler;
+    makecontext(&thread.context, run_thread, 0);
   }
-  std::vector<std::jthread> running;
-  for (uint32_t i = 0; i < threads; ++i) {
-    running.emplace_back([=] {
-      threadIdx.x = i;
-      blockIdx.x = block;
-      kernel();
-      block_barrier->arrive_and_drop();
-      warps[i / 32]->barrier.arrive_and_drop();
-    });
+  for (uint32_t turn = block, running = count; running > 0; ++turn) {
+    const size_t before = events;
+    running = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      threadIdx.x = turn % 2 ? count - 1 - i : i;
+      if (auto& thread = threads[threadIdx.x]; !thread.ended) {
+        swapcontext(&scheduler, &thread.context);
+        running += !thread.ended;
+      }
+    }
+    if (running > 0 && events == before) {
+      std::puts("a barrier that not every thread reaches");
+      std::exit(1);
+    }
   }
 }
 
 } // namespace emulation
 
-inline void __syncthreads() { emulation::block_barrier->arrive_and_wait(); }
-inline void __syncwarp() { emulation::warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
+inline void __syncthreads() { emulation::block_barrier->wait(); }
+inline void __syncwarp() { emulation::warps[threadIdx.x / 32].barrier.wait(); }
 
 namespace emulation {
 /// The value of lane `from`.
 template <typename T>
 T shuffle(T value, uint32_t from) {
   static_assert(sizeof(T) == sizeof(uint32_t));
-  auto& warp = *warps[threadIdx.x / 32];
+  auto& warp = warps[threadIdx.x / 32];
   std::memcpy(&warp.values[threadIdx.x % 32], &value, sizeof(T));
-  warp.barrier.arrive_and_wait();
+  warp.barrier.wait();
   std::memcpy(&value, &warp.values[from], sizeof(T));
-  warp.barrier.arrive_and_wait();
+  warp.barrier.wait();
   return value;
 }
 } // namespace emulation

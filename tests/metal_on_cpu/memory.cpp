@@ -11,7 +11,8 @@ namespace {
 
 constexpr uint32_t kMany = ~0u; // more than one reader
 
-thread_local Memory* watched = nullptr;
+// Looked at in each access: of a model that takes no call.
+[[gnu::tls_model("initial-exec")]] thread_local Memory* watched = nullptr;
 
 /// Local variables, and constants of the kernels' own: not memory of the GPU's.
 class OwnMemory {
@@ -23,7 +24,7 @@ class OwnMemory {
     pthread_getattr_np(pthread_self(), &attributes);
     pthread_attr_getstack(&attributes, &begin, &size);
     pthread_attr_destroy(&attributes);
-    ranges_.emplace_back(begin, static_cast<char*>(begin) + size);
+    ranges_.emplace_back(static_cast<char*>(begin), static_cast<char*>(begin) + size);
     dl_iterate_phdr(
         [](dl_phdr_info* module, size_t, void* self) {
           std::vector<Range> segments;
@@ -34,7 +35,7 @@ class OwnMemory {
               segments.emplace_back(start, start + header.p_memsz);
             }
           }
-          if (contains(segments, &watched_module)) {
+          if (of(segments, &watched_module).first) {
             auto& ranges = static_cast<OwnMemory*>(self)->ranges_;
             ranges.insert(ranges.end(), segments.begin(), segments.end());
           }
@@ -42,14 +43,15 @@ class OwnMemory {
         },
         this);
   }
-  bool has(const void* address) const { return contains(ranges_, address); }
+  using Range = std::pair<const char*, const char*>;
+  /// The range that has the address, or an empty one.
+  Range of(const char* address) const { return of(ranges_, address); }
 
  private:
-  using Range = std::pair<const void*, const void*>;
-  static bool contains(const std::vector<Range>& ranges, const void* address) {
-    return std::any_of(ranges.begin(), ranges.end(), [&](auto& r) {
-      return r.first <= address && address < r.second;
-    });
+  static Range of(const std::vector<Range>& ranges, const char* address) {
+    auto has = [&](auto& r) { return r.first <= address && address < r.second; };
+    auto found = std::find_if(ranges.begin(), ranges.end(), has);
+    return found == ranges.end() ? Range() : *found;
   }
   static constexpr char watched_module = 0; // lies in this module
   std::vector<Range> ranges_;
@@ -61,6 +63,7 @@ void watch(Memory* memory) { watched = memory; }
 
 void Memory::begin_dispatch(bool after_barrier) {
   regions_.clear();
+  forget_places();
   threads_before_ = after_barrier ? 0 : last_thread_;
   if (after_barrier) {
     users_.clear();
@@ -74,11 +77,11 @@ void Memory::add(const void* begin, size_t size, const std::string& name, Use us
     const auto kind = use == value ? Region::value : Region::buffer;
     regions_.push_back({static_cast<const char*>(begin), size, name, kind});
     found = regions_.end() - 1;
-    auto& users = users_[found->begin];
+    found->users = &users_[found->begin];
     if (use == value) {
-      users.clear();
+      found->users->clear();
     }
-    users.resize(size);
+    found->users->resize(size);
   } else if (use == output || !found->is_input || name.compare(0, 6, "buffer")) {
     // (One source fills all slots that nothing else needs: once is enough.)
     found->name += "," + name;
@@ -94,18 +97,23 @@ void Memory::begin_thread(uint32_t number) {
 
 void Memory::share(const void* begin, size_t size, const std::string& name) {
   regions_.push_back({static_cast<const char*>(begin), size, name, Region::shared});
-  users_[regions_.back().begin].assign(size, {});
+  regions_.back().users = &users_[regions_.back().begin];
+  regions_.back().users->clear();
+  regions_.back().users->resize(size);
+  forget_places();
 }
 
 void Memory::barrier() {
   for (auto& region : regions_) {
     if (region.kind == Region::shared) {
-      users_[region.begin].assign(region.size, {});
+      region.users->clear();
+      region.users->resize(region.size);
     }
   }
 }
 
 void Memory::end_group() {
+  forget_places();
   std::erase_if(regions_, [&](auto& region) {
     if (region.kind != Region::shared) {
       return false;
@@ -121,20 +129,33 @@ void Memory::fail(const std::string& what) {
   }
 }
 
-void Memory::access(const void* address, size_t size, bool write) {
-  auto* first = static_cast<const char*>(address);
+Memory::Place Memory::find(const char* address) {
   for (auto& region : regions_) {
-    if (first >= region.begin && first < region.begin + region.size) {
-      return check(region, first, size, write);
+    if (region.begin <= address && address < region.begin + region.size) {
+      return {region.begin, region.begin + region.size, &region};
     }
   }
   thread_local const OwnMemory own;
-  if (!own.has(address)) {
+  const auto [begin, end] = own.of(address);
+  return {begin, end, nullptr};
+}
+
+template <size_t size, bool write>
+void Memory::access(const void* at) {
+  auto* address = static_cast<const char*>(at);
+  auto& place = places_[reinterpret_cast<uintptr_t>(address) / 4096 % places_.size()];
+  if (address < place.begin || address >= place.end) {
+    place = find(address);
+  }
+  if (place.region) {
+    check<size, write>(*place.region, address);
+  } else if (!place.begin) {
     fail(std::string(write ? "a write" : "a read") + " outside of every buffer");
   }
 }
 
-void Memory::check(Region& region, const char* address, size_t size, bool write) {
+template <size_t size, bool write>
+void Memory::check(Region& region, const char* address) {
   const size_t at = address - region.begin;
   if (at + size > region.size) {
     return report(region, address, size, "reaches over its end");
@@ -146,25 +167,33 @@ void Memory::check(Region& region, const char* address, size_t size, bool write)
   if (write && region.kind == Region::buffer && !region.is_output) {
     return report(region, address, size, "writes into what is bound as an input");
   }
-  auto* users = &users_[region.begin][at];
+  auto* readers = &region.users->readers[at];
+  auto* writers = &region.users->writers[at];
+  const uint32_t thread = thread_;
+  uint32_t written = 0, written_by_others = 0, read = 0, read_by_others = 0; // bytes
   for (size_t i = 0; i < size; ++i) {
-    auto& [reader, writer] = users[i];
-    if (writer != 0 && writer != thread_) {
-      return report(region, address, size, "touches what another thread wrote");
-    }
+    written += writers[i] != 0;
+    written_by_others += writers[i] != 0 && writers[i] != thread;
+    read += readers[i] != 0;
+    read_by_others += readers[i] != 0 && readers[i] != thread;
+  }
+  if (written_by_others) {
+    return report(region, address, size, "touches what another thread wrote");
+  }
+  if (write && written) {
+    return report(region, address, size, "writes a second time");
+  }
+  if (write && read_by_others) {
+    return report(region, address, size, "writes what another thread read");
+  }
+  for (size_t i = 0; i < size; ++i) {
     if (write) {
-      if (writer == thread_) {
-        return report(region, address, size, "writes a second time");
-      }
-      if (reader != 0 && reader != thread_) {
-        return report(region, address, size, "writes what another thread read");
-      }
-      writer = thread_;
+      writers[i] = thread;
     } else {
-      region.traffic.read_again += reader != 0;
-      reader = reader == 0 || reader == thread_ ? thread_ : kMany;
+      readers[i] = readers[i] == 0 || readers[i] == thread ? thread : kMany;
     }
   }
+  region.traffic.read_again += write ? 0 : read;
   (write ? region.traffic.written : region.traffic.read) += size;
   ++region.traffic.accesses;
 }
@@ -191,12 +220,12 @@ std::map<std::string, Traffic> Memory::traffic() const {
 #define TRACE(bytes)                                                  \
   extern "C" void __sanitizer_cov_load##bytes(const void* address) {  \
     if (metal_on_cpu::watched) {                                      \
-      metal_on_cpu::watched->access(address, bytes, false);           \
+      metal_on_cpu::watched->access<bytes, false>(address);           \
     }                                                                 \
   }                                                                   \
   extern "C" void __sanitizer_cov_store##bytes(const void* address) { \
     if (metal_on_cpu::watched) {                                      \
-      metal_on_cpu::watched->access(address, bytes, true);            \
+      metal_on_cpu::watched->access<bytes, true>(address);            \
     }                                                                 \
   }
 TRACE(1)

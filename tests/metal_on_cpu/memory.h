@@ -2,6 +2,7 @@
 // load and store (-fsanitize-coverage=func,trace-loads,trace-stores).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -39,7 +40,8 @@ class Memory {
   /// What the threadgroup did to its own memory is done.
   void barrier();
   void end_group();
-  void access(const void* address, size_t size, bool write);
+  template <size_t size, bool write>
+  void access(const void* address);
 
   void fail(const std::string& what);
   /// What went wrong first, or nothing.
@@ -47,6 +49,11 @@ class Memory {
   std::map<std::string, Traffic> traffic() const;
 
  private:
+  struct Users { // of each byte: numbers of threads, or 0
+    std::vector<uint32_t> readers, writers;
+    void clear() { readers.clear(), writers.clear(); }
+    void resize(size_t size) { readers.resize(size), writers.resize(size); }
+  };
   struct Region {
     const char* begin = nullptr;
     size_t size = 0;
@@ -54,16 +61,24 @@ class Memory {
     enum Kind { buffer, value, shared } kind = buffer; // traffic is counted of buffers
     Traffic traffic = {};
     bool is_input = false, is_output = false; // of buffers
+    Users* users = nullptr;
   };
-  struct Users { // of a byte: numbers of threads
-    uint32_t reader = 0, writer = 0;
+  /// Where an access was found to be; without a region, it is memory of our own.
+  struct Place {
+    const char* begin = nullptr;
+    const char* end = nullptr;
+    Region* region = nullptr;
   };
 
-  void check(Region& region, const char* address, size_t size, bool write);
+  Place find(const char* address);
+  void forget_places() { places_.fill({}); }
+  template <size_t size, bool write>
+  void check(Region& region, const char* address);
   void report(const Region& region, const char* address, size_t size, const std::string& what);
 
   std::vector<Region> regions_;
-  std::map<const char*, std::vector<Users>> users_; // by the region's beginning
+  std::array<Place, 64> places_; // found before, by page
+  std::map<const char*, Users> users_; // by the region's beginning
   uint32_t threads_before_ = 0; // of earlier dispatches since the barrier
   uint32_t thread_ = 0;
   uint32_t last_thread_ = 0;
