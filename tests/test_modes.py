@@ -484,6 +484,21 @@ def test_a_view_of_an_arena_takes_a_tangent_with_strides():
     assert view.tolist() == [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0]]
 
 
+def test_gradient_through_parameters_that_are_evaluated_on_the_way():
+    """They have values in an arena's memory, and are still what is differentiated."""
+
+    def loss(w):
+        optimizer = optim.SGD(0.5)
+        for _ in range(2):
+            w = optimizer.apply_gradients(w, w)
+            mx.eval(w)
+        return sum(value.sum() for value in w.values())
+
+    gradient = mx.grad(loss)({"a": mx.ones(3), "b": mx.ones(2)})
+    assert gradient["a"].tolist() == [0.25] * 3
+    assert gradient["b"].tolist() == [0.25] * 2
+
+
 def test_second_derivative():
     """Of the loss after a step, as in meta-learning: f(w - r f'(w)) with f = w^3."""
     w = mx.array([0.5, -1.0, 2.0])

@@ -71,16 +71,16 @@ MUTANTS = [
     Mutant("last_of_two_optimizers", SCALER, 'mx.maximum(self._state["found_inf"], found)', "found", "scaler"),
     # ---- C++: layout and views
     Mutant("arenas_without_a_cap", LAYOUT, "(arena->size + size) * spec.dtype.size() > kArenaBytes", "arena->size * spec.dtype.size() > 2 * kArenaBytes", "optimizer full_step"),
-    Mutant("shapes_run_together", LAYOUT, 'add_bytes("\\xfe", 1);', "", "optimizer"),
-    Mutant("order_of_bytes", LAYOUT, ">> (8 * b)", ">> (24 - 8 * b)", "optimizer"),
-    Mutant("views_of_one_shape", VIEW, "shape(i) == that.shape(i) && offset(i) == that.offset(i)", "shape(i) == that.shape(i)", "modes optimizer"),
+    Mutant("shapes_run_together", LAYOUT, 'add_bytes("\\xfe", 1);', "", "state"),
+    Mutant("order_of_bytes", LAYOUT, ">> (8 * b)", ">> (24 - 8 * b)", "state"),
+    Mutant("views_of_one_shape", VIEW, "shape(i) == that.shape(i) && offset(i) == that.offset(i)", "shape(i) == that.shape(i)", "modes"),
     Mutant("batch_axis_first", VIEW, "mx::moveaxis(inputs[0], axes[0], 0, stream())", "inputs[0]", "transforms_full modes"),
     Mutant("every_view_a_vector", VIEW, "is_vector || view.size() == 0", "is_vector || true", "optimizer holding"),
     Mutant("cotangents_without_gaps", VIEW, "    skip_to(offsets[i]);\n", "", "modes transforms_full"),
     # ---- C++: donation
     Mutant("tensors_in_any_place", DONATION, "p.offset() != begin + int64_t(arena.offsets[i]) * itemsize ||", "", "holding"),
-    Mutant("strides_overlooked", DONATION, "!p.flags().row_contiguous) {", "false) {", "holding modes optimizer"),
-    Mutant("tracers_seen_as_memory", DONATION, "p.is_tracer() || !p.is_available()", "!p.is_available()", "modes transforms_full"),
+    Mutant("strides_overlooked", DONATION, "!p.flags().row_contiguous) {", "false) {", "holding"),
+    Mutant("tracers_seen_as_memory", DONATION, "p.is_tracer() || !p.is_available()", "!p.is_available()", "modes"),
     Mutant("one_use_too_many", DONATION, "data.use_count() != static_cast<long>(n)", "data.use_count() > static_cast<long>(n) + 1", "holding"),
     # ---- C++: trees and prepared steps
     Mutant("parameters_left_out", TREE, "  if (exact_) {\n", "  if (false) {\n", "bad_input optimizer"),
