@@ -88,11 +88,11 @@ MUTANTS = [
     Mutant("shapes_of_one_size", TREE, "g.shape() != p.shape()", "g.size() != p.size()", "bad_input"),
     Mutant("named_tuples", TREE, 'nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items)', "type(items)", "optimizer modes"),
     Mutant("prepared_for_other_tensors", PREPARED, "if (!tree.fits(layout_) || !step", "if (!step", "prepared"),
-    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;", "true : true;", "prepared"),
+    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;", "true : true;", "state"),
     Mutant("rate_of_any_type", PREPARED, "if (!given || !is_real(given->dtype())) {", "if (!given) {", "prepared bad_input"),
     Mutant("counter_of_the_first_step", PREPARED, "  next[names().step] = nb::cast(*taken.next);\n", "", "prepared"),
     # ---- C++: measurement, schedules, the step
-    Mutant("applied_when_finite", MEASURE, "flags & kSkipNonfinite ? finite : mx::array(true)", "finite", "norm transforms_full full_conformance"),
+    Mutant("applied_when_finite", MEASURE, "flags & kSkipNonfinite ? finite : mx::array(true)", "finite", "norm"),
     Mutant("joined_without_a_shift", SCHEDULE, "      segment.start += begin;\n", "", "schedules"),
     Mutant("one_segment_more", SCHEDULE, "joined.count == kMaxSegments", "joined.count == kMaxSegments - 1", "schedules"),
     Mutant("all_schedules_equal", SCHEDULE, "std::memcmp(&schedule_, &that.schedule_, sizeof(Schedule)) == 0", "&that != nullptr", "schedules_step schedules modes"),
