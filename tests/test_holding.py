@@ -84,7 +84,7 @@ HOLDERS = {
     "copy.deepcopy": copy.deepcopy,
     "reshape": lambda p: p["a"].reshape(8, 33),
     "transpose": lambda p: p["a"].T,
-    "row": lambda p: p["a"][5],
+    "row": lambda p: p["a"][5:6],  # of one number, MLX makes a copy
     "odd slice": lambda p: p["b"][3:698:5],
     "reversed": lambda p: p["b"][::-1],
     "broadcast": lambda p: mx.broadcast_to(p["c"], (4, 4)),
@@ -138,6 +138,35 @@ def test_a_held_parameter_stays(name, evaluated):
 
         now = np.from_dlpack(Exporter())
         assert now.tobytes() == of_mlx(twin["b"]).tobytes()
+
+
+def test_a_held_row_of_the_only_tensor_stays():
+    """Alone in its arena, a tensor enters the graph as it is: the uses of its memory count."""
+    optimizer = optim.SGD(0.5)
+    ones = {"a": mx.ones((4, 64))}
+    parameters = optimizer.apply_gradients(ones, ones)
+    row = parameters["a"][1:2]
+    mx.eval(parameters, row)
+    let_go()
+    parameters = optimizer.apply_gradients(ones, parameters)
+    mx.eval(parameters)
+    assert row.tolist() == [[0.5] * 64]
+    assert parameters["a"].tolist() == [[0.0] * 64] * 4
+
+
+@pytest.mark.parametrize("names", ["a", "ab"], ids=["one tensor", "two tensors"])
+def test_parameters_transposed_in_their_place(names):
+    """They begin where the arena has them, and nobody else holds them, but in another order."""
+    optimizer = optim.SGD(1.0)
+    first = mx.arange(64.0).reshape(8, 8)
+    parameters = optimizer.apply_gradients(dict.fromkeys(names, -first), dict.fromkeys(names, first))
+    parameters = {name: p.T for name, p in parameters.items()}
+    mx.eval(parameters)
+    let_go()
+    gradients = {name: mx.arange(64.0).reshape(8, 8) for name in names}
+    parameters = optimizer.apply_gradients(gradients, parameters)
+    for p in parameters.values():
+        assert same(p, 2 * first.T - first)
 
 
 def test_numpy_of_one_parameter_survives_the_tree():

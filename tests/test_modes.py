@@ -234,6 +234,21 @@ def test_compiled_has_the_bits_of_eager(options, rate, shapeless):
     assert_same_run(parameters, optimizer, eager_parameters, eager_optimizer)
 
 
+def test_two_compiled_steps_of_many_tensors_of_one_shape():
+    """MLX makes one node of equivalent nodes: views of one arena differ by where they begin."""
+    count = 17  # more than the views of two nodes
+    tensors = [mx.full((3,), float(i)) for i in range(count)]
+
+    def two_steps(tensors):
+        optimizer = optim.SGD(0.5)
+        for _ in range(2):
+            tensors = optimizer.apply_gradients(tensors, tensors)
+        return tensors
+
+    got = mx.compile(two_steps)(tensors)
+    assert [t.tolist() for t in got] == [[0.25 * i] * 3 for i in range(count)]
+
+
 def test_the_learning_rate_set_inside_a_compiled_step():
     options = OPTIONS[1]
     parameters, optimizer = compiled_run(4, 0.1, options, init=True, set_rate=0.01)
@@ -467,6 +482,21 @@ def test_a_view_of_an_arena_takes_a_tangent_with_strides():
     tangent = mx.arange(20.0)[::2]
     _, (view,) = mx.jvp(lambda a: _ext.arena_view(a, [2, 3], 1), [mx.zeros(10)], [tangent])
     assert view.tolist() == [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0]]
+
+
+def test_gradient_through_parameters_that_are_evaluated_on_the_way():
+    """They have values in an arena's memory, and are still what is differentiated."""
+
+    def loss(w):
+        optimizer = optim.SGD(0.5)
+        for _ in range(2):
+            w = optimizer.apply_gradients(w, w)
+            mx.eval(w)
+        return sum(value.sum() for value in w.values())
+
+    gradient = mx.grad(loss)({"a": mx.ones(3), "b": mx.ones(2)})
+    assert gradient["a"].tolist() == [0.25] * 3
+    assert gradient["b"].tolist() == [0.25] * 2
 
 
 def test_second_derivative():

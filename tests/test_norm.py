@@ -167,6 +167,17 @@ def test_norms_beyond_float32():
         assert_close(norm(np.float32(almost)), exact(np.float32(almost)))
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_the_composed_way_has_the_same_verdicts(skips, monkeypatch):
+    """Only a step that may be skipped is."""
+    monkeypatch.setenv("MLX_FUSED_OPTIM_COMPOSED", "1")
+    options = Full(clip_norm=1.0, skip_nonfinite=skips)
+    for gradient in ([1.0, np.inf], [1e38] * 100, [3.0, 4.0]):
+        finite = gradient == [3.0, 4.0]
+        want = [5.0 if finite else np.inf, float(finite or not skips)]
+        assert measured([mx.array(gradient)], options).tolist() == want
+
+
 @pytest.mark.parametrize("size", [1, 3, 2048, 2049, 300_001])
 @pytest.mark.parametrize("exponent", [*range(-126, -30, 5), *range(30, 105, 5), 110])
 def test_every_finite_gradient_has_its_norm(exponent, size):

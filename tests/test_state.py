@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 
+import full_references
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
@@ -340,6 +341,15 @@ def test_a_state_of_mlx_that_was_flattened_finds_its_tensors(name):
 
 
 # ---- Sets of tensors ---------------------------------------------------------------------
+
+
+def test_a_set_of_tensors_has_the_name_that_saved_states_have():
+    """On every platform: a hash of paths, dtypes and shapes, formed anew in full_references.py."""
+    shapes = [(2, 3), (258,), (3, 2), (), (1, 70000)]
+    optimizer = optim.SGD(0.1, momentum=0.9)
+    optimizer.init({"w": [mx.zeros(shape) for shape in shapes]})
+    (arena,) = full_references.arenas_of(shapes, ["float32"] * len(shapes))
+    assert list(optimizer.state["arenas"]) == [f"layout_{arena.fingerprint:016x}"]
 
 
 def test_what_is_known_of_sets_of_tensors_is_bounded():
