@@ -61,12 +61,23 @@ std::string fingerprint_text(uint64_t number) {
   return text;
 }
 
+/// With the gap to the next tensor (elements).
+static size_t padded_size(const TensorSpec& spec) {
+  const size_t granule = kArenaAlignment / spec.dtype.size();
+  return (element_count(spec.shape) + granule - 1) / granule * granule;
+}
+
 Layout make_layout(std::vector<TensorSpec> tensors) {
+  size_t bytes = 0;
+  for (auto& spec : tensors) {
+    bytes += padded_size(spec) * spec.dtype.size();
+  }
+  const size_t limit = std::clamp(bytes / kArenaShare, kSmallestArenaLimit, kLargestArenaLimit);
+
   std::vector<Arena> arenas;
   for (size_t t = 0; t < tensors.size(); ++t) {
     auto& spec = tensors[t];
-    const size_t granule = kArenaAlignment / spec.dtype.size();
-    const size_t size = (element_count(spec.shape) + granule - 1) / granule * granule;
+    const size_t size = padded_size(spec);
 
     // Only the latest arena of a dtype can have room: tensors keep their order.
     Arena* arena = nullptr;
@@ -75,7 +86,7 @@ Layout make_layout(std::vector<TensorSpec> tensors) {
         arena = &candidate;
       }
     }
-    if (!arena || (arena->size > 0 && (arena->size + size) * spec.dtype.size() > kArenaBytes)) {
+    if (!arena || (arena->size > 0 && (arena->size + size) * spec.dtype.size() > limit)) {
       arena = &arenas.emplace_back(Arena{spec.dtype});
     }
     arena->tensors.push_back(t);

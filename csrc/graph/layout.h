@@ -19,10 +19,13 @@ namespace mx = mlx::core;
 /// and a whole number of cache lines on all of them.
 constexpr size_t kArenaAlignment = 256;
 
-/// An arena holds at most this much, unless a single tensor is larger. When the
-/// parameters cannot be donated, a step needs one arena of extra memory at a
-/// time, not a second model.
-constexpr size_t kArenaBytes = size_t(128) << 20;
+/// An arena holds at most this share of all tensors, between these bounds, unless a single
+/// tensor is larger: docs/architecture.md has the measurements. When the parameters cannot be
+/// donated, a step needs one arena of extra memory at a time, not a second model; and an
+/// arena waits for all its gradients, which so are together in memory.
+constexpr size_t kArenaShare = 16;
+constexpr size_t kSmallestArenaLimit = size_t(2) << 20;
+constexpr size_t kLargestArenaLimit = size_t(128) << 20;
 
 /// A path is the keys on the way to a tensor, each behind a byte that says what it is and that
 /// no UTF-8 has. So "a.b" is not "b" in "a", nor the key "0" the first place of a list.

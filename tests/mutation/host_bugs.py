@@ -69,7 +69,8 @@ MUTANTS = [
     Mutant("grows_a_step_late", SCALER, "(steps == self._growth_interval)", "(steps > self._growth_interval)", "scaler"),
     Mutant("last_of_two_optimizers", SCALER, 'mx.maximum(self._state["found_inf"], found)', "found", "scaler"),
     # ---- C++: layout and views
-    Mutant("arenas_without_a_cap", LAYOUT, "(arena->size + size) * spec.dtype.size() > kArenaBytes", "arena->size * spec.dtype.size() > 2 * kArenaBytes", "optimizer full_step"),
+    Mutant("arenas_as_large_as_a_model", LAYOUT, "bytes / kArenaShare", "bytes", "optimizer"),
+    Mutant("arenas_without_a_cap", LAYOUT, "(arena->size + size) * spec.dtype.size() > limit", "arena->size * spec.dtype.size() > 2 * limit", "optimizer full_step"),
     Mutant("shapes_run_together", LAYOUT, 'add_bytes("\\xfe", 1);', "", "state"),
     Mutant("order_of_bytes", LAYOUT, ">> (8 * b)", ">> (24 - 8 * b)", "state"),
     Mutant("views_of_one_shape", VIEW, "shape(i) == that.shape(i) && offset(i) == that.offset(i)", "shape(i) == that.shape(i)", "modes"),
