@@ -3,6 +3,7 @@ never taken where something has changed since."""
 
 import contextlib
 import copy
+import math
 import pickle
 
 import mlx.core as mx
@@ -28,6 +29,15 @@ OPTIONS = {
     "rmsprop": dict(optimizer="RMSprop", compensated=True),
     "adagrad": dict(optimizer="Adagrad", rounding="stochastic"),
     "adadelta": dict(optimizer="AdaDelta"),
+    "clipped": dict(optimizer="AdamW", clip_norm=0.5, weight_decay=0.1),
+    "skipping": dict(optimizer="Lion", skip_nonfinite=True, master_weights=True),
+    "trust ratio": dict(momentum=0.9, trust_coefficient=0.5, clip_norm=2.0, skip_nonfinite=True),
+    "groups": dict(
+        optimizer="Adam",
+        weight_decay=0.1,
+        clip_norm=1.0,
+        groups=[(lambda path, _: path == "a", dict(weight_decay=0.0, learning_rate_factor=0.5))],
+    ),
     "scaled": dict(grad_scale=4.0, decoupled=True, weight_decay=0.1, maximize=True),
 }
 RATES = {
@@ -108,10 +118,12 @@ def function_run(options, rate, steps=4):
 def test_the_same_as_a_step_that_python_looks_at(run, rate, options, calls, never):
     rate, options = RATES[rate](), OPTIONS[options]
     got = run(options, rate)
-    assert len(calls) == 1
+    # A function looks at a list in each of its steps: anybody may have changed it.
+    looked_at = 4 if run is function_run and "groups" in options else 1
+    assert len(calls) == looked_at
     never()
     want = run(options, rate)
-    assert len(calls) == 5
+    assert len(calls) == looked_at + 4
     same(got, want)
 
 
@@ -257,6 +269,32 @@ def test_a_state_that_went_wrong(prepared, calls, name):
     assert calls in (["SGD"], ["SGD"] * 2)
     assert optimizer.state.keys() == before.keys()
     assert all(optimizer.state[key] is before[key] for key in before)
+
+
+def test_a_prepared_step_counts_what_it_skips(calls):
+    optimizer = optim.AdamW(0.5, skip_nonfinite=True, clip_norm=1.0)
+    parameters = tree(1)
+    for i in range(6):
+        gradients = tree(2 + i)
+        gradients["a"] = gradients["a"] * (math.inf if i % 2 else 1.0)
+        before = parameters["a"].tolist()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        assert (parameters["a"].tolist() == before) == bool(i % 2)
+        assert math.isfinite(optimizer.state["grad_norm"].item()) != bool(i % 2)
+    assert optimizer.state["skipped"].item() == 3 and optimizer.state["step"].item() == 3
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "skipped"])
+def test_counters_that_went_wrong(calls, name):
+    optimizer = optim.AdamW(0.5, skip_nonfinite=True)
+    parameters = optimizer.apply_gradients(tree(2), tree(1))
+    del optimizer.state[name]  # begins again
+    parameters = optimizer.apply_gradients(tree(2), parameters)
+    assert len(calls) == 2 and optimizer.state[name].size == 1
+    optimizer.state[name] = mx.array(1, mx.int32)
+    with pytest.raises(ValueError, match=rf"^\[AdamW\] state\['{name}'\] is of the wrong type"):
+        optimizer.apply_gradients(tree(2), parameters)
 
 
 def test_what_an_earlier_option_kept_is_forgotten(calls):

@@ -26,13 +26,19 @@ const mx::array* as_scalar(nb::handle object) {
   return array && array->ndim() == 0 ? array : nullptr;
 }
 
+bool is_scalar(nb::handle object, mx::Dtype dtype) {
+  auto* array = as_scalar(object);
+  return array && array->dtype() == dtype;
+}
+
 bool is_real(mx::Dtype dtype) {
   return mx::issubdtype(dtype, mx::floating) || mx::issubdtype(dtype, mx::integer);
 }
 
 /// Keys of a state, made once.
 struct Names {
-  nb::str step{"step"}, learning_rate{"learning_rate"}, arenas{"arenas"}, table{"table"};
+  nb::str step{"step"}, learning_rate{"learning_rate"}, arenas{"arenas"}, table{"table"},
+      grad_norm{"grad_norm"}, skipped{"skipped"};
 };
 const Names& names() {
   static const auto* made = new Names; // never destroyed: Python may be gone by then
@@ -107,9 +113,13 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
   const auto entry = entries ? dict_at(entries, key_) : nb::handle();
   // What else is in the state, somebody has put there for a step to take in; and without an
   // entry nothing that an earlier step kept is to be forgotten.
-  const bool is_own =
-      entry ? nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;
-  if (!tree.fits(layout_) || !step || !last_rate || !is_own) {
+  const bool is_measured = options_.flags & fused_math::kMeasuredFlags;
+  const bool skips = options_.flags & fused_math::kSkipNonfinite;
+  const bool is_own = nb::len(state) == 2u + bool(entry) + is_measured + skips &&
+      (!entry || nb::len(entries) == entries_);
+  if (!tree.fits(layout_) || !step || !last_rate || !is_own ||
+      (is_measured && !is_scalar(lookup(state, names().grad_norm), mx::float32)) ||
+      (skips && !is_scalar(lookup(state, names().skipped), mx::uint64))) {
     return {};
   }
   const std::optional<StepSlots> slots = entry ? slots_of(entry, slot_names_) : StepSlots{};
@@ -122,6 +132,9 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
       return {};
     }
     rate = *given;
+  }
+  if (skips) {
+    options.skipped = *as_array(lookup(state, names().skipped));
   }
   if (!slots) {
     return {};
@@ -147,6 +160,13 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
     next[names().arenas] = next_entries;
   }
   next[names().step] = nb::cast(*taken.next);
+  if (is_measured) {
+    next[names().grad_norm] =
+        nb::cast(arena_tensor(taken.measured[0], {}, fused_math::kMeasuredNorm, stream));
+  }
+  if (skips) {
+    next[names().skipped] = nb::cast(taken.measured[1]);
+  }
   if (is_given) {
     next[names().learning_rate] = nb::borrow(learning_rate);
   } else if (taken.used) {

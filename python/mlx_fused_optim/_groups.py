@@ -264,6 +264,19 @@ def numbers_of(
     return mx.stack(scalars, stream=stream).reshape(len(rows), -1, stream=stream)
 
 
+def found(
+    groups: Groups, trust_coefficient: float | None, key: str, flags: int
+) -> dict[str, Any] | None:
+    """What the extension was given of the groups in the last step, where the next one is given
+    the same; None where a group has a number on a schedule."""
+    if not groups.members:
+        return {}
+    rows, numbers = groups.rows.find(key), groups.numbers.get(trust_coefficient)
+    if rows is None or numbers is None:
+        return None
+    return {"groups": for_kernel(groups, key, rows, flags), "group_numbers": numbers}
+
+
 def _own_scalar(value: Any, stream: Any) -> list[Any]:
     """What the rule's scalar is multiplied with, what is added to it in two parts, and to
     1 - scalar."""

@@ -88,24 +88,27 @@ def prepared_step(
     hyper: Hyper,
     options: Options,
 ) -> _ext.PreparedStep | None:
-    """The steps after this ``state`` without a look at each option; None where every step needs
-    one, for a number that Python makes, for groups and for what is measured."""
+    """The steps after this ``state``, which has taken one, without a look at each option; None
+    where every step needs one, for a number that Python makes."""
     rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     if (
         not isinstance(rate, (mx.array, _ext.Schedule))
         or not all(isinstance(value, float) for value in hyper.scalars)
         or not isinstance(options.grad_scale, float)
-        or options.groups.members
-        or options.is_measured
     ):
         return None
     layout = layout_of(tree)
+    of_groups = _groups.found(
+        options.groups, options.trust_coefficient, layout.key, hyper.flags | options.flags
+    )
+    if of_groups is None:
+        return None
     scalars = [rate, hyper.scalars[0], options.grad_scale, *hyper.scalars[1:]]
     return _ext.PreparedStep(
         layout.made,
         layout.key,
         len(state.get("arenas", ())),
-        options_of(hyper, options, scalars, options.grad_scale),
+        options_of(hyper, options, scalars, options.grad_scale, **of_groups),
     )
 
 

@@ -56,8 +56,7 @@ MUTANTS = [
     Mutant("truth_is_a_number", CHECKS, "(bool, str, bytes)", "(str, bytes)", "bad_input"),
     Mutant("scale_of_one_array", STEP_PY, "if not isinstance(scale, float) or scale != 1:", "if isinstance(scale, float) and scale != 1:", "full_step scaler"),
     # ---- Python: steps that are taken again
-    Mutant("measured_step_prepared", STEP_PY, "        or options.is_measured\n", "", "prepared full_step"),
-    Mutant("groups_prepared", STEP_PY, "        or options.groups.members\n", "", "prepared groups", same="a prepared step without its groups is refused, and Python's way is taken"),
+    Mutant("groups_on_a_schedule_prepared", GROUPS, "if rows is None or numbers is None:", "if rows is None:", "prepared groups"),
     Mutant("lists_never_change", STEP_PY, "or (type(value) is tuple and all(map(never_changes, value)))", "or type(value) in (tuple, list)", "prepared"),
     Mutant("default_stream", FUNCTIONS, "prepared.step(tree, state, learning_rate, stream)", "prepared.step(tree, state, learning_rate, None)", "prepared modes"),
     Mutant("prepared_for_ever", FUNCTIONS, "if len(_prepared) >= 16:", "if False:", "prepared"),
@@ -87,8 +86,10 @@ MUTANTS = [
     Mutant("paths_grow", TREE, "~Descend() { path_.resize(length_); }", "~Descend() {}", "optimizer"),
     Mutant("shapes_of_one_size", TREE, "g.shape() != p.shape()", "g.size() != p.size()", "bad_input"),
     Mutant("named_tuples", TREE, 'nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items)', "type(items)", "optimizer modes"),
+    Mutant("skipped_steps_not_counted", PREPARED, "nb::cast(taken.measured[1])", "nb::cast(*options.skipped)", "prepared"),
+    Mutant("norm_of_the_last_step", PREPARED, "  if (is_measured) {\n", "  if (false) {\n", "prepared"),
     Mutant("prepared_for_other_tensors", PREPARED, "if (!tree.fits(layout_) || !step", "if (!step", "prepared"),
-    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 3 && nb::len(entries) == entries_ : nb::len(state) == 2;", "true : true;", "state"),
+    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 2u + bool(entry) + is_measured + skips", "nb::len(state) >= 2u", "prepared"),
     Mutant("rate_of_any_type", PREPARED, "if (!given || !is_real(given->dtype())) {", "if (!given) {", "prepared bad_input"),
     Mutant("counter_of_the_first_step", PREPARED, "  next[names().step] = nb::cast(*taken.next);\n", "", "prepared"),
     # ---- C++: measurement, schedules, the step
