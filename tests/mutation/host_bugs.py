@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("truth_is_a_number", CHECKS, "(bool, str, bytes)", "(str, bytes)", "bad_input"),
     Mutant("scale_of_one_array", STEP_PY, "if not isinstance(scale, float) or scale != 1:", "if isinstance(scale, float) and scale != 1:", "full_step scaler"),
     # ---- Python: steps that are taken again
-    Mutant("groups_on_a_schedule_prepared", GROUPS, "if rows is None or numbers is None:", "if rows is None:", "prepared groups"),
+    Mutant("prepared_groups_without_terms", GROUPS, '"groups": for_kernel(groups, key, rows, flags)', '"groups": for_kernel(groups, key, rows, 0)', "prepared"),
     Mutant("lists_never_change", STEP_PY, "or (type(value) is tuple and all(map(never_changes, value)))", "or type(value) in (tuple, list)", "prepared"),
     Mutant("default_stream", FUNCTIONS, "prepared.step(tree, state, learning_rate, stream)", "prepared.step(tree, state, learning_rate, None)", "prepared modes"),
     Mutant("prepared_for_ever", FUNCTIONS, "if len(_prepared) >= 16:", "if False:", "prepared"),
