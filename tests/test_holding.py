@@ -159,7 +159,9 @@ def test_parameters_transposed_in_their_place(names):
     """They begin where the arena has them, and nobody else holds them, but in another order."""
     optimizer = optim.SGD(1.0)
     first = mx.arange(64.0).reshape(8, 8)
-    parameters = optimizer.apply_gradients({n: -first for n in names}, {n: first for n in names})
+    parameters = optimizer.apply_gradients(
+        dict.fromkeys(names, -first), dict.fromkeys(names, first)
+    )
     parameters = {name: p.T for name, p in parameters.items()}
     mx.eval(parameters)
     let_go()
