@@ -537,6 +537,23 @@ def test_gradient_of_the_learning_rate_through_training():
     assert got == pytest.approx(-2 * -1.0 * 0.75, rel=1e-6)
 
 
+def test_gradient_of_the_learning_rate_past_a_counter():
+    """The second step's counter comes of the first step, and has no derivative."""
+    w, momentum = mx.array([1.0, -2.0]), optim.linear_schedule(0.5, 0.25, 1)
+
+    def after(rate):
+        new, state = w, optim.fused_sgd_init(w, momentum=momentum)
+        for _ in range(2):
+            new, state = optim.fused_sgd_step(
+                new, new, state, learning_rate=rate, momentum=momentum
+            )
+        return (new / w).sum()
+
+    # v = w, then m w + (1 - r) w with m = 1/4: two times w ((1 - r)^2 - r m).
+    got = mx.grad(after)(mx.array(0.125))
+    assert got.item() == 2 * (-2 * (1 - 0.125) - 0.25)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_gradient_of_half_types(dtype):
     w = mx.array([1.0, 2.0, 3.0]).astype(dtype)
