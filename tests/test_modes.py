@@ -249,6 +249,13 @@ def test_two_compiled_steps_of_many_tensors_of_one_shape():
     assert [t.tolist() for t in got] == [[0.25 * i] * 3 for i in range(count)]
 
 
+def test_two_schedules_of_one_step_in_a_compiled_function():
+    """Nodes of one kind and one input, with other values."""
+    one, half = optim.cosine_decay(1.0, 8), optim.cosine_decay(0.5, 8)
+    difference = mx.compile(lambda step: one(step) - half(step))
+    assert difference(mx.array(4, mx.uint64)).item() == 0.25
+
+
 def test_the_learning_rate_set_inside_a_compiled_step():
     options = OPTIONS[1]
     parameters, optimizer = compiled_run(4, 0.1, options, init=True, set_rate=0.01)
@@ -334,14 +341,15 @@ def test_compiled_with_a_model():
     assert optimizer.step.item() == 60
 
 
-def test_shapeless_says_why_parameters_cannot_change_shape():
+@pytest.mark.parametrize("w, g", [(5, 5), (5, 4), (4, 5)])
+def test_shapeless_says_why_parameters_cannot_change_shape(w, g):
     def body(w, g):
         return optim.fused_sgd_step(w, g, optim.fused_sgd_init(w), learning_rate=0.1)[0]
 
     compiled = mx.compile(body, shapeless=True)
     assert compiled(mx.ones(4), mx.ones(4)).tolist() == [np.float32(0.9)] * 4
     with pytest.raises(ValueError, match=r"\[fused_step\] a shapeless compiled step"):
-        mx.eval(compiled(mx.ones(5), mx.ones(5)))
+        mx.eval(compiled(mx.ones(w), mx.ones(g)))
 
 
 def test_compiled_first_step_then_eager_then_compiled():
@@ -527,6 +535,23 @@ def test_gradient_of_the_learning_rate_through_training():
 
     got = mx.grad(final)(mx.array(0.25)).item()
     assert got == pytest.approx(-2 * -1.0 * 0.75, rel=1e-6)
+
+
+def test_gradient_of_the_learning_rate_past_a_counter():
+    """The second step's counter comes of the first step, and has no derivative."""
+    w, momentum = mx.array([1.0, -2.0]), optim.linear_schedule(0.5, 0.25, 1)
+
+    def after(rate):
+        new, state = w, optim.fused_sgd_init(w, momentum=momentum)
+        for _ in range(2):
+            new, state = optim.fused_sgd_step(
+                new, new, state, learning_rate=rate, momentum=momentum
+            )
+        return (new / w).sum()
+
+    # v = w, then m w + (1 - r) w with m = 1/4: two times w ((1 - r)^2 - r m).
+    got = mx.grad(after)(mx.array(0.125))
+    assert got.item() == 2 * (-2 * (1 - 0.125) - 0.25)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)

@@ -362,6 +362,11 @@ def test_a_warmup_without_a_step():
     assert pickle.loads(pickle.dumps(warmup(halving, 0))) == warmup(halving, 0)
 
 
+def test_both_ends_of_a_line_are_scaled():
+    schedule = scaled(linear_schedule(2.0, 4.0, 4), 0.5)
+    assert [schedule(step).item() for step in (0, 2, 4)] == [1.0, 1.5, 2.0]
+
+
 def test_a_python_function_as_a_member():
     schedule = join_schedules([halving, constant(3.0)], [4])
     assert not schedule.in_kernel

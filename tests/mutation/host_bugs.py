@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant("applied_when_finite", MEASURE, "flags & kSkipNonfinite ? finite : mx::array(true)", "finite", "norm"),
     Mutant("joined_without_a_shift", SCHEDULE, "      segment.start += begin;\n", "", "schedules"),
     Mutant("one_segment_more", SCHEDULE, "joined.count == kMaxSegments", "joined.count == kMaxSegments - 1", "schedules"),
-    Mutant("all_schedules_equal", SCHEDULE, "std::memcmp(&schedule_, &that.schedule_, sizeof(Schedule)) == 0", "&that != nullptr", "schedules_step schedules modes"),
+    Mutant("all_schedules_equal", SCHEDULE, "std::memcmp(&schedule_, &that.schedule_, sizeof(Schedule)) == 0", "&that != nullptr", "modes"),
     Mutant("ends_not_scaled", SCHEDULE, "    segment.zero = times_factor(segment.zero);\n", "", "schedules"),
     Mutant("scalars_side_by_side", STEP, "      values.resize(i, mx::array(0.0f)); // those before it that are not given\n", "", "schedules_step groups"),
     Mutant("gradients_of_other_shapes", STEP, "    check(plan_.parameter_inputs() + i, i);\n", "", "modes"),
