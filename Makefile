@@ -12,6 +12,9 @@ EXTRA ?= $(if $(filter Linux,$(shell uname -s)),cpu)
 WORKERS ?= auto
 SPLIT = -n $(WORKERS) --maxprocesses 8 --dist worksteal
 PIP := $(RUN)/python -m pip --disable-pip-version-check
+# Pip would compile every file; Python compiles what is imported, and keeps it.
+INSTALL := $(PIP) install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 NATIVE := $(wildcard csrc metal cuda)
 SOURCES := CMakeLists.txt LICENSE README.md $(shell find $(NATIVE) python -type f \
@@ -64,17 +67,17 @@ $(RUN)/pip:
 # What builds, runs and shows the package; and what tests it.
 $(VENV)/build: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
 	$(RUN)/python tools/requirements.py $(EXTRA) build bench > $(VENV)/build.txt
-	$(PIP) install --quiet --requirement $(VENV)/build.txt
+	$(INSTALL) --requirement $(VENV)/build.txt
 	touch $@
 
 $(VENV)/tools: $(VENV)/build
 	$(RUN)/python tools/requirements.py $(EXTRA) dev > $(VENV)/tools.txt
-	$(PIP) install --quiet --requirement $(VENV)/tools.txt
+	$(INSTALL) --requirement $(VENV)/tools.txt
 	touch $@
 
 # The package is installed from its wheel, as users get it.
 $(VENV)/installed: $(VENV)/build $(SOURCES)
 	rm -rf dist
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	$(PIP) install --quiet --no-deps --force-reinstall dist/*.whl
+	$(INSTALL) --no-deps --force-reinstall dist/*.whl
 	touch $@
