@@ -1,11 +1,12 @@
 """Train in bfloat16 in every way that the optimizer offers, and compare with float32.
 
-    python bench/precision.py [--steps N] [--modes NAME ...] [--json FILE] [--write | --costs]
+    python bench/precision.py [--optimizer sgd | adamw] [--steps N] [--modes NAME ...]
+                              [--json FILE] [--write | --costs]
 
 Two tasks on data that is on the machine already: the 1797 handwritten digits that
 scikit-learn ships, and characters of the Python manual that every Python ships, learnt by a
 small transformer. Every mode starts from the same weights (rounded to its dtype) and sees
-the same batches. --write puts the table of --json's run into docs/precision.md; --costs
+the same batches. --write puts the optimizer's table into docs/precision.md; --costs
 trains nothing and only weighs and times the step of every mode.
 """
 
@@ -39,7 +40,7 @@ except ImportError as error:
     sys.exit(f"[precision] a package is missing: {error}; pip install 'mlx-fused-optim[bench]'")
 
 REPORT = Path(__file__).parent.parent / "docs" / "precision.md"
-MARKS = "<!-- precision: begin -->\n", "<!-- precision: end -->\n"
+MARKS = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"  # of an optimizer's table
 # Of the step that is timed and weighed: large enough that memory is what takes time.
 ELEMENTS = {mx.cpu: 1 << 24, mx.gpu: 1 << 28}
 
@@ -49,7 +50,16 @@ class Mode(NamedTuple):
     options: dict[str, Any]
 
 
-MODES = {
+class Choice(NamedTuple):
+    """What is trained with, and in which ways."""
+
+    make: Callable[..., optim.FusedOptimizer]  # of the learning rate and a mode's options
+    learning_rates: dict[str, float]  # by task
+    modes: dict[str, Mode]
+    options: dict[str, Mode]  # timed and weighed, not trained
+
+
+SGD_MODES = {
     "float32": Mode(mx.float32, {}),
     "bfloat16": Mode(mx.bfloat16, {}),
     "bfloat16, momentum float32": Mode(mx.bfloat16, {"state_dtype": mx.float32}),
@@ -64,7 +74,20 @@ MODES = {
     ),
 }
 
-# Timed and weighed, not trained.
+ADAMW_MODES = {
+    "float32": Mode(mx.float32, {}),
+    "bfloat16": Mode(mx.bfloat16, {}),
+    "bfloat16, stochastic": Mode(mx.bfloat16, {"rounding": "stochastic"}),
+    "bfloat16, compensated": Mode(mx.bfloat16, {"compensated": True}),
+    "bfloat16, master": Mode(mx.bfloat16, {"master_weights": True}),
+    "bfloat16, master, moments bfloat16": Mode(
+        mx.bfloat16, {"master_weights": True, "state_dtype": mx.bfloat16}
+    ),
+    "bfloat16, master, moments bfloat16, stochastic": Mode(
+        mx.bfloat16,
+        {"master_weights": True, "state_dtype": mx.bfloat16, "rounding": "stochastic"},
+    ),
+}
 OPTIONS = {
     "float32": Mode(mx.float32, {}),
     "clip_value=1": Mode(mx.float32, {"clip_value": 1.0}),
@@ -75,8 +98,21 @@ OPTIONS = {
     "clip_norm=1, grad_scale=2, skip_nonfinite": Mode(
         mx.float32, {"clip_norm": 1.0, "grad_scale": 2.0, "skip_nonfinite": True}
     ),
-    "trust_coefficient=0.001": Mode(mx.float32, {"trust_coefficient": 1e-3}),
     "ema_decay=0.999": Mode(mx.float32, {"ema_decay": 0.999}),
+}
+CHOICES = {
+    "sgd": Choice(
+        lambda rate, **options: optim.SGD(rate, momentum=0.9, **options),
+        {"digits": 0.02, "characters": 0.1},
+        SGD_MODES,
+        {**OPTIONS, "trust_coefficient=0.001": Mode(mx.float32, {"trust_coefficient": 1e-3})},
+    ),
+    "adamw": Choice(
+        lambda rate, **options: optim.AdamW(rate, bias_correction=True, **options),
+        {"digits": 0.001, "characters": 0.002},
+        ADAMW_MODES,
+        {**OPTIONS, "amsgrad": Mode(mx.float32, {"amsgrad": True})},
+    ),
 }
 
 
@@ -127,7 +163,6 @@ class Task(NamedTuple):
     model: Callable[[], nn.Module]
     batch: Callable[[int], tuple[mx.array, mx.array]]
     held_out: list[tuple[mx.array, mx.array]]
-    learning_rate: float
 
 
 def digits() -> Task:
@@ -140,7 +175,7 @@ def digits() -> Task:
         return data.images[chosen], data.labels[chosen]
 
     # The loss on all images that were learnt from: what the optimizer works on.
-    return Task("digits", demo.Network, batch, [(data.images, data.labels)], 0.02)
+    return Task("digits", demo.Network, batch, [(data.images, data.labels)])
 
 
 def characters(context: int = 64, size: int = 16) -> Task:
@@ -164,7 +199,6 @@ def characters(context: int = 64, size: int = 16) -> Task:
         lambda: Transformer(len(symbols), context),
         lambda step: cut(train, starts[step]),
         held_out,
-        0.1,
     )
 
 
@@ -175,13 +209,13 @@ def loss_of(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
     return nn.losses.cross_entropy(model(x).astype(mx.float32), y, reduction="mean")
 
 
-def train(task: Task, mode: Mode, steps: int) -> float:
+def train(task: Task, choice: Choice, mode: Mode, steps: int) -> float:
     """The loss on the held-out batches after these steps, in float32 of the weights."""
     mx.random.seed(0)
     model = task.model()
     model.set_dtype(mode.dtype)
-    schedule = optim.warmup(optim.cosine_decay(task.learning_rate, steps), steps // 20)
-    optimizer = optim.SGD(schedule, momentum=0.9, clip_norm=1.0, **mode.options)
+    rate = optim.cosine_decay(choice.learning_rates[task.name], steps)
+    optimizer = choice.make(optim.warmup(rate, steps // 20), clip_norm=1.0, **mode.options)
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state]
     loss_and_gradients = nn.value_and_grad(model, loss_of)
@@ -209,7 +243,7 @@ class Costs:
     milliseconds: float  # of a step of ELEMENTS, host time included
 
 
-def costs(mode: Mode, repeats: int = 25) -> Costs:
+def costs(choice: Choice, mode: Mode, repeats: int = 25) -> Costs:
     # What an earlier mode had must be gone: cycles, and what a GPU gives back later.
     gc.collect()
     mx.synchronize()
@@ -221,7 +255,7 @@ def costs(mode: Mode, repeats: int = 25) -> Costs:
     time.sleep(0.1)  # the memory of what was cast goes back a moment later
     before = mx.get_active_memory()
     parameters = {"w": mx.random.normal((elements,)).astype(mode.dtype)}
-    optimizer = optim.SGD(1e-3, momentum=0.9, **mode.options)
+    optimizer = choice.make(1e-3, **mode.options)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -305,13 +339,14 @@ def write(run: dict[str, Any]) -> None:
         "",
         *markdown(headings(run), table_of(run)),
         "",
-        f"A step of {million} float32 parameters with momentum, there:",
+        f"A step of {million} float32 parameters, there:",
         "",
         *markdown(["", "bytes a parameter", "ms"], options_of(run)),
         "",
     ]
     text = REPORT.read_text()
-    begin, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+    first, last = (mark.format(run["optimizer"]) for mark in MARKS)
+    begin, end = text.index(first) + len(first), text.index(last)
     REPORT.write_text(text[:begin] + "\n" + "\n".join(lines) + "\n" + text[end:])
 
 
@@ -329,8 +364,9 @@ def machine() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--optimizer", choices=CHOICES, default="sgd")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", help="by default all of the optimizer's")
     parser.add_argument("--json", type=Path)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--write", action="store_true", help="renew the table of docs/precision.md")
@@ -346,26 +382,34 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.costs_of:
         parser.error("--costs-of: got no --recorded, allowed with it only")
+    choice = CHOICES[options.optimizer]
+    names = options.modes or list(choice.modes)
+    if unknown := set(names) - choice.modes.keys():
+        parser.error(
+            f"--modes: got {', '.join(sorted(unknown))}, allowed {', '.join(choice.modes)}"
+        )
     if not 20 <= options.steps <= 100_000:
         parser.error(f"--steps out of range: got {options.steps}, allowed 20 to 100000")
     console = Console()
-    costs(MODES["float32"])  # what a device does at its first step only
+    costs(choice, choice.modes["float32"])  # what a device does at its first step only
     rows = []
     tasks = [] if options.costs else [digits(), characters()]
-    for name in options.modes:
-        cost = costs(MODES[name])
-        losses = {task.name: train(task, MODES[name], options.steps) for task in tasks}
+    for name in names:
+        mode = choice.modes[name]
+        cost = costs(choice, mode)
+        losses = {task.name: train(task, choice, mode, options.steps) for task in tasks}
         rows.append(asdict(Row(name, cost, losses)))
         if tasks:
             console.print(rows[-1])
     run = {
+        "optimizer": options.optimizer,
         "machine": machine(),
         "mlx": mx.__version__,
         "date": date.today().isoformat(),
         "steps": options.steps,
         "elements": ELEMENTS[mx.default_device().type],
         "rows": rows,
-        "options": {name: asdict(costs(mode)) for name, mode in OPTIONS.items()},
+        "options": {name: asdict(costs(choice, m)) for name, m in choice.options.items()},
     }
     table = Table(*headings(run), title="bfloat16 against float32")
     for line in table_of(run):

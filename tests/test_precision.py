@@ -21,15 +21,18 @@ def precision():
     sys.path.remove(str(BENCH))
 
 
-def test_a_short_run_is_written_and_becomes_the_table(precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_short_run_is_written_and_becomes_the_table(optimizer, precision, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "ELEMENTS", {mx.cpu: 4096, mx.gpu: 4096})
     monkeypatch.setattr(precision, "REPORT", tmp_path / "precision.md")
     few = partial(precision.characters, context=16, size=4)
     monkeypatch.setattr(precision, "characters", few)
-    precision.REPORT.write_text("before\n" + "".join(precision.MARKS) + "after\n")
+    marks = [mark.format(optimizer) for mark in precision.MARKS]
+    precision.REPORT.write_text("before\n" + "".join(marks) + "after\n")
     path = tmp_path / "run.json"
     modes = ["float32", "bfloat16, compensated"]
-    precision.main(["--steps", "20", "--modes", *modes, "--json", str(path)])
+    arguments = ["--optimizer", optimizer, "--steps", "20", "--modes", *modes]
+    precision.main([*arguments, "--json", str(path)])
     run = json.loads(path.read_text())
     assert [row["mode"] for row in run["rows"]] == modes
     for row in run["rows"]:
@@ -51,7 +54,13 @@ def test_costs_alone_train_nothing(precision, tmp_path, monkeypatch):
     run = json.loads(path.read_text())
     assert [row["mode"] for row in run["rows"]] == modes
     assert all(row["costs"]["milliseconds"] > 0 and not row["losses"] for row in run["rows"])
-    assert run["options"].keys() == precision.OPTIONS.keys()
+    assert run["options"].keys() == precision.CHOICES["sgd"].options.keys()
+
+
+def test_modes_of_another_optimizer_are_an_error(precision, capsys):
+    with pytest.raises(SystemExit):
+        precision.main(["--optimizer", "adamw", "--modes", "bfloat16, momentum float32"])
+    assert "--modes: got bfloat16, momentum float32, allowed float32" in capsys.readouterr().err
 
 
 def test_costs_of_nothing_are_an_error(precision, capsys):
@@ -68,9 +77,9 @@ def test_too_few_steps_are_an_error(precision, capsys):
 
 def test_a_step_in_bfloat16_learns_digits_as_float32_does(precision):
     """Pure bfloat16 stays behind, the compensated one does not."""
-    task = precision.digits()
+    task, choice = precision.digits(), precision.CHOICES["sgd"]
     losses = {
-        name: precision.train(task, precision.MODES[name], 200)
+        name: precision.train(task, choice, choice.modes[name], 200)
         for name in ("float32", "bfloat16", "bfloat16, compensated")
     }
     behind = losses["bfloat16"] - losses["float32"]
