@@ -18,16 +18,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A line that ends in the name of a file and a colon; then a block.
 BLOCK = r"^[^\n]*`([\w./]+)`:\n\n```(\w+)\n(.*?)^```$"
-# The kernels are the slowest to compile: without instruction sets, and little optimised.
-QUICK = """
-include("{root}/tests/mutation/quick.cmake")
-function(quick_kernels)
-  foreach(isa ${{isas}})
-    set_property(TARGET kernel_${{isa}} PROPERTY COMPILE_OPTIONS -O1 -ffp-contract=off)
-  endforeach()
-endfunction()
-cmake_language(DEFER CALL quick_kernels)
-"""
 
 
 def example() -> list[tuple[str, str, str]]:
@@ -56,13 +46,12 @@ def apply(tree: Path, file: str, language: str, text: str) -> None:
 
 def built(tree: Path, folder: Path) -> Path:
     """The package of these sources, in a folder of its own; only the CPU's backend on Linux."""
-    (folder / "quick.cmake").write_text(QUICK.format(root=ROOT))
     package = folder / "package"
     shutil.copytree(tree / "python", package)
     cmake = [sys.executable, "-m", "cmake"]
     options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     options += ["-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DNDEBUG", "-DMLX_FUSED_OPTIM_CUDA=OFF"]
-    options += [f"-DCMAKE_PROJECT_INCLUDE={folder}/quick.cmake"]
+    options += [f"-DCMAKE_PROJECT_INCLUDE={ROOT}/tests/mutation/quick.cmake"]
     run([*cmake, "-S", tree, "-B", folder / "build", *options])
     run([*cmake, "--build", folder / "build"])
     shutil.copy(folder / "build/_ext.abi3.so", package / "mlx_fused_optim")

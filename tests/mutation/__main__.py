@@ -40,6 +40,7 @@ PYTEST = [PYTHON, "-m", "pytest", "-qx", "--no-header", "-p", "no:cacheprovider"
 QUICK = [
     "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DNDEBUG",
     f"-DCMAKE_PROJECT_INCLUDE={TREE}/tests/mutation/quick.cmake",
+    "-DCMAKE_UNITY_BUILD=OFF",
 ]
 OPTIONS = {
     "host": [*QUICK, "-DMLX_FUSED_OPTIM_CUDA=OFF"],
