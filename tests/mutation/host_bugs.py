@@ -104,14 +104,14 @@ MUTANTS = [
     Mutant("derivatives_side_by_side", TRANSFORMS, "result[function.positions[i]] = found[i];", "result[i] = found[i];", "transforms_full modes"),
     Mutant("composed_position", ROUNDING, "word(static_cast<uint32_t>(first))", "word(0u)", "full_conformance"),
     # ---- The CPU's kernels
-    Mutant("position_in_the_tensor", CPU, "tensor.position = plan.arena->offsets[i];", "tensor.position = 0;", "rounding full_step full_conformance"),
+    Mutant("position_in_the_tensor", CPU, "tensor.position = plan.arena->offsets[i];", "tensor.position = 0;", "full_step rounding full_conformance"),
     Mutant("gaps_stay", CPU, "if (next > end) {", "if (false) {", "optimizer holding conformance"),
     Mutant("parameters_clipped", CPU_MEASURE, "a < plan.gradient_count ? control.flags : 0", "control.flags", "norm full_step full_conformance"),
     Mutant("each_step_skipped", CPU_MEASURE, "*skipped + !apply", "*skipped + 1", "full_step"),
-    Mutant("rows_run_over", "csrc/cpu/blocks.h", "d == last && length - index < run", "d == last && length < run", "modes optimizer conformance"),
+    Mutant("rows_run_over", "csrc/cpu/blocks.h", "d == last && length - index < run", "d == last && length < run", "conformance"),
     Mutant("tail_begins_late", "csrc/cpu/kernel.cpp", "  for (; i < n; ++i) {\n    update_at<float>", "  for (++i; i < n; ++i) {\n    update_at<float>", "optimizer"),
     Mutant("one_position_a_vector", "csrc/cpu/kernel.cpp", "result[i] = first + i;", "result[i] = first;", "rounding full_step"),
-    Mutant("half_to_infinity_late", "csrc/cpu/half.h", "magnitude >= 0x477ff000 ? 0x7c00", "magnitude > 0x477ff000 ? 0x7c00", "conformance"),
+    Mutant("half_to_infinity_late", "csrc/cpu/half.h", "magnitude >= 0x477ff000 ? 0x7c00", "magnitude >= 0x7f800000 ? 0x7c00", "conformance"),
     # ---- Arithmetic
     Mutant("fold_loses_the_rest", "csrc/math/norm.h", "(a.lo + b.lo) + high.lo", "a.lo + b.lo", "norm"),
     Mutant("scale_of_the_last", "csrc/math/norm.h", "sum.scale > more.scale ? sum.scale : more.scale", "more.scale", "norm"),
