@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant("corrected_by_the_step_before", FRAME, "        low_part(control, kFirstRuleScalar + 1),\n        step + 1);", "        low_part(control, kFirstRuleScalar + 1),\n        step);", "correction"),
     Mutant("correction_in_float32", FRAME, "control.constants[i].lo : 0.0f", "0.0f : 0.0f", "correction"),
     Mutant("rest_of_float32", FRAME, "? control.rest[i] : 1.0f - scalar", "? 1.0f - scalar : 1.0f - scalar", "rules conformance"),
-    Mutant("no_correction_without_a_moment", FRAME, "if (factor.hi <= 0.0f) {", "if (false) {", "correction"),
+    Mutant("small_factors_not_corrected", FRAME, "if (factor.hi <= 0.0f) {", "if (factor.hi <= 0.5f) {", "correction"),
     Mutant("group_rest", FRAME, "times * n.rest[i] + group[kFirstScalarPlusRest + at]", "1.0f - n.scalar[i]", "rules groups"),
     Mutant("group_low_part", FRAME, "low_part(control, kFirstRuleScalar + i) + group[kFirstScalarPlusLow + at]", "low_part(control, kFirstRuleScalar + i)", "rules full_conformance"),
     Mutant("group_not_corrected", FRAME, "      n = bias_corrected(n, low[0], low[1], step + 1);\n", "", "rules full_conformance"),
