@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant("momentum_forgotten", PACKING, "if slot.lasts and name in old}", "if name not in old}", "optimizer full_step"),
     Mutant("kept_by_another_path", PACKING, "candidates[0] if is_clear else path", "path", "optimizer bad_input full_step"),
     Mutant("average_of_no_master", PACKING, 'kept[t].get("master") if "master" in wanted.slots else None', "None", "full_step"),
-    Mutant("edits_overlooked", PACKING, "or not entries.keys() <= set(known)", "or False", "optimizer bad_input full_step"),
+    Mutant("edits_overlooked", PACKING, "or not entries.keys() <= set(known)", "or False", "state"),
     Mutant("shapes_of_one_rank", PACKING, "if own != shape:", "if len(own) != len(shape):", "bad_input optimizer"),
     Mutant("another_table", LAYOUT_PY, "if layout.key != key:", "if False:", "bad_input optimizer"),
     Mutant("arenas_of_all_types", PACKING, "return layout.halves if slot.of_halves else range(len(layout.arenas))", "return range(len(layout.arenas))", "full_step"),
