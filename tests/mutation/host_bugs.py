@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant("truth_is_a_number", CHECKS, "(bool, str, bytes)", "(str, bytes)", "bad_input"),
     Mutant("scale_of_one_array", STEP_PY, "if not isinstance(scale, float) or scale != 1:", "if isinstance(scale, float) and scale != 1:", "full_step scaler"),
     # ---- Python: steps that are taken again
-    Mutant("measured_step_prepared", STEP_PY, "        or options.is_measured\n", "", "prepared full_step"),
+    Mutant("numbers_of_the_first_step", STEP_PY, "        or not all(isinstance(value, float) for value in hyper.scalars)\n", "", "prepared schedules_step"),
     Mutant("groups_prepared", STEP_PY, "        or options.groups.members\n", "", "prepared groups", same="a prepared step without its groups is refused, and Python's way is taken"),
     Mutant("lists_never_change", STEP_PY, "or (type(value) is tuple and all(map(never_changes, value)))", "or type(value) in (tuple, list)", "prepared"),
     Mutant("default_stream", FUNCTIONS, "prepared.step(tree, state, learning_rate, stream)", "prepared.step(tree, state, learning_rate, None)", "prepared modes"),
