@@ -68,8 +68,9 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 )  # fmt: skip
 # Pieces for several threads: their borders fall inside tensors and between them.
 LARGE_SHAPES = ((32767,), (5,), (32768,), (32769,), (65537,), (0,), (1,))
-# For the layouts below every shape needs at least two dimensions.
-MATRICES = ((1, 7), (7, 1), (3, 5), (16, 33), (9, 64), (2, 3, 130))
+# For the layouts below every shape needs at least two dimensions. The last one has rows longer
+# than what a kernel reads at once, so that it begins within a row.
+MATRICES = ((1, 7), (7, 1), (3, 5), (16, 33), (9, 64), (2, 3, 130), (3, 700))
 
 
 # ---- Layouts in memory ---------------------------------------------------------

@@ -162,6 +162,10 @@ def tests_of(kind: str, mutants: list[Mutant]) -> list[list[str]]:
 def failure(kind: str, check: str, arguments: list[str]) -> tuple[str, str]:
     """The name of a check that fails on the package as it is, and what it says."""
     said = run(*PYTEST, *arguments, package=WORK / kind / "package")
+    # A crash has a stack instead.
+    crash = re.search(r'tests/(test_\w+\.py)", line \d+ in (test_\w+)', said)
+    if crash and not re.search(r"^(?:FAILED|ERROR) ", said, re.MULTILINE):
+        return check, "::".join(crash.groups())
     pattern = r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$"
     return (check, first_line(pattern, said)) if said else ("", "")
 

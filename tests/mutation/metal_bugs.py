@@ -74,7 +74,7 @@ MUTANTS = [
     Mutant("barrier_for_some", MEASURE, "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    for", "    if (thread_number < width) threadgroup_barrier(mem_flags::mem_threadgroup);\n    for"),
     Mutant("lanes_in_another_order", MEASURE, "(sums[0] + sums[2]) + (sums[1] + sums[3])", "(sums[0] + sums[1]) + (sums[2] + sums[3])"),
     Mutant("last_lanes_in_another_order", MEASURE, "(sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3])", "(sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3])"),
-    Mutant("parameters_clipped", MEASURE, "array.is_gradient ? control.flags : 0", "control.flags"),
+    Mutant("clipped_parameters_measured", MEASURE, "array.is_gradient ? control.flags : 0", "control.flags"),
     Mutant("peak_of_some_threads", MEASURE, "peaks[first_lane + i]", "peaks[first_lane + i / 2]"),
     Mutant("peaks_without_a_barrier", MEASURE, "  threadgroup_barrier(mem_flags::mem_threadgroup);\n\n  uint32_t peak", "  uint32_t peak"),
     Mutant("peak_before_unscaling", MEASURE, "peak_of(peak, unscaled)", "peak_of(peak, x[i])"),
