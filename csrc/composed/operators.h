@@ -1,5 +1,4 @@
-// MLX's arithmetic on one stream, and in the place of a float's where csrc/math/rules computes
-// with arrays.
+// MLX's arithmetic in the place of a float's, for csrc/math/rules and the frame around them.
 #pragma once
 
 #include <variant>
@@ -9,18 +8,6 @@
 namespace mlx_fused_optim {
 
 namespace mx = mlx::core;
-
-struct ComposedOperators {
-  explicit ComposedOperators(mx::Stream stream) : s(stream) {}
-
-  mx::array add(const mx::array& a, const mx::array& b) const { return mx::add(a, b, s); }
-  mx::array subtract(const mx::array& a, const mx::array& b) const { return mx::subtract(a, b, s); }
-  mx::array multiply(const mx::array& a, const mx::array& b) const { return mx::multiply(a, b, s); }
-  mx::array divide(const mx::array& a, const mx::array& b) const { return mx::divide(a, b, s); }
-  mx::array wide(const mx::array& a) const { return mx::astype(a, mx::float32, s); }
-
-  mx::Stream s;
-};
 
 /// An array as a number of a formula. What is computed of it has its stream; a constant has none.
 struct Composed {
@@ -45,7 +32,10 @@ inline Composed operator*(const Composed& a, const Composed& b) { return compose
 inline Composed operator>(const Composed& a, const Composed& b) { return composed(mx::greater, a, b); }
 inline Composed operator<(const Composed& a, const Composed& b) { return composed(mx::less, a, b); }
 inline Composed operator!=(const Composed& a, const Composed& b) { return composed(mx::not_equal, a, b); }
+inline Composed operator==(const Composed& a, const Composed& b) { return composed(mx::equal, a, b); }
+inline Composed operator>=(const Composed& a, const Composed& b) { return composed(mx::greater_equal, a, b); }
 inline Composed operator|(const Composed& a, const Composed& b) { return composed(mx::logical_or, a, b); }
+inline Composed operator&(const Composed& a, const Composed& b) { return composed(mx::logical_and, a, b); }
 // clang-format on
 inline Composed operator-(const Composed& x) { return {mx::negative(x.array, x.s), x.s}; }
 
@@ -59,5 +49,10 @@ inline Composed sign_of(const Composed& x) { return {mx::sign(x.array, x.s), x.s
 inline Composed choose(const Composed& condition, const Composed& a, const Composed& b) {
   return {mx::where(condition.array, a.array, b.array, condition.s), condition.s};
 }
+inline Composed is_finite(const Composed& x) { return {mx::isfinite(x.array, x.s), x.s}; }
+inline Composed cast(const Composed& x, mx::Dtype dtype) {
+  return {mx::astype(x.array, dtype, x.s), x.s};
+}
+inline Composed wide(const Composed& x) { return cast(x, mx::float32); }
 
 } // namespace mlx_fused_optim

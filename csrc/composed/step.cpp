@@ -18,115 +18,105 @@ mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::St
   return mx::reshape(pack_arena(tensors, arena.offsets, arena.size, s), arena_shape(arena), s);
 }
 
-mx::array number(float value) { return mx::array(value); }
-
 /// The numbers of a step, as scalars.
 struct Numbers {
   RuleNumbers<Composed> rule;
-  mx::array weight_decay, unscale, clip_factor, trust_ratio;
-  std::array<mx::array, kRuleScalars> low; // what is known of the rule's beyond float32
+  Composed weight_decay, unscale = 1.0f, clip_factor = 1.0f, trust_ratio = 1.0f;
+  std::array<Composed, kRuleScalars> low; // what is known of the rule's beyond float32
 };
 
-class ComposedStep : ComposedOperators {
+class ComposedStep {
  public:
   ComposedStep(const StepPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
-      : ComposedOperators(s), plan_(plan), control_(plan.control), in_(plan, inputs) {}
+      : s(s), plan_(plan), control_(plan.control), in_(plan, inputs) {}
 
   std::vector<mx::array> outputs() const;
 
  private:
+  using Random = std::optional<mx::array>; // bits of each element, or none
   struct Tensor {
-    mx::array parameter;
-    std::array<std::optional<mx::array>, kSlots> slots;
+    Composed parameter;
+    std::array<std::optional<Composed>, kSlots> slots;
   };
 
   Composed of(mx::array x) const { return {std::move(x), s}; }
-  mx::array scalar(int i) const;
-  mx::array measured(int i) const { return mx::take(*in_.measured, i, 0, s); }
-  mx::array applies() const { return mx::not_equal(measured(kMeasuredApply), number(0), s); }
+  Composed at(const mx::array& numbers, int i) const { return of(mx::take(numbers, i, 0, s)); }
+  Composed scalar(int i) const { return of(composed_scalar(control_, i, in_.step, in_.given, s)); }
+  Composed measured(int i) const { return at(*in_.measured, i); }
+  Composed applies() const { return measured(kMeasuredApply) != 0.0f; }
   /// 1 where the step is skipped: infinities have no way into its derivatives.
-  mx::array norm(int i) const {
+  Composed norm(int i) const {
     const bool skips = plan_.flags() & kSkipNonfinite;
-    return skips ? mx::where(applies(), measured(i), number(1), s) : measured(i);
+    return skips ? choose(applies(), measured(i), 1.0f) : measured(i);
   }
   Numbers numbers() const;
   Numbers tensor_numbers(Numbers numbers, size_t i) const;
   void correct_bias(Numbers& numbers) const;
   Tensor update(size_t i, const Numbers& numbers) const;
-  mx::array parameter(size_t i) const;
-  mx::array gradient(size_t i, const Numbers& numbers) const;
+  Composed parameter(size_t i) const;
+  Composed gradient(size_t i, const Numbers& numbers) const;
   /// Rounded and stored: at random with the low bits of `random`, else to nearest.
-  mx::array stored(const mx::array& x, mx::Dtype dtype, const std::optional<mx::array>& random)
-      const;
-  mx::array stored_slot(const mx::array& x, int slot, std::optional<mx::array> random) const;
+  Composed stored(const Composed& x, mx::Dtype dtype, const Random& random) const;
+  Composed stored_slot(const Composed& x, int slot, Random random) const;
+  Composed nearest(const Composed& x, mx::Dtype dtype) const {
+    return of(nearest_composed(x.array, dtype, s));
+  }
 
+  mx::Stream s;
   const StepPlan& plan_;
   const StepControl& control_;
   StepInputs in_;
 };
 
-mx::array ComposedStep::scalar(int i) const {
-  return composed_scalar(control_, i, in_.step, in_.given, s);
-}
-
 Numbers ComposedStep::numbers() const {
-  const auto zero = number(0), one = number(1);
-  Numbers n{{}, scalar(kWeightDecayFactor), one, one, one, {zero, zero, zero}};
-  n.rule.learning_rate = of(scalar(kLearningRate));
+  Numbers n;
+  n.weight_decay = scalar(kWeightDecayFactor);
+  n.rule.learning_rate = scalar(kLearningRate);
   for (int i = 0; i < kRuleScalars; ++i) {
     const int at = kFirstRuleScalar + i;
     const bool constant = is_constant(control_, at);
-    n.rule.scalar[i] = of(scalar(at));
-    n.rule.rest[i] = constant ? of(number(control_.rest[i])) : 1.0f - n.rule.scalar[i];
-    n.low[i] = number(constant ? control_.constants[at].lo : 0.0f);
+    n.rule.scalar[i] = scalar(at);
+    n.rule.rest[i] = constant ? control_.rest[i] : 1.0f - n.rule.scalar[i];
+    n.low[i] = constant ? control_.constants[at].lo : 0.0f;
   }
   if (plan_.flags() & kGradScale) {
-    n.unscale = composed_unscale(control_, in_.step, in_.given, s);
+    n.unscale = of(composed_unscale(control_, in_.step, in_.given, s));
     if (plan_.flags() & kSkipNonfinite) {
-      n.unscale = mx::where(applies(), n.unscale, one, s);
+      n.unscale = choose(applies(), n.unscale, 1.0f);
     }
   }
   if (plan_.flags() & kClipNorm) {
-    const auto least = add(norm(kMeasuredNorm), number(1e-6f));
-    n.clip_factor = mx::minimum(divide(number(control_.clip_norm), least), one, s);
+    const auto factor = quotient(control_.clip_norm, norm(kMeasuredNorm) + 1e-6f);
+    n.clip_factor = of(mx::minimum(factor.array, mx::array(1.0f), s));
   }
   return n;
 }
 
 Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
   const uint32_t flags = plan_.tensor_flags(i);
-  auto coefficient = number(control_.trust_coefficient);
+  Composed coefficient = control_.trust_coefficient;
   if (flags & kGroups) {
     const auto row = mx::take(*in_.groups, int(plan_.group(i)), 0, s);
-    auto own = [&](int i) { return mx::take(row, i, 0, s); };
-    auto affine = [&](const mx::array& x, int times, int plus) {
-      return add(multiply(own(times), x), own(plus));
-    };
-    auto own_number = [&](Composed& x, int times, int plus) {
-      x = of(affine(x.array, times, plus));
-    };
-    own_number(n.rule.learning_rate, kLearningRateTimes, kLearningRatePlus);
+    auto affine = [&](Composed& x, int times, int plus) { x = at(row, times) * x + at(row, plus); };
+    affine(n.rule.learning_rate, kLearningRateTimes, kLearningRatePlus);
+    affine(n.weight_decay, kWeightDecayTimes, kWeightDecayPlus);
     for (int i = 0; i < kRuleScalars; ++i) {
       const int times = kFirstScalarTimes + kGroupScalar * i;
-      n.low[i] = affine(n.low[i], times, times + 2);
-      own_number(n.rule.rest[i], times, times + 3);
-      own_number(n.rule.scalar[i], times, times + 1);
+      affine(n.rule.scalar[i], times, times + 1);
+      affine(n.low[i], times, times + 2);
+      affine(n.rule.rest[i], times, times + 3);
     }
-    n.weight_decay = affine(n.weight_decay, kWeightDecayTimes, kWeightDecayPlus);
-    coefficient = own(kTrustCoefficient);
+    coefficient = at(row, kTrustCoefficient);
   }
   if (flags & kTrustRatio) {
-    const int at = kMeasuredTensors + 2 * plan_.arena->tensors[i];
-    const auto gradient = multiply(norm(at), n.clip_factor), parameter = norm(at + 1);
+    const int first = kMeasuredTensors + 2 * plan_.arena->tensors[i];
+    const auto gradient = norm(first) * n.clip_factor, parameter = norm(first + 1);
     const bool decays = (flags & kWeightDecay) && !(flags & kDecoupled);
-    const auto both = mx::logical_and(
-        mx::greater(gradient, number(0), s), mx::greater(parameter, number(0), s), s);
-    const auto below = decays ? add(gradient, multiply(n.weight_decay, parameter)) : gradient;
+    const auto both = (gradient > 0.0f) & (parameter > 0.0f);
+    const auto below = decays ? gradient + n.weight_decay * parameter : gradient;
     // What is not chosen must not divide by zero either: its derivative would be NaN.
-    const auto ratio =
-        mx::divide(multiply(coefficient, parameter), mx::where(both, below, number(1), s), s);
-    const auto counts = mx::logical_and(both, mx::isfinite(ratio, s), s);
-    n.trust_ratio = mx::where(counts, ratio, number(1), s);
+    const auto ratio = quotient(coefficient * parameter, choose(both, below, 1.0f));
+    n.trust_ratio = choose(both & is_finite(ratio), ratio, 1.0f);
   }
   if (Rules::is_bias_corrected(control_.rule, flags)) {
     correct_bias(n);
@@ -136,53 +126,51 @@ Numbers ComposedStep::tensor_numbers(Numbers n, size_t i) const {
 
 void ComposedStep::correct_bias(Numbers& n) const {
   // In float64, which MLX has on the CPU. It is as exact as csrc/math, not bit for bit.
-  const auto cpu = mx::default_stream(mx::Device::cpu);
-  auto exact = [&](const mx::array& x) { return mx::astype(x, mx::float64, cpu); };
-  const auto t = exact(add(*in_.step, mx::array(uint64_t(1), mx::uint64)));
+  const mx::StreamOrDevice cpu = mx::default_stream(mx::Device::cpu);
+  auto exact = [&](const mx::array& x) { return cast({x, cpu}, mx::float64); };
+  auto rounded = [&](const Composed& x) { return of(wide(x).array); };
+  const Composed one{mx::array(1.0, mx::float64), cpu};
+  const auto next = mx::add(*in_.step, mx::array(uint64_t(1), mx::uint64), s);
   auto bias = [&](int i) {
-    const auto factor = mx::add(exact(n.rule.scalar[i].array), exact(n.low[i]), cpu);
-    return mx::subtract(mx::array(1.0, mx::float64), mx::power(factor, t, cpu), cpu);
+    const auto factor = exact(n.rule.scalar[i].array) + exact(n.low[i].array);
+    return one - composed(mx::power, factor, exact(next));
   };
-  auto rounded = [&](const mx::array& x) { return of(mx::astype(x, mx::float32, cpu)); };
-  n.rule.corrected_rate = rounded(mx::divide(exact(n.rule.learning_rate.array), bias(0), cpu));
-  n.rule.corrected_root = rounded(mx::rsqrt(bias(1), cpu));
+  n.rule.corrected_rate = rounded(quotient(exact(n.rule.learning_rate.array), bias(0)));
+  n.rule.corrected_root = rounded({mx::rsqrt(bias(1).array, cpu), cpu});
 }
 
-mx::array ComposedStep::parameter(size_t i) const {
+Composed ComposedStep::parameter(size_t i) const {
   auto& arena = *plan_.arena;
-  return in_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s)
-                   : in_.parameters[i];
+  return of(
+      in_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s)
+                : in_.parameters[i]);
 }
 
-mx::array ComposedStep::gradient(size_t i, const Numbers& n) const {
+Composed ComposedStep::gradient(size_t i, const Numbers& n) const {
   const uint32_t flags = plan_.flags();
-  auto g = wide(in_.gradients[i]);
+  auto g = wide(of(in_.gradients[i]));
   if (flags & kSkipNonfinite) {
-    g = mx::where(applies(), g, number(0), s);
+    g = choose(applies(), g, 0.0f);
   }
   if (flags & kMaximize) {
-    g = mx::negative(g, s);
+    g = -g;
   }
   if (flags & kGradScale) {
-    g = multiply(g, n.unscale);
+    g = g * n.unscale;
   }
   if (flags & kClipValue) {
-    const auto limit = number(control_.clip_value);
-    g = mx::where(mx::greater(g, limit, s), limit, g, s);
-    g = mx::where(mx::less(g, mx::negative(limit, s), s), mx::negative(limit, s), g, s);
+    const Composed limit = control_.clip_value, least = -control_.clip_value;
+    g = choose(g > limit, limit, g);
+    g = choose(g < least, least, g);
   }
-  return flags & kClipNorm ? multiply(g, n.clip_factor) : g;
+  return flags & kClipNorm ? g * n.clip_factor : g;
 }
 
-mx::array ComposedStep::stored(
-    const mx::array& x,
-    mx::Dtype dtype,
-    const std::optional<mx::array>& random) const {
-  return mx::astype(random ? random_composed(x, dtype, *random, s) : x, dtype, s);
+Composed ComposedStep::stored(const Composed& x, mx::Dtype dtype, const Random& random) const {
+  return cast(random ? of(random_composed(x.array, dtype, *random, s)) : x, dtype);
 }
 
-mx::array ComposedStep::stored_slot(const mx::array& x, int slot, std::optional<mx::array> random)
-    const {
+Composed ComposedStep::stored_slot(const Composed& x, int slot, Random random) const {
   if (random && slot > 0) {
     random = mix32_composed(*random, s);
   }
@@ -196,54 +184,51 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   const uint32_t flags = plan_.tensor_flags(i);
   const auto n = tensor_numbers(step, i);
   const auto& arena = *plan_.arena;
-  std::array<std::optional<mx::array>, kSlots> old;
+  std::array<std::optional<Composed>, kSlots> old;
   for (int slot = 0; slot < kSlots; ++slot) {
     if (in_.slots[slot]) {
-      old[slot] = composed_tensor(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s);
+      old[slot] = of(composed_tensor(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s));
     }
   }
 
   const auto given = this->parameter(i);
-  const auto parameter = wide(given);
-  auto w = parameter;
+  auto w = wide(given);
   if (flags & kMaster) {
-    const auto rounded = nearest_composed(*old[kMasterCopy], arena.dtype, s);
-    w = mx::where(mx::equal(rounded, parameter, s), *old[kMasterCopy], parameter, s);
+    w = choose(nearest(*old[kMasterCopy], arena.dtype) == w, *old[kMasterCopy], w);
   }
   auto u = gradient(i, n);
   if ((flags & kWeightDecay) && !(flags & kDecoupled)) {
-    u = add(u, multiply(n.weight_decay, w));
+    u = u + n.weight_decay * w;
   }
   if (flags & kTrustRatio) {
-    u = multiply(u, n.trust_ratio);
+    u = u * n.trust_ratio;
   }
   RuleSlots<Composed> wide_slots;
   for (int slot = 0; slot < kRuleSlots; ++slot) {
     if (old[slot]) {
-      wide_slots.of[slot] = of(wide(*old[slot]));
+      wide_slots.of[slot] = wide(*old[slot]);
     }
   }
-  const auto ruled = Rules::step(control_.rule, of(u), wide_slots, n.rule, flags);
-  Tensor next{parameter, old};
-  std::optional<mx::array> random;
+  const auto ruled = Rules::step(control_.rule, u, wide_slots, n.rule, flags);
+  Tensor next{given, old};
+  Random random;
   if (flags & kStochastic) {
     random = random_bits_composed(
         arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s);
   }
   for (int slot = 0; slot < Rules::slots(control_.rule, flags); ++slot) {
-    next.slots[slot] = stored_slot(ruled.slots.of[slot].array, slot, random);
+    next.slots[slot] = stored_slot(ruled.slots.of[slot], slot, random);
   }
   if ((flags & kWeightDecay) && (flags & kDecoupled)) {
-    const auto decay = multiply(n.rule.learning_rate.array, n.weight_decay);
-    w = multiply(w, subtract(number(1), decay));
+    w = w * (1.0f - n.rule.learning_rate * n.weight_decay);
   }
-  auto exact = subtract(w, ruled.change.array);
+  auto exact = w - ruled.change;
   if (flags & kCompensated) {
-    const auto change = subtract(wide(*old[kCompensation]), ruled.change.array);
-    exact = add(w, change);
-    const auto rounded = nearest_composed(exact, arena.dtype, s);
-    next.parameter = mx::astype(rounded, arena.dtype, s);
-    next.slots[kCompensation] = mx::astype(subtract(change, subtract(rounded, w)), arena.dtype, s);
+    const auto change = wide(*old[kCompensation]) - ruled.change;
+    exact = w + change;
+    const auto rounded = nearest(exact, arena.dtype);
+    next.parameter = cast(rounded, arena.dtype);
+    next.slots[kCompensation] = cast(change - (rounded - w), arena.dtype);
   } else {
     const bool at_random = (flags & kStochastic) && !(flags & kMaster);
     next.parameter = stored(exact, arena.dtype, at_random ? random : std::nullopt);
@@ -255,16 +240,15 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   }
   if (flags & kAverage) {
     const auto& average = *old[kMovingAverage];
-    next.slots[kMovingAverage] =
-        add(average, multiply(number(control_.average_weight), subtract(exact, average)));
+    next.slots[kMovingAverage] = average + control_.average_weight * (exact - average);
   }
 
   if (flags & kSkipNonfinite) {
     const auto apply = applies();
-    next.parameter = mx::where(apply, next.parameter, given, s);
+    next.parameter = choose(apply, next.parameter, given);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (old[slot]) {
-        next.slots[slot] = mx::where(apply, *next.slots[slot], *old[slot], s);
+        next.slots[slot] = choose(apply, *next.slots[slot], *old[slot]);
       }
     }
   }
@@ -277,10 +261,10 @@ std::vector<mx::array> ComposedStep::outputs() const {
   std::array<std::vector<mx::array>, kSlots> slots;
   for (size_t i = 0; i < plan_.tensor_count(); ++i) {
     auto next = update(i, step);
-    parameters.push_back(next.parameter);
+    parameters.push_back(next.parameter.array);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (next.slots[slot]) {
-        slots[slot].push_back(*next.slots[slot]);
+        slots[slot].push_back(next.slots[slot]->array);
       }
     }
   }
@@ -297,14 +281,14 @@ std::vector<mx::array> ComposedStep::outputs() const {
   if (plan_.writes_step) {
     auto one = mx::array(uint64_t(1), mx::uint64);
     if (plan_.flags() & kSkipNonfinite) {
-      one = mx::astype(measured(kMeasuredApply), mx::uint64, s);
+      one = cast(measured(kMeasuredApply), mx::uint64).array;
     }
     std::vector<mx::array> used;
     for (int i = 0; i < kScalars; ++i) {
       const bool absent = i == kGradScaleFactor && !(plan_.flags() & kGradScale);
-      used.push_back(absent ? number(1) : scalar(i));
+      used.push_back(absent ? mx::array(1.0f) : scalar(i).array);
     }
-    outputs.push_back(add(*in_.step, one));
+    outputs.push_back(mx::add(*in_.step, one, s));
     outputs.push_back(mx::stack(used, 0, s));
   }
   return outputs;
@@ -346,7 +330,7 @@ mx::array composed_scalar(
     const int place = std::popcount(control.scheduled & ((1u << i) - 1));
     return evaluate_schedule(control.schedules[place], *step, s);
   }
-  return number(control.constants[i].hi);
+  return mx::array(control.constants[i].hi);
 }
 
 mx::array composed_unscale(
@@ -354,11 +338,9 @@ mx::array composed_unscale(
     const mx::array* step,
     const mx::array* given,
     mx::Stream s) {
-  const auto scale = composed_scalar(control, kGradScaleFactor, step, given, s);
-  const auto inverts =
-      mx::logical_and(mx::greater_equal(scale, number(0x1p-126f), s), mx::isfinite(scale, s), s);
-  const auto reciprocal = mx::divide(number(1), mx::where(inverts, scale, number(1), s), s);
-  return mx::where(inverts, reciprocal, number(NAN), s);
+  const Composed scale{composed_scalar(control, kGradScaleFactor, step, given, s), s};
+  const auto inverts = (scale >= 0x1p-126f) & is_finite(scale);
+  return choose(inverts, quotient(1.0f, choose(inverts, scale, 1.0f)), float(NAN)).array;
 }
 
 mx::array composed_tensor(

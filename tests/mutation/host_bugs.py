@@ -172,9 +172,9 @@ MUTANTS = [
     Mutant("compensation_of_nothing", FRAME, "const T change = e.compensation - next.change;", "const T change = T() - next.change;", "full_conformance full_step"),
     Mutant("slots_of_amsgrad", ADAM, "flags & kAmsgrad ? 3 : 2", "3", "rules options"),
     # ---- The rules in MLX's operations, and their table
-    Mutant("composed_rest", COMPOSED, "of(number(control_.rest[i]))", "1.0f - n.rule.scalar[i]", "full_conformance"),
-    Mutant("composed_slot", COMPOSED, "stored_slot(ruled.slots.of[slot].array, slot, random)", "stored_slot(ruled.slots.of[0].array, slot, random)", "transforms_full full_conformance"),
-    Mutant("composed_correction", COMPOSED, "rounded(mx::rsqrt(bias(1), cpu))", "rounded(mx::rsqrt(bias(0), cpu))", "transforms_full full_conformance"),
+    Mutant("composed_rest", COMPOSED, "constant ? control_.rest[i] : 1.0f - n.rule.scalar[i]", "1.0f - n.rule.scalar[i]", "full_conformance"),
+    Mutant("composed_slot", COMPOSED, "stored_slot(ruled.slots.of[slot], slot, random)", "stored_slot(ruled.slots.of[0], slot, random)", "transforms_full full_conformance"),
+    Mutant("composed_correction", COMPOSED, "mx::rsqrt(bias(1).array, cpu)", "mx::rsqrt(bias(0).array, cpu)", "transforms_full full_conformance"),
     Mutant("composed_quotient", OPERATORS, "composed(mx::divide, a, b)", "composed(mx::divide, b, a)", "transforms_full full_conformance"),
     Mutant("composed_choice", OPERATORS, "mx::where(condition.array, a.array, b.array", "mx::where(condition.array, b.array, a.array", "transforms_full full_conformance"),
     Mutant("composed_magnitude", OPERATORS, "mx::abs(x.array, x.s)", "x.array", "transforms_full full_conformance"),
