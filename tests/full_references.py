@@ -32,7 +32,7 @@ class Arena(NamedTuple):
 
 
 def arenas_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[Arena]:
-    """One arena a dtype (these tests stay below 128 MiB), tensors at multiples of 256 bytes,
+    """One arena a dtype (these tests stay below 2 MiB), tensors at multiples of 256 bytes,
     named by the 64-bit FNV-1a hash of what they are, with a byte before each key of a path."""
     arenas = []
     for dtype in dict.fromkeys(dtypes):

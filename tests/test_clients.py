@@ -496,7 +496,32 @@ def mixed_in(base):
     return Further
 
 
-DERIVED = {"signed": signed, "counting": counting, "mixed_in": mixed_in}
+def numbered(base):
+    class Numbered(base):
+        """Numbers of its own: half the rate, a momentum that is halved, a default."""
+
+        dampening = 0.125  # the constructor's wins
+
+        @property
+        def learning_rate(self):
+            return base.learning_rate.fget(self) * 0.5
+
+        @learning_rate.setter
+        def learning_rate(self, value):
+            base.learning_rate.fset(self, value)
+
+        @property
+        def momentum(self):
+            return self._own_momentum
+
+        @momentum.setter
+        def momentum(self, value):
+            self._own_momentum = value / 2
+
+    return Numbered
+
+
+DERIVED = {"signed": signed, "counting": counting, "mixed_in": mixed_in, "numbered": numbered}
 
 
 @pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)

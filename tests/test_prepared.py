@@ -297,6 +297,22 @@ def test_counters_that_went_wrong(calls, name):
         optimizer.apply_gradients(tree(2), parameters)
 
 
+@pytest.mark.parametrize("option", [dict(clip_norm=1.0), dict(skip_nonfinite=True)])
+def test_counters_of_an_earlier_option_are_no_hindrance(option, calls, never):
+    def run():
+        optimizer, parameters = optim.AdamW(0.5, **option), tree(1)
+        for i in range(5):
+            if i == 2:
+                optimizer.clip_norm, optimizer.skip_nonfinite = None, False
+            parameters = optimizer.apply_gradients(tree(2 + i), parameters)
+        return parameters, optimizer.state
+
+    got = run()
+    assert len(calls) == 2  # the first step with each set of options
+    never()
+    same(got, run())
+
+
 def test_what_an_earlier_option_kept_is_forgotten(calls):
     """A step without momentum does not know that a state has more than it says."""
     optimizer, parameters = optim.SGD(0.25), tree(1)

@@ -112,14 +112,16 @@ std::optional<std::pair<nb::object, StateDict>> PreparedStep::take(
   const auto entries = dict_at(state, names().arenas);
   const auto entry = entries ? dict_at(entries, key_) : nb::handle();
   // What else is in the state, somebody has put there for a step to take in; and without an
-  // entry nothing that an earlier step kept is to be forgotten.
+  // entry nothing that an earlier step kept is to be forgotten. The counters of an earlier one
+  // stay where nothing counts any more.
   const bool is_measured = options_.flags & fused_math::kMeasuredFlags;
   const bool skips = options_.flags & fused_math::kSkipNonfinite;
-  const bool is_own = nb::len(state) == 2u + bool(entry) + is_measured + skips &&
+  const bool has_norm = is_scalar(lookup(state, names().grad_norm), mx::float32);
+  const bool has_skipped = is_scalar(lookup(state, names().skipped), mx::uint64);
+  const bool is_own = nb::len(state) == 2u + bool(entry) + has_norm + has_skipped &&
       (!entry || nb::len(entries) == entries_);
-  if (!tree.fits(layout_) || !step || !last_rate || !is_own ||
-      (is_measured && !is_scalar(lookup(state, names().grad_norm), mx::float32)) ||
-      (skips && !is_scalar(lookup(state, names().skipped), mx::uint64))) {
+  if (!tree.fits(layout_) || !step || !last_rate || !is_own || (is_measured && !has_norm) ||
+      (skips && !has_skipped)) {
     return {};
   }
   const std::optional<StepSlots> slots = entry ? slots_of(entry, slot_names_) : StepSlots{};

@@ -1,5 +1,5 @@
 // Where each tensor of a parameter tree lives: tensors of one dtype share flat
-// buffers ("arenas"), so that a step is one kernel and four outputs, however
+// buffers ("arenas"), so that a step is a few kernels with a few outputs each, however
 // many tensors there are.
 #pragma once
 
@@ -22,7 +22,8 @@ constexpr size_t kArenaAlignment = 256;
 /// An arena holds at most this share of all tensors, between these bounds, unless a single
 /// tensor is larger: docs/architecture.md has the measurements. When the parameters cannot be
 /// donated, a step needs one arena of extra memory at a time, not a second model; and an
-/// arena waits for all its gradients, which so are together in memory.
+/// arena waits for all its gradients, which so are together in memory. Saved states have arenas
+/// of these sizes: with other ones they cannot be read.
 constexpr size_t kArenaShare = 16;
 constexpr size_t kSmallestArenaLimit = size_t(2) << 20;
 constexpr size_t kLargestArenaLimit = size_t(128) << 20;

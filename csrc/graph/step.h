@@ -1,4 +1,4 @@
-// The fused SGD step: the operation (checks, graph) and its primitive.
+// The fused step: the operation (checks, graph) and its primitive.
 #pragma once
 
 #include <array>

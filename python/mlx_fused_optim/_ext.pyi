@@ -10,7 +10,7 @@ Path = tuple[str | int | tuple[int], ...]
 
 MAX_SEGMENTS: int
 MAX_CYCLE_FACTOR: int
-# Of a step: name -> bit, see SgdFlags in csrc/math/frame.h; and the length of a group's row.
+# Of a step: name -> bit, see StepFlags in csrc/math/frame.h; and the length of a group's row.
 FLAGS: dict[str, int]
 GROUP_NUMBERS: int
 # The table of csrc/graph/rules.cpp; a rule is known by its place.

@@ -24,7 +24,7 @@ GroupList = Sequence[tuple[Predicate, dict[str, Any]]]
 
 # Overrides of any rule; beside them those that are named like its scalars, and LARS's ratio.
 KEYS = ("learning_rate", "learning_rate_factor", "weight_decay")
-# A row of numbers, see SgdGroup in csrc/math/frame.h: what the step's own is multiplied with,
+# A row of numbers, see StepGroup in csrc/math/frame.h: what the step's own is multiplied with,
 # then what is added.
 COLUMNS = {"learning_rate": 0, "weight_decay": 2}
 TRUST_COEFFICIENT = 4

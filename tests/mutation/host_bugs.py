@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("skipped_steps_not_counted", PREPARED, "nb::cast(taken.measured[1])", "nb::cast(*options.skipped)", "prepared"),
     Mutant("norm_of_the_last_step", PREPARED, "  if (is_measured) {\n", "  if (false) {\n", "prepared"),
     Mutant("prepared_for_other_tensors", PREPARED, "if (!tree.fits(layout_) || !step", "if (!step", "prepared"),
-    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 2u + bool(entry) + is_measured + skips", "nb::len(state) >= 2u", "prepared"),
+    Mutant("leftovers_are_nothing", PREPARED, "nb::len(state) == 2u + bool(entry) + has_norm + has_skipped", "nb::len(state) >= 2u", "prepared"),
     Mutant("rate_of_any_type", PREPARED, "if (!given || !is_real(given->dtype())) {", "if (!given) {", "prepared bad_input"),
     Mutant("counter_of_the_first_step", PREPARED, "  next[names().step] = nb::cast(*taken.next);\n", "", "prepared"),
     # ---- C++: measurement, schedules, the step

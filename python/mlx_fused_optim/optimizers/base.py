@@ -173,7 +173,7 @@ class FusedOptimizer(Optimizer):
     _defaults: ClassVar[dict[str, Any]]  # of its own arguments
 
     _prepared = _Prepared()
-    # Of a subclass with a step of one tensor of its own: as in MLX then, tensor by tensor.
+    # Of a subclass with a step of one tensor or a number of its own: as in MLX, tensor by tensor.
     _is_single = False
     _compiled = False  # a step was traced by mx.compile
     _state_of_trace = False  # the state was made inside a function that is traced
@@ -242,8 +242,12 @@ class FusedOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own, shared = (cls.init_single, cls.apply_single), FusedOptimizer
-        cls._is_single = own != (shared.init_single, shared.apply_single)
+        parts = ("init_single", "apply_single", "learning_rate")
+        kinds, bases = (Number, Betas), cls.__mro__
+        numbers = {name for base in bases for name, x in vars(base).items() if isinstance(x, kinds)}
+        cls._is_single = any(
+            getattr(cls, name) != getattr(FusedOptimizer, name) for name in parts
+        ) or not all(isinstance(getattr(cls, name), kinds) for name in numbers)
         if "_op" in vars(cls):
             code = cls.__init__.__code__
             names = code.co_varnames[2 : code.co_argcount]  # behind self and the learning rate
@@ -516,8 +520,8 @@ class FusedOptimizer(Optimizer):
         ``mlx.optimizers`` has under this name, with its roundings.
 
         For an optimizer that wraps this one and steps tensor by tensor, and for subclasses:
-        one that overrides this or :meth:`init_single` takes all its steps so, without the
-        kernel, and its state is that of MLX.
+        one that overrides this, :meth:`init_single` or a number (``learning_rate`` as a property)
+        takes all its steps so, without the kernel, and its state is that of MLX.
 
         Args:
             gradient (array): The gradient.
@@ -573,7 +577,7 @@ class FusedOptimizer(Optimizer):
         """Nothing is asked for that MLX's step of one tensor does not do."""
         beyond = list(self._beyond_mlx()) if grad_scale is None else ["grad_scale"]
         numbers = {**self._constants, **self._schedulers}
-        own = {name: numbers[name] for name in self._names()}
+        own = {name: numbers[name] for name in self._names() if name in numbers}
         own |= {name: getattr(self, name) for name in self._rule.choices}
         beyond += [f"a scheduled {name}" for name, value in own.items() if callable(value)]
         beyond += [
