@@ -268,7 +268,7 @@ def found(
     groups: Groups, trust_coefficient: float | None, key: str, flags: int
 ) -> dict[str, Any] | None:
     """What the extension was given of the groups in the last step, where the next one is given
-    the same; None where a group has a number on a schedule."""
+    the same; None where a group has a number on a schedule or in an array."""
     if not groups.members:
         return {}
     rows, numbers = groups.rows.find(key), groups.numbers.get(trust_coefficient)
