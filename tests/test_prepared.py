@@ -218,6 +218,26 @@ def test_a_state_that_is_assigned(prepared, calls):
     assert calls == ["SGD"] * 2 and optimizer.step.item() == 8
 
 
+def test_momentum_that_is_put_in(prepared, calls):
+    """As mlx.optimizers keeps it: it wins, in a step of the optimizer and of the function."""
+    optimizer, parameters = prepared
+    state = dict(optimizer.state)
+    for own in (optimizer.state, state):
+        own["a"] = {"v": mx.full((3, 5), 64.0)}
+    optimizer.apply_gradients(tree(9), parameters)
+    assert calls == ["SGD"] * 2 and "a" not in optimizer.state
+    want = tree(9)["a"] + mx.array(0.9) * 64.0
+    assert mx.array_equal(optimizer.state["a"]["v"], want).item()
+
+    parameters, options = tree(1), dict(learning_rate=0.25, momentum=0.9)
+    optim.fused_sgd_step(
+        parameters, tree(9), optim.fused_sgd_init(parameters, momentum=0.9), **options
+    )
+    _, state = optim.fused_sgd_step(parameters, tree(9), state, **options)
+    assert calls[2:] == ["fused_sgd_step"] * 2 and "a" not in state
+    same(state["arenas"], optimizer.state["arenas"])
+
+
 def test_a_schedule_of_a_subclass(calls):
     class Scheduled(optim.SGD):
         def __init__(self):
