@@ -17,3 +17,6 @@ function(make_quick)
   endif()
 endfunction()
 cmake_language(DEFER CALL make_quick)
+# The double of Metal looks at each access of its kernels: it has to be quick itself.
+file(GLOB double tests/metal_on_cpu/*.cpp)
+set_source_files_properties(${double} PROPERTIES COMPILE_OPTIONS -O3 SKIP_PRECOMPILE_HEADERS ON)
