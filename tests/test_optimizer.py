@@ -666,9 +666,9 @@ def test_the_layout_of_arenas():
             assert (size + following + 256) * dtype.size > 2**27 - 256 * dtype.size
 
 
-@pytest.mark.parametrize("mib, limit", [(1, 2), (32, 2), (64, 4), (2048, 128), (4096, 128)])
+@pytest.mark.parametrize("mib, limit", [(1, 8), (32, 8), (128, 8), (256, 16), (2048, 128), (4096, 128)])
 def test_an_arena_is_a_sixteenth_of_the_model(mib, limit):
-    """At most, from 2 MiB to 128: what a step that cannot write in place needs beside it."""
+    """At most, from 8 MiB to 128: what a step that cannot write in place needs beside it."""
     from mlx_fused_optim import _ext
 
     half = 2**19  # bytes: float16 and float32 share the limit, not an arena
@@ -684,8 +684,8 @@ def peak_of_training(optimizer) -> int:
     """Bytes beyond what the model had, of steps that evaluate loss, gradients and update
     together, so that nothing can be written in place."""
     mx.random.seed(0)
-    model = nn.Sequential(*[layer for _ in range(24) for layer in (nn.Linear(512, 512), nn.ReLU())])
-    x = mx.random.normal((8, 512))
+    model = nn.Sequential(*[layer for _ in range(24) for layer in (nn.Linear(1024, 1024), nn.ReLU())])
+    x = mx.random.normal((8, 1024))
     mx.eval(model.parameters(), x)
     before = mx.get_active_memory()
     loss_and_grad = nn.value_and_grad(model, lambda model, x: mx.square(model(x)).mean())
@@ -701,7 +701,7 @@ def peak_of_training(optimizer) -> int:
     return mx.get_peak_memory() - before
 
 
-@pytest.mark.parametrize("name, options", [("SGD", {"momentum": 0.9}), ("AdamW", {}), ("Lion", {})])
+@pytest.mark.parametrize("name, options", [("SGD", {"momentum": 0.9}), ("AdamW", {})])
 def test_the_peak_of_a_whole_evaluation_is_at_most_that_of_mlx(name, options):
     if mx.default_device() != mx.cpu:
         pytest.skip("a GPU evaluates ahead of what is freed, and how far varies")

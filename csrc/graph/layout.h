@@ -25,7 +25,7 @@ constexpr size_t kArenaAlignment = 256;
 /// arena waits for all its gradients, which so are together in memory. Saved states have arenas
 /// of these sizes: with other ones they cannot be read.
 constexpr size_t kArenaShare = 16;
-constexpr size_t kSmallestArenaLimit = size_t(2) << 20;
+constexpr size_t kSmallestArenaLimit = size_t(8) << 20;
 constexpr size_t kLargestArenaLimit = size_t(128) << 20;
 
 /// A path is the keys on the way to a tensor, each behind a byte that says what it is and that
