@@ -666,7 +666,7 @@ def test_the_layout_of_arenas():
             assert (size + following + 256) * dtype.size > 2**27 - 256 * dtype.size
 
 
-@pytest.mark.parametrize("mib, limit", [(1, 8), (32, 8), (128, 8), (256, 16), (2048, 128), (4096, 128)])
+@pytest.mark.parametrize("mib, limit", [(1, 8), (32, 8), (128, 8), (256, 16), (2048, 128)])
 def test_an_arena_is_a_sixteenth_of_the_model(mib, limit):
     """At most, from 8 MiB to 128: what a step that cannot write in place needs beside it."""
     from mlx_fused_optim import _ext
@@ -684,7 +684,8 @@ def peak_of_training(optimizer) -> int:
     """Bytes beyond what the model had, of steps that evaluate loss, gradients and update
     together, so that nothing can be written in place."""
     mx.random.seed(0)
-    model = nn.Sequential(*[layer for _ in range(24) for layer in (nn.Linear(1024, 1024), nn.ReLU())])
+    layers = [layer for _ in range(24) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    model = nn.Sequential(*layers)
     x = mx.random.normal((8, 1024))
     mx.eval(model.parameters(), x)
     before = mx.get_active_memory()
