@@ -421,6 +421,7 @@ def test_momentum_and_decay_changed_mid_run():
 
 CONTINUE = """
 import sys
+import conftest  # the same device: products on another stream may have other bits
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 import mlx_fused_optim as optim
