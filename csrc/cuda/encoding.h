@@ -110,10 +110,11 @@ void side_by_side(mx::cu::CommandEncoder& encoder, size_t launches, LaunchAll la
   }
 }
 
-/// Whether everything that was launched on the stream is done.
-bool is_idle(mx::cu::CommandEncoder& encoder);
-
-/// Whether that is so, and nothing waits to be launched.
+/// Whether everything that was launched on the stream is done, and nothing waits to be.
 bool has_nothing_to_do(mx::cu::CommandEncoder& encoder);
+
+/// Launches what waits, if it is much and the device has nothing to do: it works while the
+/// host goes on.
+void start_if_idle(mx::cu::CommandEncoder& encoder);
 
 } // namespace mlx_fused_optim::cuda

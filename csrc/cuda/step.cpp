@@ -131,9 +131,6 @@ Common common_arguments(const StepPlan& plan, const StepInputs& in, const StepOu
   return common;
 }
 
-/// Fewer bytes than these take less time on the device than a launch of their own.
-constexpr size_t kWorthALaunch = size_t(4) << 20;
-
 } // namespace
 
 void step(const Step& step) {
@@ -161,11 +158,7 @@ void step(const Step& step) {
     launch_batches(encoder, kernels.turned, kSquareThreads, batches.turned, common, counted);
     launch_batches(encoder, kernels.strided, kThreads, batches.strided, common, counted);
   });
-
-  // The device has nothing to do: it starts while the host goes on to the views.
-  if (plan.arena->size * plan.arena->dtype.size() >= kWorthALaunch && is_idle(encoder)) {
-    encoder.commit();
-  }
+  start_if_idle(encoder);
 }
 
 constexpr Backend kBackend = {step, measure, evaluate_schedule};
