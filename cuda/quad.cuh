@@ -10,13 +10,12 @@ namespace {
 using fused_math::kBfloat16;
 using fused_math::kFloat16;
 using fused_math::kFloat32;
+using fused_math::kInt8;
 
-/// A word for each float32, half a word for each of a half type.
+/// A word for each float32, half a word for each of a half type, a quarter for each int8.
 struct Quad {
   uint32_t words[kQuad];
 };
-
-__device__ inline uint32_t size_of_format(uint32_t format) { return format == kFloat32 ? 4 : 2; }
 
 // The cache operators are those of any load and store: marking them as streaming, all or
 // some, was no faster on an H200 (docs/cuda.md), and new parameters are soon read again. But
@@ -28,6 +27,9 @@ __device__ inline void load_whole(Quad& quad, const uint32_t* from) {
 __device__ inline void load_whole(Quad& quad, const uint16_t* from) {
   const uint2 words = __ldca(reinterpret_cast<const uint2*>(from));
   quad = {{words.x, words.y, 0, 0}};
+}
+__device__ inline void load_whole(Quad& quad, const uint8_t* from) {
+  quad = {{__ldca(reinterpret_cast<const uint32_t*>(from)), 0, 0, 0}};
 }
 
 /// The first `count`, `stride` elements apart; the others are zero.
@@ -44,6 +46,13 @@ __device__ inline void load_some(Quad& quad, const uint16_t* from, int64_t strid
     halves[k] = k < count ? from[k * stride] : 0;
   }
   quad = {{halves[0] | halves[1] << 16, halves[2] | halves[3] << 16, 0, 0}};
+}
+__device__ inline void load_some(Quad& quad, const uint8_t* from, int64_t stride, uint32_t count) {
+  quad = {};
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    quad.words[0] |= k < count ? uint32_t(from[k * stride]) << 8 * k : 0;
+  }
 }
 
 /// The quad that begins at element `at`. Leaves it be where there is no array.
@@ -64,6 +73,8 @@ __device__ inline void load(
   };
   if (format == kFloat32) {
     load_from(static_cast<const uint32_t*>(data) + at);
+  } else if (format == kInt8) {
+    load_from(static_cast<const uint8_t*>(data) + at);
   } else {
     load_from(static_cast<const uint16_t*>(data) + at);
   }
@@ -86,6 +97,18 @@ __device__ inline void store(
       for (int k = 0; k < kQuad; ++k) {
         if (k < count) {
           to[k] = words[k];
+        }
+      }
+    }
+  } else if (format == kInt8) {
+    auto* to = static_cast<uint8_t*>(data) + at;
+    if constexpr (whole) {
+      __stwb(reinterpret_cast<uint32_t*>(to), words[0]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        if (k < count) {
+          to[k] = static_cast<uint8_t>(words[0] >> 8 * k);
         }
       }
     }
@@ -117,6 +140,11 @@ __device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[
       const uint32_t word = words[k / 2];
       values[k] = fused_math::bits_to_float(k % 2 ? word & 0xffff0000u : word << 16);
     }
+  } else if (format == kInt8) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      values[k] = static_cast<float>(static_cast<int8_t>(words[0] >> 8 * k));
+    }
   } else {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
@@ -133,6 +161,14 @@ __device__ inline void narrow(const float (&values)[kQuad], uint32_t format, Qua
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       words[k] = fused_math::float_to_bits(values[k]);
+    }
+    return;
+  }
+  if (format == kInt8) {
+    words[0] = 0;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      words[0] |= (static_cast<uint32_t>(static_cast<int32_t>(values[k])) & 0xff) << 8 * k;
     }
     return;
   }

@@ -26,13 +26,16 @@ struct StepKnown {
   static constexpr uint32_t kGradients = K::kGradients;
   static constexpr uint32_t kMay = K::kFlags; // flags of some tensors
   /// Flags of every tensor. With the generic kernel's they are known at run time only.
-  static constexpr uint32_t kHas = kMay == kGenericFlags ? 0
-      : kMay & kGroups                                   ? kMay & ~kTensorFlags
-                                                         : kMay;
+  static constexpr uint32_t kHas = is_generic(kMay) ? 0
+      : kMay & kGroups                              ? kMay & ~kTensorFlags
+                                                    : kMay;
+  static constexpr bool kHasMaster24 = is_master24(kMay) && kMay != kGenericFlags;
   /// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
-  static constexpr bool may_have(int slot) { return has_slot(kRule, kMay, slot); }
+  static constexpr bool may_have(int slot) {
+    return has_slot(kRule, kMay, slot) || (slot == kCompensation && kMay == kGenericFlags);
+  }
   static constexpr uint32_t format_of_slot(int slot) {
-    return slot < kRuleSlots ? kStateFormat : slot == kCompensation ? kFormat : uint32_t(kFloat32);
+    return slot_format(kHasMaster24 ? uint32_t(kMaster24) : 0, slot, kFormat, kStateFormat);
   }
   /// Registers that a quad of everything takes.
   static constexpr uint32_t words() {
@@ -42,7 +45,9 @@ struct StepKnown {
     }
     return n;
   }
-  static constexpr uint32_t words_of(uint32_t format) { return format == kFloat32 ? 4 : 2; }
+  static constexpr uint32_t words_of(uint32_t format) {
+    return format == kFloat32 ? 4 : format == kInt8 ? 1 : 2;
+  }
   /// Quads that a thread loads before it uses one: two where registers are left. Rounding at
   /// random to float16 takes many.
   static constexpr bool kRoundsToHalf =
@@ -71,7 +76,7 @@ __device__ void compute_numbers(const Common& common, const Tensor& tensor, Step
   if (threadIdx.x != 0) {
     return;
   }
-  const uint32_t flags = Known::kMay == kGenericFlags ? control.flags : Known::kMay;
+  const uint32_t flags = is_generic(Known::kMay) ? control.flags : Known::kMay;
   const StepHyper hyper =
       step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
   if (common.step_out && blockIdx.x == 0) {

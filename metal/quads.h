@@ -138,6 +138,8 @@ inline float4 load_quad_of(
       return load_quad((device const half*)from + at, stride, count, wide);
     case kBfloat16:
       return load_quad((device const bfloat*)from + at, stride, count, wide);
+    case kInt8:
+      return load_quad((device const int8_t*)from + at, stride, count, wide);
     default:
       return load_quad((device const float*)from + at, stride, count, wide);
   }
@@ -155,6 +157,8 @@ inline void store_quad_of(
       return store_quad((device half*)to + at, values, count, wide);
     case kBfloat16:
       return store_quad((device bfloat*)to + at, values, count, wide);
+    case kInt8:
+      return store_quad((device int8_t*)to + at, values, count, wide);
     default:
       return store_quad((device float*)to + at, values, count, wide);
   }

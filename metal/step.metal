@@ -23,7 +23,7 @@ constant uint32_t state_format [[function_constant(4)]];
 inline bool keeps(int slot) { return has_slot(step_rule, step_flags, slot); }
 
 inline uint32_t format_of_slot(int slot) {
-  return slot < kRuleSlots ? state_format : slot == kCompensation ? parameter_format : kFloat32;
+  return slot_format(step_flags, slot, parameter_format, state_format);
 }
 
 /// The update of the tensors in `table`. Its other buffers are bytes, read by their formats,

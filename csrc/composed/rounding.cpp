@@ -18,6 +18,11 @@ mx::array mix64(mx::array x, mx::Stream s) {
   return spread(x, 31);
 }
 
+mx::array bits_of(const mx::array& x, mx::Stream s) {
+  return mx::view(mx::stop_gradient(x, s), mx::uint32, s);
+}
+mx::array float_of(const mx::array& bits, mx::Stream s) { return mx::view(bits, mx::float32, s); }
+
 /// `rounded`, with the derivative of x.
 mx::array straight_through(const mx::array& x, const mx::array& rounded, mx::Stream s) {
   // Minus zero: adding it would take the sign of -0.0. Infinities have no difference.
@@ -86,6 +91,42 @@ mx::array random_composed(
   }
   // Infinity and NaN have no neighbours.
   return straight_through(x, mx::where(mx::isfinite(value, s), rounded, value, s), s);
+}
+
+mx::array as_master24_composed(
+    const mx::array& x,
+    const std::optional<mx::array>& random,
+    mx::Stream s) {
+  const auto bits = bits_of(x, s);
+  const auto odd = mx::bitwise_and(mx::right_shift(bits, word(8), s), word(1), s);
+  const auto more =
+      random ? mx::bitwise_and(*random, word(0xffu), s) : mx::add(odd, word(0x7fu), s);
+  const auto rounded = mx::bitwise_and(mx::add(bits, more, s), word(0xffffff00u), s);
+  const auto nan =
+      mx::bitwise_and(mx::bitwise_or(bits, word(0x400000u), s), word(0xffff0000u), s);
+  return straight_through(x, float_of(mx::where(mx::isnan(x, s), nan, rounded, s), s), s);
+}
+
+std::pair<mx::array, mx::array> parts_of_master24_composed(const mx::array& master, mx::Stream s) {
+  const auto bits = bits_of(master, s);
+  const auto half = word(0x8000u);
+  const auto rounded = mx::where(mx::isnan(master, s), bits, mx::add(bits, half, s), s);
+  const auto parameter = mx::bitwise_and(rounded, word(0xffff0000u), s);
+  const auto units =
+      mx::right_shift(mx::add(mx::subtract(bits, parameter, s), half, s), word(8), s);
+  const auto byte = mx::astype(mx::subtract(units, word(128), s), mx::int8, s);
+  return {straight_through(master, float_of(parameter, s), s), byte};
+}
+
+mx::array master24_composed(const mx::array& parameter, const mx::array& byte, mx::Stream s) {
+  const auto bits = bits_of(parameter, s);
+  const auto units = mx::astype(mx::astype(byte, mx::int32, s), mx::uint32, s);
+  const auto magnitude = mx::add(
+      mx::bitwise_and(bits, word(0x7fffffffu), s), mx::left_shift(units, word(8), s), s);
+  const auto sign = mx::bitwise_and(bits, word(0x80000000u), s);
+  const auto valid = mx::less_equal(magnitude, word(0x7f800000u), s);
+  const auto master = mx::where(valid, mx::bitwise_or(magnitude, sign, s), bits, s);
+  return straight_through(parameter, float_of(master, s), s);
 }
 
 mx::array random_bits_composed(

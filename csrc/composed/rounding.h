@@ -16,6 +16,15 @@ mx::array random_composed(
     const mx::array& random, // uint32
     mx::Stream s);
 
+/// fused_math::nearest_master24, or with random bits random_master24.
+mx::array as_master24_composed(
+    const mx::array& x,
+    const std::optional<mx::array>& random,
+    mx::Stream s);
+/// Such a master's parameter, as float32, and its byte, as int8; and the master of them.
+std::pair<mx::array, mx::array> parts_of_master24_composed(const mx::array& master, mx::Stream s);
+mx::array master24_composed(const mx::array& parameter, const mx::array& byte, mx::Stream s);
+
 /// fused_math::mix32.
 mx::array mix32_composed(mx::array x, mx::Stream s);
 

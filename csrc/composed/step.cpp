@@ -193,7 +193,9 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
 
   const auto given = this->parameter(i);
   auto w = wide(given);
-  if (flags & kMaster) {
+  if (is_master24(flags)) {
+    w = of(master24_composed(w.array, old[kMasterCopy]->array, s));
+  } else if (flags & kMaster) {
     w = choose(nearest(*old[kMasterCopy], arena.dtype) == w, *old[kMasterCopy], w);
   }
   auto u = gradient(i, n);
@@ -223,7 +225,12 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
     w = w * (1.0f - n.rule.learning_rate * n.weight_decay);
   }
   auto exact = w - ruled.change;
-  if (flags & kCompensated) {
+  if (is_master24(flags)) {
+    exact = of(as_master24_composed(exact.array, random, s));
+    const auto parts = parts_of_master24_composed(exact.array, s);
+    next.parameter = cast(of(parts.first), arena.dtype);
+    next.slots[kMasterCopy] = of(parts.second);
+  } else if (flags & kCompensated) {
     const auto change = wide(*old[kCompensation]) - ruled.change;
     exact = w + change;
     const auto rounded = nearest(exact, arena.dtype);
@@ -295,24 +302,34 @@ std::vector<mx::array> ComposedStep::outputs() const {
 }
 
 ComposedOperation composed_operation(const StepPlan& plan, mx::Stream s) {
-  const int slots = [&] {
-    int count = 0;
-    for (int slot = 0; slot < kSlots; ++slot) {
-      count += plan.has(slot);
+  int in = int(plan.parameter_inputs() + plan.tensor_count()), out = plan.tensor_count() > 0;
+  const auto shapes = plan.output_shapes();
+  const auto dtypes = plan.output_dtypes();
+  std::vector<int> inputs;
+  std::map<int, mx::array> outputs;
+  auto gives_integer = [&](int place) {
+    outputs.emplace(place, mx::zeros(shapes[place], dtypes[place], s));
+  };
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (plan.has(slot)) {
+      if (plan.slot_dtype(slot) == mx::int8) {
+        inputs.push_back(in);
+        gives_integer(out);
+      }
+      ++in;
+      ++out;
     }
-    return count;
-  }();
-  std::vector<int> step_in, step_out;
+  }
   if (plan.reads_step()) {
-    step_in.push_back(int(plan.parameter_inputs() + plan.tensor_count()) + slots);
+    inputs.push_back(in);
   }
   if (plan.writes_step) {
-    step_out.push_back((plan.tensor_count() > 0) + slots);
+    gives_integer(out);
   }
   return {
       [&plan, s](const std::vector<mx::array>& inputs) { return step_composed(plan, inputs, s); },
-      step_in,
-      step_out};
+      inputs,
+      outputs};
 }
 
 } // namespace

@@ -13,20 +13,18 @@ bool contains(const std::vector<int>& numbers, int number) {
 }
 
 std::vector<mx::array> without(
-    const std::vector<int>& positions,
+    const std::map<int, mx::array>& integers,
     const std::vector<mx::array>& arrays) {
   std::vector<mx::array> rest;
   for (size_t i = 0; i < arrays.size(); ++i) {
-    if (!contains(positions, i)) {
+    if (!integers.contains(static_cast<int>(i))) {
       rest.push_back(arrays[i]);
     }
   }
   return rest;
 }
 
-mx::array no_derivative() { return mx::array(uint64_t(0), mx::uint64); }
-
-/// The operation as a function of some inputs alone, and without its counters.
+/// The operation as a function of some inputs alone, and without its integers.
 struct Differentiable {
   Differentiable(
       const ComposedOperation& operation,
@@ -34,7 +32,7 @@ struct Differentiable {
       const std::vector<int>& asked)
       : operation(operation), inputs(primals) {
     for (size_t i = 0; i < asked.size(); ++i) {
-      if (!contains(operation.input_counters, asked[i])) {
+      if (!contains(operation.input_integers, asked[i])) {
         argnums.push_back(asked[i]);
         positions.push_back(i);
         values.push_back(primals[asked[i]]);
@@ -47,7 +45,7 @@ struct Differentiable {
     for (size_t i = 0; i < replaced.size(); ++i) {
       all[argnums[i]] = replaced[i];
     }
-    return without(operation.output_counters, operation.function(all));
+    return without(operation.output_integers, operation.function(all));
   }
 
   const ComposedOperation& operation;
@@ -69,8 +67,8 @@ std::vector<mx::array> composed_jvp(
     directions.push_back(tangents[position]);
   }
   auto result = mx::jvp(function, function.values, directions).second;
-  for (int counter : operation.output_counters) { // in increasing order
-    result.insert(result.begin() + counter, no_derivative());
+  for (auto& [place, zero] : operation.output_integers) { // in increasing order
+    result.insert(result.begin() + place, zero);
   }
   return result;
 }
@@ -82,8 +80,11 @@ std::vector<mx::array> composed_vjp(
     const std::vector<int>& argnums) {
   Differentiable function(operation, primals, argnums);
   auto found =
-      mx::vjp(function, function.values, without(operation.output_counters, cotangents)).second;
-  std::vector<mx::array> result(argnums.size(), no_derivative());
+      mx::vjp(function, function.values, without(operation.output_integers, cotangents)).second;
+  std::vector<mx::array> result;
+  for (int argument : argnums) {
+    result.push_back(mx::zeros_like(primals[argument]));
+  }
   for (size_t i = 0; i < found.size(); ++i) {
     result[function.positions[i]] = found[i];
   }

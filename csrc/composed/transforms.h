@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "mlx/mlx.h"
@@ -11,12 +12,12 @@ namespace mlx_fused_optim {
 
 namespace mx = mlx::core;
 
-/// An operation in MLX's operations, and which of its inputs and outputs are counters
-/// (uint64), which have no derivative.
+/// An operation in MLX's operations, and which of its inputs and outputs are integers
+/// (counters, bytes), which have no derivative.
 struct ComposedOperation {
   std::function<std::vector<mx::array>(const std::vector<mx::array>&)> function;
-  std::vector<int> input_counters;
-  std::vector<int> output_counters;
+  std::vector<int> input_integers;
+  std::map<int, mx::array> output_integers; // zeros of their shapes and dtypes
 };
 
 std::vector<mx::array> composed_jvp(

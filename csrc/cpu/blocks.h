@@ -20,6 +20,9 @@ float read_at(const Source& source, int64_t at) {
   if (source.type == Type::float32) {
     return static_cast<const float*>(source.data)[at];
   }
+  if (source.type == Type::int8) {
+    return static_cast<const int8_t*>(source.data)[at];
+  }
   const uint16_t half = static_cast<const uint16_t*>(source.data)[at];
   return source.type == Type::float16 ? widen_float16(half) : widen_bfloat16(half);
 }
@@ -59,12 +62,20 @@ const float* read(const Source& source, size_t begin, size_t n, float* buffer) {
   if (source.type == Type::float32) {
     return static_cast<const float*>(source.data) + begin;
   }
+  if (source.type == Type::int8) {
+    widen_int8(static_cast<const int8_t*>(source.data) + begin, buffer, n);
+    return buffer;
+  }
   auto* half = static_cast<const uint16_t*>(source.data) + begin;
   source.type == Type::float16 ? widen_float16(half, buffer, n) : widen_bfloat16(half, buffer, n);
   return buffer;
 }
 
 void write(Type type, void* data, size_t begin, size_t n, const float* values) {
+  if (type == Type::int8) {
+    narrow_int8(values, static_cast<int8_t*>(data) + begin, n);
+    return;
+  }
   auto* half = static_cast<uint16_t*>(data) + begin;
   type == Type::float16 ? narrow_float16(values, half, n) : narrow_bfloat16(values, half, n);
 }

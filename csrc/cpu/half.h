@@ -1,4 +1,4 @@
-// float16 and bfloat16 to float32 and back, a block at a time, rounding to
+// float16, bfloat16 and int8 to float32 and back, a block at a time, rounding to
 // nearest even. The loops are written to be vectorised.
 #pragma once
 
@@ -90,6 +90,19 @@ void widen_bfloat16(const uint16_t* from, float* to, size_t n) {
 void narrow_bfloat16(const float* from, uint16_t* to, size_t n) {
   for (size_t i = 0; i < n; ++i) {
     to[i] = narrow_bfloat16(from[i]);
+  }
+}
+
+void widen_int8(const int8_t* from, float* to, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    to[i] = from[i];
+  }
+}
+
+/// Of integers from -128 to 127.
+void narrow_int8(const float* from, int8_t* to, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    to[i] = int8_t(int32_t(from[i]));
   }
 }
 

@@ -11,7 +11,7 @@
 
 namespace mlx_fused_optim::cpu {
 
-enum class Type : uint8_t { float32, float16, bfloat16 };
+enum class Type : uint8_t { float32, float16, bfloat16, int8 };
 
 /// How to find the elements of an array that is not contiguous.
 struct Strided {

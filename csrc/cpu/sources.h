@@ -13,7 +13,8 @@ namespace mx = mlx::core;
 inline Type type_of(mx::Dtype dtype) {
   return dtype == mx::float32 ? Type::float32
       : dtype == mx::float16  ? Type::float16
-                              : Type::bfloat16;
+      : dtype == mx::bfloat16 ? Type::bfloat16
+                              : Type::int8;
 }
 
 /// Makes sources, and keeps what they refer to: shapes and strides must outlive the

@@ -9,13 +9,15 @@
 
 namespace mlx_fused_optim::cuda {
 
-enum class Type : uint32_t { float32, float16, bfloat16 };
+enum class Type : uint32_t { float32, float16, bfloat16, int8 };
 
-constexpr size_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+constexpr size_t size_of(Type type) {
+  return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2;
+}
 
 /// Types in a set, a bit each.
 constexpr uint32_t bit_of(Type type) { return uint32_t(1) << static_cast<uint32_t>(type); }
-constexpr uint32_t kAnyType = 7;
+constexpr uint32_t kAnyType = 7; // that a gradient may have
 
 /// A block of threads updates one tile of one tensor.
 constexpr uint32_t kThreads = 256;
@@ -52,7 +54,10 @@ struct SlotArena {
 };
 
 /// In a kernel's place for StepFlags: it knows none of them, but takes those of its tensors.
-constexpr uint32_t kGenericFlags = ~0u;
+/// One for masters of 24 bits, and one for all else, as formats are always known.
+constexpr uint32_t kGenericMaster24Flags = ~0u;
+constexpr uint32_t kGenericFlags = ~0u ^ 1u << 30;
+constexpr bool is_generic(uint32_t flags) { return flags >> 31; }
 
 /// What all tensors of a step share. Outputs may be the memory of the inputs:
 /// element i is read and written by one thread, in this order.
@@ -142,7 +147,8 @@ static_assert(sizeof(Launch<Strided>) <= kArgumentBytes);
 static_assert(
     static_cast<uint32_t>(Type::float32) == fused_math::kFloat32 &&
     static_cast<uint32_t>(Type::float16) == fused_math::kFloat16 &&
-    static_cast<uint32_t>(Type::bfloat16) == fused_math::kBfloat16);
+    static_cast<uint32_t>(Type::bfloat16) == fused_math::kBfloat16 &&
+    static_cast<uint32_t>(Type::int8) == fused_math::kInt8);
 static_assert(fused_math::kMeasureNorm <= 0xffff, "a tensor's flags have 16 bits");
 
 /// The arguments of the kernel that evaluates a schedule.

@@ -29,7 +29,7 @@ constexpr EntryPoint kEntryPoints[] = {
     {"evaluate_schedule", "ScheduleLaunch", "kThreads"},
 };
 
-constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16"};
+constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16", "int8"};
 
 const EntryPoint& entry_point(Kind kind) { return kEntryPoints[static_cast<int>(kind)]; }
 const char* name_of(Type type) { return kTypeNames[static_cast<int>(type)]; }
@@ -65,7 +65,9 @@ ScheduleParts parts_of(const fused_math::StepControl& control) {
 Variant Variant::generic() const {
   Variant any = *this;
   any.gradients = kAnyType;
-  any.flags = kind <= Kind::strided ? kGenericFlags : flags;
+  if (kind <= Kind::strided) {
+    any.flags = fused_math::is_master24(flags) ? kGenericMaster24Flags : kGenericFlags;
+  }
   any.schedules = {~0u, ~0u};
   return any;
 }

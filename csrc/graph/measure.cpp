@@ -19,7 +19,7 @@ ComposedOperation composed_operation(const MeasurePlan& plan, mx::Stream s) {
         return measure_composed(plan, inputs, s);
       },
       {step, step + 1},
-      {1}};
+      {{1, mx::array(uint64_t(0), mx::uint64)}}};
 }
 
 /// The sum of the squares, in rows: one sum over everything errs by 15 % at 1e8 elements

@@ -37,6 +37,9 @@ enum StepFlags : uint32_t {
   kAverage = 1 << 14,
   kMeasureNorm = 1 << 15, // only told
 
+  /// Both: a master in 24 bits. The parameter is its upper part; what is kept is the rest.
+  kMaster24 = kMaster | kCompensated,
+
   /// All that mlx.optimizers has.
   kPlainFlags = kRuleFlags | kWeightDecay | kDecoupled,
   /// Steps that first measure all gradients.
@@ -61,18 +64,29 @@ struct StepHyper {
 /// What the state keeps of every element, each in arenas of its own that are laid
 /// out like the parameters'. The first ones are the rule's, of any of the three dtypes.
 enum StepSlot : int {
-  kMasterCopy = kRuleSlots, // with kMaster; float32, of half types only
-  kCompensation, // with kCompensated; the parameter's dtype, of half types only
+  kMasterCopy = kRuleSlots, // with kMaster; float32, of half types only; of kMaster24 a byte
+  kCompensation, // with kCompensated alone; the parameter's dtype, of half types only
   kMovingAverage, // with kAverage; float32
   kSlots,
 };
+
+MATH_FN constexpr bool is_master24(uint32_t flags) { return (flags & kMaster24) == kMaster24; }
 
 /// Whether a step keeps a slot.
 MATH_FN constexpr bool has_slot(uint32_t rule, uint32_t flags, int slot) {
   return slot < kRuleSlots    ? slot < Rules::slots(rule, flags)
       : slot == kMasterCopy   ? (flags & kMaster) != 0
-      : slot == kCompensation ? (flags & kCompensated) != 0
+      : slot == kCompensation ? (flags & kMaster24) == kCompensated
                               : (flags & kAverage) != 0;
+}
+
+/// The format of a slot.
+MATH_FN constexpr uint32_t
+slot_format(uint32_t flags, int slot, uint32_t parameter_format, uint32_t state_format) {
+  return slot < kRuleSlots                         ? state_format
+      : slot == kCompensation                      ? parameter_format
+      : slot == kMasterCopy && is_master24(flags) ? uint32_t(kInt8)
+                                                   : uint32_t(kFloat32);
 }
 
 /// The numbers that may change from step to step, and their positions in the
@@ -376,7 +390,7 @@ template <typename T>
 struct StepElements {
   T parameter;
   RuleSlots<T> slots;
-  T master; // the parameter in float32
+  T master; // the parameter in float32; of kMaster24 what tells it from the parameter
   T compensation; // what the parameter's rounding has lost
   T average;
 };
@@ -414,7 +428,9 @@ MATH_FN StepElements<T> step_element(
     return e;
   }
   T w = e.parameter;
-  if (flags & kMaster) {
+  if (is_master24(flags)) {
+    w = master24_of(e.parameter, e.master);
+  } else if (flags & kMaster) {
     // A parameter that is not its master's rounding was set by somebody else.
     w = round_nearest(e.master, parameter_format) == e.parameter ? e.master : e.parameter;
   }
@@ -447,7 +463,11 @@ MATH_FN StepElements<T> step_element(
     w = w * (1.0f - hyper.rule.learning_rate * hyper.weight_decay);
   }
   T exact = w - next.change;
-  if (flags & kCompensated) {
+  if (is_master24(flags)) {
+    exact = flags & kStochastic ? random_master24(exact, random) : nearest_master24(exact);
+    e.parameter = parameter_of_master24(exact);
+    e.master = byte_of_master24(exact, e.parameter);
+  } else if (flags & kCompensated) {
     // Kahan: the part that the last rounding lost joins this update.
     const T change = e.compensation - next.change;
     exact = w + change;

@@ -7,7 +7,12 @@
 
 namespace fused_math {
 
-enum Format : uint32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum Format : uint32_t {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBfloat16 = 2,
+  kInt8 = 3, // -128 to 127; only of numbers that are such integers
+};
 
 /// What there is no operator for: the bits of a float, roots and quotients. The CPU kernel
 /// adds those of its vectors.
@@ -104,6 +109,62 @@ MATH_FN T round_random(T x, uint32_t format, typename Bits<T>::type random) {
   return format == kFloat32 ? x
       : format == kFloat16  ? random_float16(x, random)
                             : random_bfloat16(x, random);
+}
+
+// ---- A master in 24 bits -------------------------------------------------------
+//
+// A float32 without its last eight bits is a bfloat16, the nearest, and an integer of eight
+// bits: their difference, as integers. That holds across powers of two, for subnormals and
+// for infinity; so there is no scale. A tie goes away from zero, which the integer can tell.
+
+/// What a master of 24 bits keeps of x: to nearest even, or against eight random bits.
+template <typename T>
+MATH_FN T as_master24(T x, typename Bits<T>::type rounded) {
+  using U = typename Bits<T>::type;
+  const U bits = Bits<T>::of(x);
+  const U nan = (bits | 0x400000u) & 0xffff0000u;
+  return Bits<T>::to((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded & 0xffffff00u);
+}
+template <typename T>
+MATH_FN T nearest_master24(T x) {
+  const typename Bits<T>::type bits = Bits<T>::of(x);
+  return as_master24(x, bits + 0x7fu + (bits >> 8 & 1u));
+}
+template <typename T>
+MATH_FN T random_master24(T x, typename Bits<T>::type random) {
+  return as_master24(x, Bits<T>::of(x) + (random & 0xffu));
+}
+
+/// The parameter of a master of 24 bits.
+template <typename T>
+MATH_FN T parameter_of_master24(T master) {
+  using U = typename Bits<T>::type;
+  const U bits = Bits<T>::of(master);
+  return Bits<T>::to(((bits & 0x7fffffffu) > 0x7f800000u ? bits : bits + 0x8000u) & 0xffff0000u);
+}
+
+/// Added to an integer of up to 22 bits, as a number, it leaves the integer's bits at the end.
+MATH_FN float integer_base() { return 12582912.0f; } // 1.5 * 2^23
+MATH_FN uint32_t integer_base_bits() { return 0x4b400000u; }
+
+/// What tells a master of 24 bits from its parameter.
+template <typename T>
+MATH_FN T byte_of_master24(T master, T parameter) {
+  using U = typename Bits<T>::type;
+  // From -128 to 127 in units of 256: a base makes it positive, for the shift.
+  const U difference = Bits<T>::of(master) - Bits<T>::of(parameter) + 0x8000u;
+  return Bits<T>::to((difference >> 8) + (integer_base_bits() - 128u)) - integer_base();
+}
+
+/// The master again. A parameter that was set from outside may have a byte that no master
+/// of its own has left: that of 0 or infinity would make it NaN, and counts as none.
+template <typename T>
+MATH_FN T master24_of(T parameter, T byte) {
+  using U = typename Bits<T>::type;
+  const U bits = Bits<T>::of(parameter);
+  const U units = Bits<T>::of(byte + integer_base()) - integer_base_bits();
+  const U magnitude = (bits & 0x7fffffffu) + (units << 8);
+  return Bits<T>::to(magnitude > 0x7f800000u ? bits : magnitude | (bits & 0x80000000u));
 }
 
 // ---- Random bits from a counter ----------------------------------------------

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import DTYPES, dtype_name
+from ._options import dtype_name
 from ._paths import Path, name_of
 from ._recent import Recent
+from ._rules import DTYPES
 
 
 class Layout:

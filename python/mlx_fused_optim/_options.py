@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import mlx.core as mx
 
@@ -18,11 +18,11 @@ from ._checks import (
     checked_scalar,
 )
 from ._groups import NO_GROUPS, GroupList, Groups, checked_groups
-from ._rules import Rule
+from ._masters import MASTER24
+from ._rules import DTYPES, Rule
 from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Below it the reciprocal is beyond float32.
 SMALLEST_SCALE = 2.0**-126
@@ -36,7 +36,7 @@ class StepOptions(TypedDict, total=False):
     """The keyword arguments that every optimizer and every function takes."""
 
     state_dtype: mx.Dtype | None
-    master_weights: bool
+    master_weights: bool | Literal["24bit"]
     rounding: str
     compensated: bool
     seed: int
@@ -100,12 +100,16 @@ PARTS = {
 WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule keeps.
             Default: {state_dtype}. Not float16 for a second moment: with ``beta2`` 0.999
             one of gradients below 5e-3 stays 0, and steps are up to 30 times too large.
-        master_weights (bool): Keep a float32 copy of every parameter of a half type and
+        master_weights (bool or str): Keep a float32 copy of every parameter of a half type and
             update that; the parameter is its rounding. 4 bytes a parameter. A parameter that
-            is set from outside replaces its master. Default: ``False``.
+            is set from outside replaces its master. With ``"24bit"`` a bfloat16 parameter
+            is the upper part of its master, and 1 byte keeps the next eight bits: updates
+            count from :math:`2^{{-16}}` of the parameter on, and with stochastic rounding
+            smaller ones in the mean. Not for float16. Default: ``False``.
         rounding (str): ``"nearest"``, or ``"stochastic"``: up or down at random, with the
             right mean. It rounds what half types have no other record of: what the rule
-            keeps, and the parameter unless it has a master or a compensation.
+            keeps, and the parameter unless it has a compensation or a master, of which
+            it rounds one of 24 bits.
             Default: ``"nearest"``.
         compensated (bool): Keep what each rounding of a parameter of a half type has lost
             and add it to the next update (Kahan). 2 bytes a parameter. Default: ``False``.
@@ -146,7 +150,7 @@ WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule k
 
 class _Fields(NamedTuple):
     state_dtype: mx.Dtype | None = None
-    master_weights: bool = False
+    master_weights: bool | Literal["24bit"] = False
     rounding: str = "nearest"
     compensated: bool = False
     seed: int = 0
@@ -183,12 +187,16 @@ class Options(_Fields):
             "trust_ratio": self.trust_coefficient is not None,
             "groups": bool(self.groups.members),
             "decoupled": self.decoupled,
-            "master_weights": self.master_weights,
-            "compensated": self.compensated,
+            "master_weights": bool(self.master_weights),
+            "compensated": self.compensated or self.has_master24,  # both: the kernel's word for it
             "stochastic": self.rounding == "stochastic",
             "ema": self.ema_decay is not None,
         }
         return sum(_ext.FLAGS[name] for name, is_on in present.items() if is_on)
+
+    @property
+    def has_master24(self) -> bool:
+        return self.master_weights == MASTER24
 
     @cached_property
     def is_measured(self) -> bool:
@@ -201,7 +209,7 @@ class Options(_Fields):
     def slots(self) -> tuple[str, ...]:
         """What the state keeps besides the rule's own, in the order of FRAME_SLOTS."""
         kept = {
-            "master": self.master_weights,
+            "master": bool(self.master_weights),
             "compensation": self.compensated,
             "ema": self.ema_decay is not None,
         }
@@ -221,7 +229,7 @@ def checked_options(op: str, rule: Rule, **options: Any) -> Options:
             f"[{op}] state_dtype is unknown: got {dtype}, allowed None, "
             f"{', '.join('mlx.core.' + name for name in DTYPES)}."
         )
-    master_weights = checked_flag(op, "master_weights", given.master_weights)
+    master_weights = _checked_masters(op, given.master_weights)
     compensated = checked_flag(op, "compensated", given.compensated)
     if master_weights and compensated:
         raise ValueError(
@@ -268,6 +276,17 @@ def checked_scale(op: str, value: Any) -> LearningRate:
         return checked_scalar(op, "grad_scale", value)
     checked_number(op, "grad_scale", value, "a float, a scalar array, a schedule or a callable")
     return checked_positive(op, "grad_scale", value, at_least=SMALLEST_SCALE)
+
+
+def _checked_masters(op: str, value: Any) -> Any:
+    if isinstance(value, str):
+        if value != MASTER24:
+            raise ValueError(
+                f"[{op}] master_weights is unknown: got {value!r}, allowed True, False, "
+                f"'{MASTER24}'."
+            )
+        return value
+    return checked_flag(op, "master_weights", value)
 
 
 def _checked_decay(op: str, value: Any) -> float | None:

@@ -26,9 +26,9 @@ import mlx.core as mx
 
 from . import _ext
 from ._layout import Layout, described, encoded, layout_of_rows, layout_of_table
-from ._options import DTYPES
+from ._masters import byte_of, master_of
 from ._paths import Path, built, leaves, name_of
-from ._rules import Slot, Slots
+from ._rules import DTYPES, Slot, Slots
 
 State = dict[str, Any]
 # What a state keeps of one tensor, by the name of the slot.
@@ -45,10 +45,12 @@ class Wanted(NamedTuple):
 
     rule: Slots
     slots: tuple[str, ...]
-    own_dtype: mx.Dtype | None = None  # of the slots that may have one
+    own_dtype: mx.Dtype | None = None  # of the rule's own slots
+    master_dtype: mx.Dtype | None = None
 
     def dtype(self, slot: Slot, parameter: mx.Dtype) -> mx.Dtype:
-        return (self.own_dtype if slot.has_own_dtype else slot.dtype) or parameter
+        chosen = self.master_dtype if slot.name == "master" else self.own_dtype
+        return (chosen if slot.dtypes else None) or slot.dtype or parameter
 
 
 def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[list[mx.array]] | None:
@@ -65,11 +67,11 @@ def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[lis
         arenas = kept.get(name) if numbers else []
         if arenas is None:
             return None
-        if slot.has_own_dtype:
+        if slot.dtypes:
             for number, arena in zip(numbers, arenas, strict=False):
                 # One that no slot can have is refused by the step.
                 if arena.dtype != wanted.dtype(slot, layout.arenas[number][0]):
-                    if arena.dtype in _DTYPES:
+                    if arena.dtype in slot.dtypes:
                         return None
         found.append(arenas)
     return found
@@ -348,18 +350,21 @@ def _loose(state: State, parameters: Any, rule: Slots, op: str) -> dict[Path, Ke
     tensors: dict[Path, Kept] = {}
     for where, leaf in leaves(loose):
         path, key = own_paths[where[:-1]], where[-1]
-        if _is_integer(leaf) and (path not in arrays or _is_integer(arrays[path])):
-            continue  # MLX has momentum of data, too
         name = rule.names.get(key) if isinstance(key, str) else None
+        allowed = (*_DTYPES, mx.int8) if name == "master" else _DTYPES
+        is_data = path not in arrays or _is_integer(arrays[path])
+        if _is_integer(leaf) and is_data and not (name and leaf.dtype in allowed):
+            continue  # MLX has momentum of data, too
         if name is None or not isinstance(leaf, mx.array):
             raise ValueError(
                 f"[{op}] the state has a leaf that is not {op}'s: got {described(leaf)} at "
                 f"'{name_of(where)}', allowed only arrays {', '.join(map(repr, rule.names))}."
             )
-        if leaf.dtype not in _DTYPES:
+        if leaf.dtype not in allowed:
             raise ValueError(
                 f"[{op}] the state has {name} of the wrong type: got {described(leaf)} at "
-                f"'{name_of(where)}', allowed {', '.join(DTYPES)}."
+                f"'{name_of(where)}', allowed "
+                f"{', '.join(str(dtype).removeprefix('mlx.core.') for dtype in allowed)}."
             )
         tensors.setdefault(path, {})[name] = leaf
     return tensors
@@ -405,7 +410,7 @@ def _layout(key: str, entry: Any, rule: Slots, op: str) -> Layout:
         for number, arena in zip(numbers, arenas, strict=True):
             parameter, shape, _, _ = layout.arenas[number]
             slot = rule[name]
-            allowed = _DTYPES if slot.has_own_dtype else (slot.dtype or parameter,)
+            allowed = slot.dtypes or (slot.dtype or parameter,)
             if arena.dtype not in allowed or arena.shape != shape:
                 dtypes = " or ".join(map(str, allowed))
                 raise ValueError(
@@ -462,10 +467,11 @@ def everything(state: State, rule: Slots, op: str) -> dict[Path, Kept]:
 
 def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots, op: str) -> State:
     """Entries of tensors that are not in the step: one for each set of slots."""
-    sets: dict[tuple[str, ...], dict[Path, Kept]] = {}
+    sets: dict[tuple[bool | str, ...], dict[Path, Kept]] = {}
     for path, kept in found.items():
         if kept:
-            sets.setdefault(tuple(sorted(kept)), {})[path] = kept
+            is_byte = "master" in kept and kept["master"].dtype == mx.int8
+            sets.setdefault((is_byte, *sorted(kept)), {})[path] = kept
     entries = {}
     for names, tensors in sets.items():
         rows = []
@@ -497,21 +503,38 @@ def _entry(
         arenas = []
         for number in arena_numbers(slot, layout):
             parameter, _, tensors, _ = layout.arenas[number]
+            # What only lasts keeps the dtype it has.
+            is_kept = slot.name in wanted.slots or not slot.dtypes
+            dtype = wanted.dtype(slot, parameter) if is_kept else None
             values = [kept[tensor].get(slot.name) for tensor in tensors]
             if slot.begins_at_weights and parameters:
                 # The master is the weights where there is one.
                 own = [kept[t].get("master") if "master" in wanted.slots else None for t in tensors]
-                values = [
-                    value if value is not None else master if master is not None else parameters[t]
-                    for value, master, t in zip(values, own, tensors, strict=True)
+                begin = [
+                    _master_as(master, parameters[t], dtype or mx.float32)
+                    for master, t in zip(own, tensors, strict=True)
                 ]
-            # What only lasts keeps the dtype it has.
-            is_kept = slot.name in wanted.slots or not slot.has_own_dtype
-            dtype = wanted.dtype(slot, parameter) if is_kept else None
+                is_master = slot.name == "master"
+                values = [
+                    first if value is None or is_master else value
+                    for value, first in zip(values, begin, strict=True)
+                ]
             arenas.append(_ext.pack_slot(values, layout.made, number, dtype))
         if arenas:
             entry[slot.name] = arenas
     return {"table": encoded(layout), **entry} if entry else {}
+
+
+def _master_as(
+    master: mx.array | None, parameter: mx.array, dtype: mx.Dtype
+) -> mx.array | None:
+    """The master in this dtype, or as it begins; None for zeros."""
+    if dtype == mx.int8:
+        is_byte = master is None or master.dtype == mx.int8
+        return master if is_byte else byte_of(master.astype(mx.float32), parameter)
+    if master is None:
+        return parameter
+    return master_of(master, parameter) if master.dtype == mx.int8 else master
 
 
 def _check_together(kept: Kept, path: Path, rule: Slots, op: str) -> None:

@@ -14,13 +14,16 @@ from ._checks import checked_number
 from .schedules._checks import LARGEST_FLOAT32
 
 
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
 class Slot(NamedTuple):
     """Something that is kept of each element of a parameter."""
 
     name: str
     key: str  # at a tensor's path, where mlx.optimizers has it
     dtype: mx.Dtype | None = None  # by default the parameter's
-    has_own_dtype: bool = False  # the option state_dtype
+    dtypes: tuple[mx.Dtype, ...] = ()  # those that an option chooses from, if one does
     of_halves: bool = False  # only half types lose what it could keep
     begins_at_weights: bool = False  # instead of zeros
     lasts: bool = False  # through steps that do not keep it; the others would no longer be true
@@ -57,7 +60,9 @@ class Slots(dict[str, Slot]):
 
 # What the frame may keep of an element, behind the rule's own.
 FRAME_SLOTS = (
-    Slot("master", "master", mx.float32, of_halves=True, begins_at_weights=True),
+    Slot(
+        "master", "master", mx.float32, (mx.float32, mx.int8), of_halves=True, begins_at_weights=True
+    ),
     Slot("compensation", "compensation", of_halves=True),
     Slot("ema", "ema", mx.float32, begins_at_weights=True),
 )
@@ -98,7 +103,7 @@ class Rule:
         # Of half parameters: below float32 a second moment does not decay.
         self.state_dtype = state_dtype
         own = [
-            Slot(slot, keys.get(slot, slot), has_own_dtype=True, lasts=True)
+            Slot(slot, keys.get(slot, slot), dtypes=tuple(DTYPES.values()), lasts=True)
             for slot in row["slots"]
         ]
         self.own_slots = tuple(slot.name for slot in own)

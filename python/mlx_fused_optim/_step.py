@@ -9,8 +9,9 @@ import mlx.core as mx
 
 from . import _ext, _groups, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
-from ._layout import layout_of
+from ._layout import Layout, layout_of
 from ._options import Options, checked_scale
+from ._paths import name_of
 from ._rules import FRAME_SLOTS, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
@@ -51,8 +52,24 @@ def wanted_slots(hyper: Hyper, options: Options) -> _packing.Wanted:
     rule = hyper.rule
     own = rule.kept(hyper.flags | options.groups.added_flags)
     return _packing.Wanted(
-        rule.slots, (*own, *options.slots), options.state_dtype or rule.state_dtype
+        rule.slots,
+        (*own, *options.slots),
+        options.state_dtype or rule.state_dtype,
+        mx.int8 if options.has_master24 else mx.float32,
     )
+
+
+def check_masters(op: str, layout: Layout, options: Options) -> None:
+    """Raise ValueError where masters of 24 bits are asked of parameters that have none."""
+    dtypes = {dtype for dtype, *_ in layout.arenas}
+    if not options.has_master24 or not dtypes:
+        return
+    if mx.float16 in dtypes or mx.bfloat16 not in dtypes:
+        path, _, dtype = next(row for row in layout.tensors if row[2] != mx.bfloat16)
+        raise ValueError(
+            f"[{op}] masters of 24 bits are those of bfloat16 parameters: got {dtype} for "
+            f"'{name_of(path)}', allowed bfloat16, and float32 beside it; or master_weights=True."
+        )
 
 
 def begun(
@@ -65,8 +82,10 @@ def begun(
 ) -> _packing.State:
     """A state that has everything a step of these tensors needs, and nothing to be taken in."""
     wanted = wanted_slots(hyper, options)
+    layout = layout_of(tree)
+    check_masters(op, layout, options)
     state = _packing.with_step(state)
-    state = _packing.packed(state, tree, layout_of(tree), wanted, parameters, op)
+    state = _packing.packed(state, tree, layout, wanted, parameters, op)
     if options.is_measured:
         state = _packing.with_counters(state, options.skip_nonfinite, op)
     return state
@@ -212,6 +231,7 @@ def take_step(
         numbers = _groups.numbers_of(
             options.groups, hyper.rule, options.trust_coefficient, state["step"], op, stream
         )
+    check_masters(op, layout, options)
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
     if arenas is None or not _packing.is_settled(state, layout, wanted, op):

@@ -49,6 +49,7 @@ struct Memory {
   float get(size_t at) {
     return type == Type::float32 ? bits_to_float(bits(at))
         : type == Type::float16  ? float_of_half(static_cast<uint16_t>(bits(at)))
+        : type == Type::int8     ? static_cast<int8_t>(bits(at))
                                  : bits_to_float(bits(at) << 16);
   }
   void set(size_t at, float x) {
@@ -56,11 +57,12 @@ struct Memory {
         at,
         type == Type::float32       ? float_to_bits(x)
             : type == Type::float16 ? half_of_float(x)
+            : type == Type::int8    ? static_cast<int8_t>(x)
                                     : float_to_bits(nearest_bfloat16(x)) >> 16);
   }
   void fill(bool any_bits = false, float factor = 1) {
     for (size_t i = 0; i < (words.size() * 16 - shift * size_of(type)) / size_of(type); ++i) {
-      any_bits ? set_bits(i, engine()) : set(i, normal() * factor);
+      any_bits || type == Type::int8 ? set_bits(i, engine()) : set(i, normal() * factor);
     }
   }
 };
@@ -223,17 +225,23 @@ constexpr Tested kTested[] = {
     tested<Rmsprop, float16, float32, kAnyType, kClipNorm | kCompensated>(),
     tested<Adagrad, float32, float16, kF32, kTrustRatio | kStochastic>(),
     tested<Adadelta, float16, bfloat16, kBF16, kMaster | kSkipNonfinite | kWeightDecay>(),
+    tested<Adam, bfloat16, float32, kBF16, kCorrected | kMaster24 | kWeightDecay>(),
+    tested<Lion, bfloat16, bfloat16, kBF16 | kF32, kFrame | kMaster24 | kStochastic | kAverage>(),
     // A step with more than a process may have kernels for (csrc/cuda/kernels.cpp).
     tested<Adam, bfloat16, float32, kAnyType, kGenericFlags>(),
+    tested<Sgd, bfloat16, float32, kAnyType, kGenericMaster24Flags>(),
 };
 constexpr int kTestedCount = std::size(kTested);
 
 /// Flags of a step that the kernel serves.
 uint32_t random_flags(const Tested& kernel) {
-  if (kernel.flags != kGenericFlags) {
+  if (!is_generic(kernel.flags)) {
     return kernel.flags;
   }
   const uint32_t flags = engine() & (kMeasureNorm - 1);
+  if (kernel.flags == kGenericMaster24Flags) {
+    return flags | kMaster24;
+  }
   return flags &
       (kernel.type == Type::float32 ? ~(kMaster | kCompensated)
            : flags & kMaster        ? ~kCompensated
@@ -366,7 +374,7 @@ void test_step(int round, Counted& counted) {
   auto parameters = std::make_shared<Memory>(type, arena_size, shift);
   auto fill = [&](Memory& memory) {
     memory.fill(skips);
-    if (special && !skips) {
+    if (special && !skips && memory.type != Type::int8) {
       add_special(memory);
     }
   };
@@ -378,9 +386,8 @@ void test_step(int round, Counted& counted) {
       continue;
     }
     auto& s = slots[slot];
-    const Type slot_type = slot < kRuleSlots ? kernel.state
-        : slot == kCompensation              ? type
-                                             : Type::float32;
+    const auto slot_type = static_cast<Type>(slot_format(
+        flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
     s.stride = !in_place && below(6) == 0 ? 2 : 1;
     contiguous &= s.stride == 1;
     s.before = std::make_shared<Memory>(slot_type, s.stride * arena_size, shift);
