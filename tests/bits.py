@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+NAMED = {**DTYPES, "int8": mx.int8}  # of what a state keeps
 
 # Distance from 1 to the next number, and the smallest positive number.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -17,12 +18,15 @@ TINIEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)
+    return next(name for name, value in NAMED.items() if value == dtype)
 
 
 def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 numbers rounded to ``dtype``, to nearest even, as bits (uint32 or uint16)."""
+    """float32 numbers rounded to ``dtype``, to nearest even, as bits (uint32 or uint16);
+    int8 is of integers."""
     values = np.asarray(values, np.float32)
+    if dtype == "int8":
+        return values.astype(np.int8).view(np.uint8)
     if dtype == "float32":
         return values.view(np.uint32)
     if dtype == "float16":
@@ -37,6 +41,8 @@ def widened(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Bits of ``dtype`` as the float32 numbers that they stand for; exact."""
     if dtype == "float32":
         return bits.view(np.float32)
+    if dtype == "int8":
+        return bits.view(np.int8).astype(np.float32)
     if dtype == "float16":
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -67,11 +73,11 @@ def one_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def to_mlx(bits: np.ndarray, dtype: str) -> mx.array:
-    return mx.array(bits).view(DTYPES[dtype]).reshape(bits.shape)
+    return mx.array(bits).view(NAMED[dtype]).reshape(bits.shape)
 
 
 def of_mlx(array: mx.array) -> np.ndarray:
-    """The bits of an array: uint32 for float32, uint16 for the half types."""
+    """The bits of an array: uint32 for float32, uint16 for the half types, uint8 for int8."""
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     # Flat first: view() does not take scalars.
     return np.array(array.reshape(-1).view(unsigned)).reshape(array.shape)

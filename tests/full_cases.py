@@ -75,6 +75,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "decoupled": {"weight_decay": 0.01, "decoupled": True},
     "master_weights": {"weight_decay": 0.01, "master_weights": True},
     "compensated": {"compensated": True},
+    "master24": {"weight_decay": 0.01, "master_weights": "24bit"},
+    "master24_stochastic": {"master_weights": "24bit", "stochastic": True, "seed": 9},
     "stochastic": {"stochastic": True, "seed": 2**63 + 12345},
     "ema": {"ema_decay": 0.97},
     "state_float32": {"state_dtype": "float32"},
@@ -148,7 +150,9 @@ class FullCase:
                         values = values * values  # of squares
                     if slot == "compensation":
                         values = values * np.float32(2**-10)
-                    if slot == "master":
+                    if dtype == "int8":
+                        values = np.float32(random.integers(-128, 128, values.size))
+                    elif slot == "master":
                         near = widened(parameters[tensor], arena.dtype).reshape(-1)
                         # Within a rounding of the parameter; every fifth was set by somebody.
                         near = near * (1 + np.float32(2**-13) * values.astype(np.float32))
@@ -263,7 +267,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "skip_nonfinite": (False, True),
     "trust_coefficient": (None, 0.003),
     "groups": (None, GROUPS),
-    "keeps": ({}, {"master_weights": True}, {"compensated": True}),
+    "keeps": ({}, {"master_weights": True}, {"compensated": True}, {"master_weights": "24bit"}),
     "stochastic": ({}, {"stochastic": True, "seed": 11}),
     "ema_decay": (None, 0.97),
 }
@@ -310,6 +314,8 @@ def _combination(number: int, row: Mapping[str, int]) -> FullCase:
     options: dict[str, Any] = {}
     for name, value in chosen.items():
         options.update(value if isinstance(value, dict) else {name: value})
+    if options.get("master_weights") == "24bit" and "float16" in dtypes:
+        options["master_weights"] = True
     return FullCase(
         f"pairs{number}",
         Full(**options),
@@ -331,7 +337,8 @@ def _cases() -> list[FullCase]:
     for (i, rule), (j, title) in itertools.product(enumerate(RULES), enumerate(ALONE)):
         options = replace(PLAIN[rule], **ALONE[title])
         bad = 1 if options.skip_nonfinite else None
-        for dtype in DTYPES if i == 0 else (tuple(DTYPES)[(i + j) % 3],):
+        one = "bfloat16" if options.has_master24 else tuple(DTYPES)[(i + j) % 3]
+        for dtype in DTYPES if i == 0 and not options.has_master24 else (one,):
             cases.append(FullCase(f"{rule}_{title}", options, (dtype,), dtype, bad=bad))
     cases += [_combination(i, row) for i, row in enumerate(covering_array(CHOICES))]
 
@@ -343,10 +350,15 @@ def _cases() -> list[FullCase]:
     )  # fmt: skip
     randomly = replace(everything, master_weights=False, state_dtype=None)
     adam = replace(randomly, rule="adam", bias_correction=True, amsgrad=True)
-    for title, options in (("everything", everything), ("randomly", randomly), ("adam", adam)):
+    short = replace(everything, master_weights="24bit")
+    large = {"everything": everything, "randomly": randomly, "adam": adam, "short": short}
+    for title, options in large.items():
         large = FullCase(f"{title}_large", options, ("bfloat16",), "bfloat16", shapes=LARGE)
         cases.append(large)
         cases.append(replace(large, title=f"{title}_late", shapes=SHAPES, first_step=2**40 + 1))
+    # Enough for ties, and for parameters that are powers of two.
+    short = Full(weight_decay=0.01, master_weights="24bit")
+    cases.append(FullCase("large_master24", short, ("bfloat16",), "float32", shapes=LARGE))
     measured = Full(clip_norm=1.3, trust_coefficient=0.003)
     cases.append(
         FullCase("long", measured, ("bfloat16",), "bfloat16", shapes=LONG, steps=1,

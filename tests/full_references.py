@@ -122,6 +122,52 @@ def round_to_nearest(x: np.ndarray, dtype: str) -> np.ndarray:
     return widened(narrowed(x, dtype), dtype)
 
 
+# ---- Masters in 24 bits ----------------------------------------------------------------
+#
+# In float64, where all of it is exact. Infinity counts as 2^128.
+
+
+def _unit24(magnitude: np.ndarray) -> np.ndarray:
+    """The distance of two numbers of 24 bits in the binade of a float32."""
+    exponent = np.frexp(np.minimum(magnitude, 2.0**127))[1] - 1
+    return 2.0 ** (np.maximum(exponent, -126) - 15)
+
+
+def as_master24(x: np.ndarray, random: np.ndarray | None) -> np.ndarray:
+    """float32 numbers to those with 15 digits, to nearest even or by 8 random bits."""
+    magnitude = np.abs(x.astype(np.float64))
+    finite = np.where(np.isfinite(magnitude), magnitude, 1)
+    units = finite / _unit24(finite)
+    units = np.rint(units) if random is None else np.floor(units + random % 256 / 256)
+    rounded = np.copysign(units * _unit24(finite), x).astype(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def parts_of_master24(
+    master: np.ndarray, ties_to_even: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Its bfloat16 parameter, of two the larger one, and its byte."""
+    magnitude = np.minimum(np.abs(master.astype(np.float64)), 2.0**128)
+    unit = _unit24(magnitude)
+    of_parameter = magnitude / (256 * unit)
+    nearest = np.rint(of_parameter) if ties_to_even else np.floor(of_parameter + 0.5)
+    parameter = nearest * (256 * unit)
+    byte = np.nan_to_num((magnitude - parameter) / unit).clip(-128, 127)
+    rounded = np.copysign(parameter, master).astype(np.float32)
+    return np.where(np.isnan(master), master, rounded), byte.astype(np.float32)
+
+
+def master24_of(parameter: np.ndarray, byte: np.ndarray, same_units: bool = False) -> np.ndarray:
+    """The master of a bfloat16 parameter (as float32) and its byte."""
+    magnitude = np.minimum(np.abs(parameter.astype(np.float64)), 2.0**128)
+    is_power = (np.frexp(magnitude)[0] == 0.5) & (magnitude > 2.0**-126)
+    below = is_power & (byte < 0) & (not same_units)
+    unit = np.where(np.isinf(parameter), 2.0**113, _unit24(magnitude))
+    master = magnitude + byte * np.where(below, unit / 2, unit)
+    own = np.isfinite(master) & (master >= 0) & (master <= 2.0**128)
+    return np.where(own, np.copysign(master, parameter), parameter).astype(np.float32)
+
+
 # ---- Norms ---------------------------------------------------------------------------
 
 
@@ -251,6 +297,9 @@ class Mistake(RuleMistake):
     decay_of_the_parameter: bool = False  # not of the master
     master_always_wins: bool = False
     master_rounded: bool = False
+    byte_forgotten: bool = False
+    byte_in_units_of_the_parameter: bool = False  # also below a power of two
+    ties_of_24_bits_to_even: bool = False
     compensation_forgotten: bool = False
     compensation_of_the_exact: bool = False
     rounded_to_nearest: bool = False
@@ -388,7 +437,10 @@ def full_step_float32(
         }
         before = numbers["parameter"]
         w = before
-        if "master" in old:
+        if options.has_master24 and "master" in old:
+            byte = np.float32(0) if wrong.byte_forgotten else numbers["master"]
+            w = master24_of(before, byte, wrong.byte_in_units_of_the_parameter)
+        elif "master" in old:
             kept = round_to_nearest(numbers["master"], dtype) == before
             w = np.where(kept | wrong.master_always_wins, numbers["master"], before)
 
@@ -460,6 +512,13 @@ def full_step_float32(
             if not wrong.compensation_of_the_exact:
                 left = change - (parameter - w)
             new["compensation"] = narrowed(left, dtype)
+        elif options.has_master24 and "master" in old:
+            exact = w - change
+            if decays and wrong.decay_after_the_change:
+                exact = exact * kept
+            exact = as_master24(exact, random)
+            parameter, byte = parts_of_master24(exact, wrong.ties_of_24_bits_to_even)
+            new["master"] = narrowed(byte, "int8")
         else:
             exact = w - change
             if decays and wrong.decay_after_the_change:
@@ -467,7 +526,7 @@ def full_step_float32(
             at_random = random if "master" not in old else None
             parameter = stored(exact, dtype, at_random)
         new["parameter"] = narrowed(parameter, dtype)
-        if "master" in old:
+        if "master" in old and "master" not in new:
             new["master"] = narrowed(parameter if wrong.master_rounded else exact, "float32")
         if "average" in old:
             of = exact if "master" in old or "compensation" in old else parameter
@@ -563,7 +622,8 @@ class Bounded:
         if dtype == "float32":
             return self
         part = 1.0 if at_random else 0.5
-        return self.rounded(part * EPSILON[dtype], part * TINIEST[dtype])
+        epsilon, tiniest = {**EPSILON, "float24": 2.0**-15}, {**TINIEST, "float24": 2.0**-141}
+        return self.rounded(part * epsilon[dtype], part * tiniest[dtype])
 
 
 def full_step_float64(
@@ -575,8 +635,8 @@ def full_step_float64(
     used: Used,
     measured: np.ndarray | None,
 ) -> dict[str, Bounded]:
-    """Of one tensor: 'parameter' and its slots; with compensation also 'sum', what parameter
-    and compensation are together, instead of the compensation."""
+    """Of one tensor: 'parameter' and its slots; 'sum' instead of a compensation or the byte of
+    a master, what the parameter is together with it."""
     numbers = {
         name: Bounded(
             widened(bits, dtype if name == "parameter" else options.slot_dtype(name, dtype))
@@ -587,13 +647,20 @@ def full_step_float64(
         if "compensation" in numbers:
             left = numbers.pop("compensation")
             numbers["sum"] = Bounded(numbers["parameter"].value + left.value)
+        if options.has_master24 and "master" in numbers:
+            byte = numbers.pop("master").value.astype(np.float32)
+            w = numbers["parameter"].value.astype(np.float32)
+            numbers["sum"] = Bounded(master24_of(w, byte))
         return numbers
     own = numbers_of(
         options, place.tensor, used, place.step + 1, cast=lambda x: Bounded(np.float64(x))
     )
     has = own.flags.__contains__
     w = numbers["parameter"]
-    if "master" in old:
+    if options.has_master24 and "master" in old:
+        byte = numbers["master"].value.astype(np.float32)
+        w = Bounded(master24_of(w.value.astype(np.float32), byte))
+    elif "master" in old:
         kept = narrowed(widened(old["master"], "float32"), dtype)
         same = widened(kept, dtype) == widened(old["parameter"], dtype)
         w = Bounded(np.where(same, numbers["master"].value, w.value))
@@ -644,9 +711,12 @@ def full_step_float64(
         new["sum"] = Bounded(total, error)
     else:
         exact = w - change
+        if options.has_master24 and "master" in old:
+            exact = exact.stored("float24", has("stochastic"))
+            new["sum"] = exact
         at_random = has("stochastic") and "master" not in old
         new["parameter"] = exact.stored(dtype, at_random)
-    if "master" in old:
+    if "master" in old and not options.has_master24:
         new["master"] = exact
     if "average" in old:
         of = exact if "master" in old or "compensation" in old else new["parameter"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from bits import DTYPES, dtype_name
+from bits import DTYPES, NAMED, dtype_name
 from rules import RULES, slots_of
 
 # What the frame keeps of an element, behind the rule's own (rules.py).
@@ -71,7 +71,7 @@ class Full:
     measure_norm: bool = False  # clip_norm=inf
     trust_coefficient: float | None = None
     groups: tuple[Group, ...] | None = None
-    master_weights: bool = False
+    master_weights: bool | str = False  # or "24bit", of bfloat16 and float32 only
     compensated: bool = False
     stochastic: bool = False
     seed: int = 0
@@ -96,8 +96,8 @@ class Full:
             "trust_ratio": self.trust_coefficient is not None,
             "groups": self.groups is not None,
             "decoupled": self.decoupled,
-            "master_weights": self.master_weights,
-            "compensated": self.compensated,
+            "master_weights": bool(self.master_weights),
+            "compensated": self.compensated or self.has_master24,
             "stochastic": self.stochastic,
             "ema": self.ema_decay is not None,
         }
@@ -105,6 +105,10 @@ class Full:
             for name in set(other.flags) - set(RULES[self.rule].flags):
                 present.pop(name)
         return {name for name, value in present.items() if value}
+
+    @property
+    def has_master24(self) -> bool:
+        return self.master_weights == "24bit"
 
     @property
     def is_measured(self) -> bool:
@@ -131,7 +135,8 @@ class Full:
         """The dtype of a slot of the tensors of ``dtype``; None where they have none."""
         half = dtype != "float32"
         if slot == "master":
-            return "float32" if self.master_weights and half else None
+            kept = "int8" if self.has_master24 else "float32"
+            return kept if self.master_weights and half else None
         if slot == "compensation":
             return dtype if self.compensated and half else None
         if slot == "average":
@@ -166,11 +171,11 @@ def first_state(options: Full, parameters: Sequence[mx.array], step: int = 0) ->
             if name is None:
                 continue
             flat = np.zeros(int(np.prod(shape)), np.float32)
-            if slot in ("master", "average"):
+            if slot == "average" or (slot == "master" and name == "float32"):
                 for tensor, offset in zip(tensors, offsets, strict=True):
                     values = np.array(parameters[tensor].astype(mx.float32)).reshape(-1)
                     flat[offset : offset + values.size] = values
-            slots[number].append(mx.array(flat).astype(DTYPES[name]).reshape(shape))
+            slots[number].append(mx.array(flat).astype(NAMED[name]).reshape(shape))
     # From NumPy: MLX takes no number above 2^63 - 1.
     return State(slots, mx.array(np.array(step, np.uint64)), mx.array(0, mx.uint64))
 

@@ -30,6 +30,7 @@ from full_references import (
     arenas_of,
     full_step_float32,
     full_step_float64,
+    master24_of,
     measured_float32,
 )
 from rules import RULES, slots_of
@@ -192,6 +193,8 @@ def excess(case: FullCase, dtype: str, got: Element, want: dict[str, Bounded]) -
     if "compensation" in numbers:
         left = numbers.pop("compensation").astype(np.float64)
         numbers["sum"] = numbers["parameter"] + left
+    if case.options.has_master24 and "master" in numbers:
+        numbers["sum"] = master24_of(numbers["parameter"], numbers.pop("master"))
     assert numbers.keys() == want.keys()
     found = {}
     for name, value in numbers.items():
@@ -231,6 +234,8 @@ def test_the_bounds_catch(mistake):
     for dtype in ("float32", "float16", "bfloat16"):
         title = CATCHING[mistake]
         if dtype == "float32" and title in OF_HALF_TYPES:
+            continue
+        if dtype != "bfloat16" and title in OF_BFLOAT16:
             continue
         case = next(c for c in FULL_CASES if c.title == title and c.parameters == (dtype,))
         bits, found = results(0)[case.name], -np.inf
@@ -478,6 +483,9 @@ CATCHING = {
     "decay_of_the_parameter": "sgd_master_weights",
     "master_always_wins": "sgd_master_weights",
     "master_rounded": "sgd_master_weights",
+    "byte_forgotten": "sgd_master24",
+    "byte_in_units_of_the_parameter": "large_master24",
+    "ties_of_24_bits_to_even": "large_master24",
     "compensation_forgotten": "sgd_compensated",
     "compensation_of_the_exact": None,
     "rounded_to_nearest": "sgd_stochastic",
@@ -509,6 +517,7 @@ CATCHING = {
 OF_HALF_TYPES = {
     "sgd_master_weights", "sgd_compensated", "sgd_stochastic", "sgd_state_float32",
 }  # fmt: skip
+OF_BFLOAT16 = {"sgd_master24", "large_master24"}
 # The store of a half type hides almost all of it.
 EXACT_ONLY_IN_FLOAT32 = {"scaled_by_division", "norm_without_epsilon", "rest_of_the_rounded"}
 
@@ -525,7 +534,7 @@ def test_the_table_catches(mistake, dtype):
         return
     if mistake in EXACT_ONLY_IN_FLOAT32:
         dtype = "float32"  # the store of a half type hides almost all of it
-    if dtype == "float32" and title in OF_HALF_TYPES:
+    if title in OF_BFLOAT16 or (dtype == "float32" and title in OF_HALF_TYPES):
         dtype = "bfloat16"
     if mistake == "average_of_the_exact" and dtype == "float32":
         dtype = "float16"  # a float32 parameter is exact
