@@ -48,6 +48,8 @@ OPTIONS = {
     "decoupled": replace(NESTEROV, weight_decay=0.01, decoupled=True),
     "masters": replace(MOMENTUM, master_weights=True, weight_decay=0.01),
     "compensated": replace(MOMENTUM, compensated=True, weight_decay=0.01),
+    "masters of 24 bits": replace(MOMENTUM, master_weights="24bit", weight_decay=0.01),
+    "all, 24 bits": replace(NESTEROV, **{**ALL, "master_weights": "24bit"}),
     "stochastic": replace(MOMENTUM, weight_decay=0.01, **AT_RANDOM),
     "stochastic, masters": replace(MOMENTUM, master_weights=True, **AT_RANDOM),
     "averaged": Full(**AVERAGE),
@@ -58,7 +60,10 @@ OPTIONS = {
 }
 
 # What is kept of each element, in every way that takes different code.
-KERNELS = ["clipped by norm", "masters", "compensated", "stochastic", "all", "all, compensated"]
+KERNELS = [
+    "clipped by norm", "masters", "masters of 24 bits", "compensated", "stochastic", "all",
+    "all, compensated",
+]  # fmt: skip
 
 RULES = {
     "adam": Full("adam"),

@@ -47,6 +47,8 @@ FRAMES = [
     "master_weights weight_decay",
     "master_weights stochastic groups",
     "master_weights ema",
+    "master_weights compensated weight_decay",  # of 24 bits
+    "master_weights compensated stochastic ema",
     "compensated weight_decay",
     "compensated stochastic ema",
     "stochastic weight_decay",
@@ -86,6 +88,8 @@ def variants():
     turn, owns = itertools.count(), itertools.cycle(OWN)
     for frame, dtype in itertools.product(FRAMES, TYPES):
         if dtype == FLOAT32 and OF_HALF_TYPES & {*frame.split()}:
+            continue
+        if dtype == FLOAT16 and OF_HALF_TYPES <= {*frame.split()}:
             continue
         own, number = next(owns), next(turn)
         state = FLOAT32 if number % 3 == 1 else dtype

@@ -20,6 +20,7 @@ OPTIONS = {
     "nesterov": dict(momentum=0.9, nesterov=True),
     "float32 momentum": dict(momentum=0.9, state_dtype=mx.float32),
     "master": dict(momentum=0.9, master_weights=True, ema_decay=0.5),
+    "master of 24 bits": dict(optimizer="AdamW", master_weights="24bit"),
     "compensated": dict(compensated=True, clip_value=0.5),
     "stochastic": dict(momentum=0.9, rounding="stochastic", seed=3),
     "adamw": dict(optimizer="AdamW", bias_correction=True, amsgrad=True, weight_decay=0.1),

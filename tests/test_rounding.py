@@ -12,9 +12,10 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
-from bits import DTYPES, narrowed, of_mlx, one_nan, to_mlx, widened
+from bits import DTYPES, keeps_subnormals, narrowed, of_mlx, one_nan, same, to_mlx, widened
 from full_references import (
     FORMATS,
     arenas_of,
@@ -372,3 +373,98 @@ def test_float32_is_not_rounded():
     got = stored(values, "float32", Full(stochastic=True, seed=1))
     assert np.array_equal(got, values.view(np.uint32))
     assert np.array_equal(round_to_nearest(values, "float32"), values)
+
+
+# ---- Masters in 24 bits ------------------------------------------------------------------
+
+
+def bits_of(x):
+    return np.array(x.view(mx.uint16)).astype(np.uint32) << 16
+
+
+def still(parameter, byte):
+    """What a step of nothing makes of a parameter and a byte."""
+    optimizer = optim.SGD(0.0, master_weights="24bit")
+    optimizer.init({"w": parameter})
+    optimizer.state["w"] = {"master": byte}
+    new = optimizer.apply_gradients({"w": mx.zeros(parameter.shape)}, {"w": parameter})
+    return new["w"], optimizer.unpacked_state()["w"]["master"]
+
+
+def test_every_parameter_with_every_byte():
+    """A step of nothing changes nothing: parameter and byte are one master's. But ties are of
+    the larger parameter, and 0, infinity and NaN have bytes that are nobody's."""
+    parameter = mx.repeat(mx.arange(2**16, dtype=mx.uint32).astype(mx.uint16), 256)
+    parameter = parameter.view(mx.bfloat16)
+    byte = mx.tile(mx.arange(-128, 128).astype(mx.int8), 2**16)
+    new, after = still(parameter, byte)
+    if not keeps_subnormals():
+        pytest.skip("subnormal masters are zeros there")
+    upper = bits_of(parameter)
+    value = upper.view(np.float32)
+    master = (upper & 0x7FFFFFFF).astype(np.int64) + 256 * np.array(byte).astype(np.int64)
+    own = (master >= 0) & (master <= 0x7F800000)
+    master = np.where(own, master, upper & 0x7FFFFFFF)
+    want = (master + 0x8000) >> 16 << 16
+    nan = np.isnan(value)
+    assert own[~nan].mean() > 0.99
+    assert np.array_equal(nan, np.isnan(bits_of(new).view(np.float32)))
+    got = (bits_of(new) & 0x7FFFFFFF).astype(np.int64)
+    assert np.array_equal(got[~nan], want[~nan])
+    assert np.array_equal(bits_of(new)[~nan] >> 31, upper[~nan] >> 31)
+    assert np.array_equal(np.array(after)[~nan], ((master - want) // 256)[~nan])
+    assert not np.array(after)[nan].any()
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_master_of_24_bits_rounds_float32(stochastic):
+    """To nearest even; at random up with the probability of what is cut off."""
+    rng = np.random.default_rng(1)
+    parts = np.arange(256, dtype=np.uint32)
+    size = 4096
+    first = rng.integers(0x38000000, 0x48000000, dtype=np.uint32) & ~np.uint32(0xFF)
+    bits = np.repeat(first + parts, size)
+    exact = bits.view(np.float32)
+    options = {"rounding": "stochastic"} if stochastic else {}
+    optimizer = optim.SGD(1.0, master_weights="24bit", **options)
+    zero = mx.zeros(exact.shape, mx.bfloat16)
+    new = optimizer.apply_gradients({"w": mx.array(-exact)}, {"w": zero})["w"]
+    byte = np.array(optimizer.unpacked_state()["w"]["master"]).astype(np.int64)
+    master = bits_of(new).astype(np.int64) + 256 * byte
+    up = (master - (bits & ~np.uint32(0xFF))) // 256
+    assert set(np.unique(up)) <= {0, 1}
+    shares = up.reshape(256, size).mean(1)
+    if stochastic:
+        # Five deviations of a mean of `size`, at most 1/2 each; 256 of them.
+        assert np.abs(shares - parts / 256).max() <= 5 * 0.5 / math.sqrt(size)
+        assert (shares[1:] > 0).all()
+    else:
+        is_odd = first >> 8 & 1
+        assert np.array_equal(shares, np.where(parts == 128, is_odd, parts > 128))
+
+
+def test_masters_move_between_float32_and_24_bits():
+    """Both ways in the middle of a run: a float32 master is rounded, also one whose parameter
+    is not the larger of two; a parameter that is not its rounding wins."""
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F80FF7F, 0x3F7FFFFF, 0x40000080], np.uint32)
+    master = mx.array(bits.view(np.float32))
+    parameter = {"w": master.astype(mx.bfloat16)}
+    optimizer = optim.SGD(0.0, master_weights=True)
+    optimizer.init(parameter)
+    optimizer.state["w"] = {"master": master}
+    zero = {"w": mx.zeros(5)}
+    parameter = optimizer.apply_gradients(zero, parameter)
+    optimizer.master_weights = "24bit"
+    assert optimizer.apply_gradients(zero, parameter)["w"].tolist() == parameter["w"].tolist()
+    # The first is a tie that went down, where a byte of 24 bits would need to be 128.
+    assert optimizer.unpacked_state()["w"]["master"].tolist() == [127, -128, -1, 0, 0]
+    optimizer.master_weights = True
+    again = optimizer.apply_gradients(zero, parameter)
+    back = np.array(optimizer.unpacked_state()["w"]["master"]).view(np.uint32)
+    assert back.tolist() == [0x3F807F00, 0x3F818000, 0x3F80FF00, 0x3F800000, 0x40000000]
+    assert same(again["w"], parameter["w"])
+    # Set by somebody else.
+    optimizer.master_weights = "24bit"
+    other = {"w": mx.ones(5, mx.bfloat16) * 3}
+    assert optimizer.apply_gradients(zero, other)["w"].tolist() == [3.0] * 5
+    assert optimizer.unpacked_state()["w"]["master"].tolist() == [0] * 5

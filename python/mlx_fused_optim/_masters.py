@@ -7,6 +7,15 @@ import mlx.core as mx
 MASTER24 = "24bit"
 
 
+def parts_of(master: mx.array) -> tuple[mx.array, mx.array]:
+    """A float32 number to nearest, as a bfloat16 parameter and its byte."""
+    bits = master.view(mx.uint32).astype(mx.int64)
+    bits = mx.where(mx.isnan(master), bits, bits + 0x7F + (bits >> 8 & 1)) >> 8
+    upper = mx.where(mx.isnan(master), bits, bits + 0x80) >> 8
+    byte = mx.where(mx.isnan(master), 0, bits - (upper << 8)).astype(mx.int8)
+    return upper.astype(mx.uint16).view(mx.bfloat16), byte
+
+
 def byte_of(master: mx.array, parameter: mx.array) -> mx.array:
     """What tells a float32 master from its bfloat16 parameter, in 256ths of the parameter's last
     bit; 0 where the parameter is not its rounding: then somebody else has set it."""

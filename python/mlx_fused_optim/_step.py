@@ -11,7 +11,7 @@ from . import _ext, _groups, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._layout import Layout, layout_of
 from ._options import Options, checked_scale
-from ._paths import name_of
+from ._paths import leaves, name_of
 from ._rules import FRAME_SLOTS, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
@@ -59,13 +59,18 @@ def wanted_slots(hyper: Hyper, options: Options) -> _packing.Wanted:
     )
 
 
-def check_masters(op: str, layout: Layout, options: Options) -> None:
-    """Raise ValueError where masters of 24 bits are asked of parameters that have none."""
-    dtypes = {dtype for dtype, *_ in layout.arenas}
-    if not options.has_master24 or not dtypes:
+def check_masters(op: str, layout: Layout, parameters: Any, options: Options) -> None:
+    """Raise ValueError where masters of 24 bits are asked of parameters that have none: of
+    float16, and of a model without any bfloat16."""
+    if not options.has_master24:
         return
-    if mx.float16 in dtypes or mx.bfloat16 not in dtypes:
-        path, _, dtype = next(row for row in layout.tensors if row[2] != mx.bfloat16)
+    dtypes = {dtype for dtype, *_ in layout.arenas}
+    others = [row for row in layout.tensors if row[2] != mx.bfloat16]
+    is_mixed = mx.bfloat16 in dtypes or any(
+        isinstance(leaf, mx.array) and leaf.dtype == mx.bfloat16 for _, leaf in leaves(parameters)
+    )
+    if mx.float16 in dtypes or (others and not is_mixed):
+        path, _, dtype = next((row for row in others if row[2] == mx.float16), others[0])
         raise ValueError(
             f"[{op}] masters of 24 bits are those of bfloat16 parameters: got {dtype} for "
             f"'{name_of(path)}', allowed bfloat16, and float32 beside it; or master_weights=True."
@@ -83,7 +88,7 @@ def begun(
     """A state that has everything a step of these tensors needs, and nothing to be taken in."""
     wanted = wanted_slots(hyper, options)
     layout = layout_of(tree)
-    check_masters(op, layout, options)
+    check_masters(op, layout, parameters, options)
     state = _packing.with_step(state)
     state = _packing.packed(state, tree, layout, wanted, parameters, op)
     if options.is_measured:
@@ -231,7 +236,7 @@ def take_step(
         numbers = _groups.numbers_of(
             options.groups, hyper.rule, options.trust_coefficient, state["step"], op, stream
         )
-    check_masters(op, layout, options)
+    check_masters(op, layout, parameters, options)
     wanted = wanted_slots(hyper, options)
     arenas = _packing.arenas_of(state, layout, wanted, op)
     if arenas is None or not _packing.is_settled(state, layout, wanted, op):

@@ -18,6 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from ._masters import MASTER24, master_of, parts_of
+
 Kept = dict[str, mx.array]
 """What is kept of one tensor, by the name of the slot; float32 within a rule."""
 
@@ -251,7 +253,7 @@ def step(
     learning_rate: float | mx.array,
     weight_decay: float = 0.0,
     state_dtype: mx.Dtype | None = None,
-    master_weights: bool = False,
+    master_weights: bool | str = False,
     compensated: bool = False,
     clip_norm: float | None = None,
     clip_value: float | None = None,
@@ -318,11 +320,15 @@ def step(
         is_half = parameter.dtype != mx.float32
 
         w = parameter.astype(mx.float32)
-        if master_weights and is_half:
+        has_master24 = master_weights == MASTER24 and is_half
+        if has_master24:
+            byte = kept.get("master", mx.zeros_like(parameter, mx.int8))
+            w = master_of(byte, parameter)
+        elif master_weights and is_half:
             # A parameter that is not its master's rounding was set by somebody else.
             master = kept.get("master", w)
             w = mx.where(master.astype(parameter.dtype) == parameter, master, w)
-        begun = {"master": w, "ema": w}
+        begun = {"master": mx.zeros_like(w, mx.int8) if has_master24 else w, "ema": w}
         x = x * factor
         if decay != 0 and not decoupled:
             x = x + decay * w
@@ -343,13 +349,19 @@ def step(
         if decay != 0 and decoupled:
             w = w * (1 - rate * decay)
         exact = w - change
+        rounded = None
         if compensated and is_half:
             # Kahan: the part that the last rounding lost joins this update.
             lost = kept.get("compensation", zeros).astype(mx.float32)
             change = lost - change
             exact = w + change
-            rounded = exact.astype(parameter.dtype).astype(mx.float32)
-            after["compensation"] = (change - (rounded - w)).astype(parameter.dtype)
+            rounded = exact.astype(parameter.dtype)
+            after["compensation"] = (change - (rounded.astype(mx.float32) - w)).astype(
+                parameter.dtype
+            )
+        elif has_master24:
+            rounded, after["master"] = parts_of(exact)
+            exact = master_of(after["master"], rounded)
         elif master_weights and is_half:
             after["master"] = exact
         else:
@@ -358,7 +370,8 @@ def step(
             average = kept.get("ema", begun["ema"])
             after["ema"] = average + (1 - ema_decay) * (exact - average)
         # A skipped step leaves everything as it was; what had not begun begins.
-        new.append(mx.where(applies, exact.astype(parameter.dtype), parameter))
+        rounded = exact.astype(parameter.dtype) if rounded is None else rounded
+        new.append(mx.where(applies, rounded, parameter))
         tensors.append(
             {
                 slot: mx.where(applies, x, kept.get(slot, begun.get(slot, mx.zeros_like(x))))

@@ -44,7 +44,11 @@ OF_HALF = [
     dict(rounding="stochastic", seed=7),
     dict(rounding="stochastic", compensated=True, ema_decay=0.9),
 ]
-KEPT = {mx.float32: OF_FLOAT32, mx.float16: OF_HALF, mx.bfloat16: OF_HALF}
+OF_BFLOAT16 = [
+    dict(master_weights="24bit"),
+    dict(master_weights="24bit", state_dtype=mx.float32, rounding="stochastic", ema_decay=0.9),
+]
+KEPT = {mx.float32: OF_FLOAT32, mx.float16: OF_HALF, mx.bfloat16: OF_HALF + OF_BFLOAT16}
 # What else a step may consist of.
 OPTIONS = [
     {},
