@@ -69,6 +69,7 @@ SGD_MODES = {
         mx.bfloat16, {"compensated": True, "rounding": "stochastic"}
     ),
     "bfloat16, master": Mode(mx.bfloat16, {"master_weights": True}),
+    "bfloat16, master of 24 bits": Mode(mx.bfloat16, {"master_weights": "24bit"}),
     "bfloat16, master, momentum float32": Mode(
         mx.bfloat16, {"master_weights": True, "state_dtype": mx.float32}
     ),
@@ -80,6 +81,11 @@ ADAMW_MODES = {
     "bfloat16, stochastic": Mode(mx.bfloat16, {"rounding": "stochastic"}),
     "bfloat16, compensated": Mode(mx.bfloat16, {"compensated": True}),
     "bfloat16, master": Mode(mx.bfloat16, {"master_weights": True}),
+    "bfloat16, master of 24 bits": Mode(mx.bfloat16, {"master_weights": "24bit"}),
+    "bfloat16, master of 24 bits, stochastic": Mode(
+        mx.bfloat16,
+        {"master_weights": "24bit", "state_dtype": mx.float32, "rounding": "stochastic"},
+    ),
     "bfloat16, master, moments bfloat16": Mode(
         mx.bfloat16, {"master_weights": True, "state_dtype": mx.bfloat16}
     ),

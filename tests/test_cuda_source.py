@@ -89,7 +89,7 @@ def variants():
     for frame, dtype in itertools.product(FRAMES, TYPES):
         if dtype == FLOAT32 and OF_HALF_TYPES & {*frame.split()}:
             continue
-        if dtype == FLOAT16 and OF_HALF_TYPES <= {*frame.split()}:
+        if dtype == FLOAT16 and {*frame.split()} >= OF_HALF_TYPES:
             continue
         own, number = next(owns), next(turn)
         state = FLOAT32 if number % 3 == 1 else dtype

@@ -791,7 +791,7 @@ def test_an_option_turned_on_and_off_in_the_middle(name, how):
     unpacked = optimizer.unpacked_state()
     for path, parameter in parameters.items():
         begun = unpacked[path][slot]
-        if slot == "ema" or begun.dtype == mx.float32 and slot == "master":
+        if slot == "ema" or (begun.dtype == mx.float32 and slot == "master"):
             assert same(begun, parameter.astype(mx.float32))
         else:
             assert not begun.any()

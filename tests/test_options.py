@@ -28,6 +28,8 @@ OUT_OF_RANGE = [
     ({"rounding": "up"}, "rounding", "'up'", "'stochastic'"),
     ({"rounding": None}, "rounding", "None"),
     ({"master_weights": True, "compensated": True}, "master_weights", "compensated"),
+    ({"master_weights": "24bit", "compensated": True}, "master_weights", "compensated"),
+    ({"master_weights": "8bit"}, "master_weights", "'8bit'"),
     ({"seed": -1}, "seed", "-1"),
     ({"seed": 2**64}, "seed", str(2**64)),
     ({"seed": 1.5}, "seed", "1.5"),
@@ -389,3 +391,30 @@ def test_without_options_a_step_is_the_plain_one():
     want = {"a": mx.ones(3)}
     want = other.apply_gradients(want, want)
     assert np.array_equal(of_mlx(w["a"]), of_mlx(want["a"]))
+
+
+@pytest.mark.parametrize("how", ["init", "step", "fused_sgd_init", "later"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+def test_masters_of_24_bits_are_those_of_bfloat16(dtype, how):
+    """Also where one of the tensors is of float16; not where a float32 one stands beside."""
+    wrong = {"w": mx.ones(3, dtype), "v": mx.ones(2, dtype)}
+    if dtype == mx.float16:
+        wrong["v"] = wrong["v"].astype(mx.bfloat16)
+    optimizer = optim.SGD(0.1, master_weights=how != "later" and "24bit")
+    if how == "later":
+        wrong = optimizer.apply_gradients(wrong, wrong)
+        optimizer.master_weights = "24bit"
+    before = {k: v.tolist() for k, v in wrong.items()}
+    call = {
+        "init": lambda: optimizer.init(wrong),
+        "fused_sgd_init": lambda: optim.fused_sgd_init(wrong, master_weights="24bit"),
+    }.get(how, lambda: optimizer.apply_gradients(wrong, wrong))
+    with pytest.raises(ValueError, match=r"24 bits.*got mlx.core.float(32|16) for '[vw]', allowed"):
+        call()
+    assert {k: v.tolist() for k, v in wrong.items()} == before
+    assert optimizer.state["step"].item() == (how == "later")
+    mixed = {"w": mx.ones(3), "v": mx.ones(2, mx.bfloat16)}
+    optimizer = optim.SGD(2.0**-12, master_weights="24bit")
+    mixed = optimizer.apply_gradients(mixed, mixed)
+    assert set(optimizer.unpacked_state()) == {"step", "learning_rate", "v"}
+    optimizer.apply_gradients({"w": mixed["w"]}, mixed)  # the others are frozen

@@ -102,8 +102,7 @@ mx::array as_master24_composed(
   const auto more =
       random ? mx::bitwise_and(*random, word(0xffu), s) : mx::add(odd, word(0x7fu), s);
   const auto rounded = mx::bitwise_and(mx::add(bits, more, s), word(0xffffff00u), s);
-  const auto nan =
-      mx::bitwise_and(mx::bitwise_or(bits, word(0x400000u), s), word(0xffff0000u), s);
+  const auto nan = mx::bitwise_and(mx::bitwise_or(bits, word(0x400000u), s), word(0xffff0000u), s);
   return straight_through(x, float_of(mx::where(mx::isnan(x, s), nan, rounded, s), s), s);
 }
 
@@ -121,8 +120,8 @@ std::pair<mx::array, mx::array> parts_of_master24_composed(const mx::array& mast
 mx::array master24_composed(const mx::array& parameter, const mx::array& byte, mx::Stream s) {
   const auto bits = bits_of(parameter, s);
   const auto units = mx::astype(mx::astype(byte, mx::int32, s), mx::uint32, s);
-  const auto magnitude = mx::add(
-      mx::bitwise_and(bits, word(0x7fffffffu), s), mx::left_shift(units, word(8), s), s);
+  const auto magnitude =
+      mx::add(mx::bitwise_and(bits, word(0x7fffffffu), s), mx::left_shift(units, word(8), s), s);
   const auto sign = mx::bitwise_and(bits, word(0x80000000u), s);
   const auto valid = mx::less_equal(magnitude, word(0x7f800000u), s);
   const auto master = mx::where(valid, mx::bitwise_or(magnitude, sign, s), bits, s);

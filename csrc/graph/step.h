@@ -50,10 +50,10 @@ struct StepPlan {
   }
   mx::Dtype slot_dtype(int slot) const {
     using namespace fused_math;
-    return slot < kRuleSlots                        ? state_dtype
-        : slot == kCompensation                     ? arena->dtype
+    return slot < kRuleSlots                          ? state_dtype
+        : slot == kCompensation                       ? arena->dtype
         : slot == kMasterCopy && is_master24(flags()) ? mx::int8
-                                                    : mx::float32;
+                                                      : mx::float32;
   }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
   uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }

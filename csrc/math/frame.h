@@ -81,12 +81,15 @@ MATH_FN constexpr bool has_slot(uint32_t rule, uint32_t flags, int slot) {
 }
 
 /// The format of a slot.
-MATH_FN constexpr uint32_t
-slot_format(uint32_t flags, int slot, uint32_t parameter_format, uint32_t state_format) {
-  return slot < kRuleSlots                         ? state_format
-      : slot == kCompensation                      ? parameter_format
+MATH_FN constexpr uint32_t slot_format(
+    uint32_t flags,
+    int slot,
+    uint32_t parameter_format,
+    uint32_t state_format) {
+  return slot < kRuleSlots                        ? state_format
+      : slot == kCompensation                     ? parameter_format
       : slot == kMasterCopy && is_master24(flags) ? uint32_t(kInt8)
-                                                   : uint32_t(kFloat32);
+                                                  : uint32_t(kFloat32);
 }
 
 /// The numbers that may change from step to step, and their positions in the

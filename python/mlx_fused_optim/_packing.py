@@ -525,15 +525,13 @@ def _entry(
     return {"table": encoded(layout), **entry} if entry else {}
 
 
-def _master_as(
-    master: mx.array | None, parameter: mx.array, dtype: mx.Dtype
-) -> mx.array | None:
+def _master_as(master: mx.array | None, parameter: mx.array, dtype: mx.Dtype) -> mx.array | None:
     """The master in this dtype, or as it begins; None for zeros."""
-    if dtype == mx.int8:
-        is_byte = master is None or master.dtype == mx.int8
-        return master if is_byte else byte_of(master.astype(mx.float32), parameter)
     if master is None:
-        return parameter
+        return None if dtype == mx.int8 else parameter
+    if dtype == mx.int8:
+        is_byte = master.dtype == mx.int8
+        return master if is_byte else byte_of(master.astype(mx.float32), parameter)
     return master_of(master, parameter) if master.dtype == mx.int8 else master
 
 

@@ -13,7 +13,6 @@ from . import _ext
 from ._checks import checked_number
 from .schedules._checks import LARGEST_FLOAT32
 
-
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -61,7 +60,12 @@ class Slots(dict[str, Slot]):
 # What the frame may keep of an element, behind the rule's own.
 FRAME_SLOTS = (
     Slot(
-        "master", "master", mx.float32, (mx.float32, mx.int8), of_halves=True, begins_at_weights=True
+        "master",
+        "master",
+        mx.float32,
+        (mx.float32, mx.int8),
+        of_halves=True,
+        begins_at_weights=True,
     ),
     Slot("compensation", "compensation", of_halves=True),
     Slot("ema", "ema", mx.float32, begins_at_weights=True),

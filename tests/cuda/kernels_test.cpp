@@ -386,8 +386,8 @@ void test_step(int round, Counted& counted) {
       continue;
     }
     auto& s = slots[slot];
-    const auto slot_type = static_cast<Type>(slot_format(
-        flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
+    const auto slot_type = static_cast<Type>(
+        slot_format(flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
     s.stride = !in_place && below(6) == 0 ? 2 : 1;
     contiguous &= s.stride == 1;
     s.before = std::make_shared<Memory>(slot_type, s.stride * arena_size, shift);

@@ -27,6 +27,8 @@ TRANSFORMS = "csrc/composed/transforms.cpp"
 ROUNDING = "csrc/composed/rounding.cpp"
 RULES_PY = "python/mlx_fused_optim/_rules.py"
 FRAME = "csrc/math/frame.h"
+ROUNDING_H = "csrc/math/rounding.h"
+MASTERS_PY = "python/mlx_fused_optim/_masters.py"
 OPERATORS = "csrc/composed/operators.h"
 RULE, SGD, ADAM, ADAMAX, LION, RMSPROP, ADADELTA = (
     f"csrc/math/rules/{name}.h"
@@ -118,6 +120,24 @@ MUTANTS = [
     Mutant("fold_loses_the_rest", "csrc/math/norm.h", "(a.lo + b.lo) + high.lo", "a.lo + b.lo", "norm"),
     Mutant("scale_of_the_last", "csrc/math/norm.h", "sum.scale > more.scale ? sum.scale : more.scale", "more.scale", "norm"),
     Mutant("master_of_another_parameter", FRAME, "round_nearest(e.master, parameter_format) == e.parameter ? e.master : e.parameter", "e.master", "full_step"),
+    # ---- Masters in 24 bits
+    Mutant("byte_forgotten", FRAME, "w = master24_of(e.parameter, e.master);", "w = e.parameter;", "full_conformance"),
+    Mutant("master24_never_at_random", FRAME, "flags & kStochastic ? random_master24(exact, random) : nearest_master24(exact)", "nearest_master24(exact)", "rounding"),
+    Mutant("byte_of_the_unrounded", FRAME, "    exact = flags & kStochastic ? random_master24(exact, random) : nearest_master24(exact);\n", "", "rounding full_conformance"),
+    Mutant("ties_of_24_bits_up", ROUNDING_H, "bits + 0x7fu + (bits >> 8 & 1u)", "bits + 0x80u", "rounding"),
+    Mutant("parameter_of_ties_down", ROUNDING_H, "bits : bits + 0x8000u) & 0xffff0000u", "bits : bits + 0x7fffu) & 0xffff0000u", "rounding"),
+    Mutant("byte_has_no_sign", ROUNDING_H, "(integer_base_bits() - 128u)) - integer_base()", "(integer_base_bits() - 127u)) - integer_base()", "rounding"),
+    Mutant("zero_with_a_byte_is_nan", ROUNDING_H, "magnitude > 0x7f800000u ? bits : magnitude | (bits & 0x80000000u)", "magnitude | (bits & 0x80000000u)", "rounding"),
+    Mutant("nan_has_a_byte", ROUNDING_H, "const U nan = (bits | 0x400000u) & 0xffff0000u;\n  return Bits<T>::to((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded & 0xffffff00u);", "return Bits<T>::to(rounded & 0xffffff00u);", "rounding full_conformance"),
+    Mutant("bytes_are_cut", "csrc/cpu/half.h", "to[i] = int8_t(int32_t(from[i]));", "to[i] = int8_t(uint8_t(from[i]) & 0x7f);", "rounding"),
+    Mutant("bytes_are_unsigned", "csrc/cpu/half.h", "    to[i] = from[i];\n  }\n}\n\n/// Of integers", "    to[i] = uint8_t(from[i]);\n  }\n}\n\n/// Of integers", "rounding"),
+    Mutant("composed_byte_forgotten", COMPOSED, "of(master24_composed(w.array, old[kMasterCopy]->array, s))", "w", "full_conformance"),
+    Mutant("composed_tie_down", ROUNDING, "const auto half = word(0x8000u);", "const auto half = word(0x7fffu);", "full_conformance"),
+    Mutant("byte_of_anybody", MASTERS_PY, "mx.where(is_own, mx.minimum(units, 127), 0)", "mx.minimum(units, 127)", "rounding"),
+    Mutant("tie_that_went_down", MASTERS_PY, "(units <= 128)", "(units <= 127)", "rounding"),
+    Mutant("master_of_a_byte_alone", PACKING, "return master_of(master, parameter) if master.dtype == mx.int8 else master", "return master", "rounding"),
+    Mutant("bytes_and_masters_together", PACKING, "(is_byte, *sorted(kept))", "(False, *sorted(kept))", "rounding"),
+    Mutant("any_half_has_24_bits", STEP_PY, "if mx.float16 in dtypes or (others and not is_mixed):", "if others and not is_mixed:", "options"),
     Mutant("half_of_a_product", "csrc/math/real.h", "p.lo + (a.hi * b.lo + a.lo * b.hi)", "p.lo + a.hi * b.lo", "schedules_exact exponential_decay"),
     # ---- The rules
     Mutant("momentum_of_the_step", SGD, "velocity = moved(slots.of[kVelocity], gradient, momentum,", "velocity = moved(gradient, gradient, momentum,", "conformance rules"),
