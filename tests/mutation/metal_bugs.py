@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant("flags_of_the_step", KERNEL, "step_flags & kGroups ? uint32_t(tensor.flags) : step_flags", "step_flags"),
     Mutant("row_of_another_group", KERNEL, "uint64_t(tensor.group) * kGroupNumbers", "uint64_t(tensor.group)"),
     Mutant("norms_of_another_tensor", KERNEL, "uint64_t(tensor.number) * 2", "uint64_t(tensor.number)"),
-    Mutant("state_read_as_parameter", KERNEL, "slot < kRuleSlots ? state_format", "slot < kRuleSlots ? parameter_format"),
+    Mutant("state_read_as_parameter", KERNEL, "slot_format(step_flags, slot, parameter_format, state_format)", "slot_format(step_flags, slot, parameter_format, parameter_format)"),
     Mutant("slots_not_stored", KERNEL, "store_quad_of(format_of_slot(slot), to, at, kept[slot], count, wide);", ""),
     Mutant("average_of_the_first_slot", KERNEL, "kept[kMovingAverage][i] = e.average;", "kept[kMovingAverage][i] = e.slots.of[0];"),
     # ---- The kernel of the step: rules, places and numbers
@@ -57,7 +57,8 @@ MUTANTS = [
     Mutant("slots_swapped", KERNEL, "{{kept[0][i], kept[1][i], kept[2][i]}}", "{{kept[1][i], kept[0][i], kept[2][i]}}"),
     Mutant("third_slot_forgotten", KERNEL, "kept[2][i] = e.slots.of[2];", ""),
     Mutant("master_as_compensation", KERNEL, "kept[kMasterCopy][i],\n              kept[kCompensation][i],", "kept[kCompensation][i],\n              kept[kMasterCopy][i],"),
-    Mutant("compensation_in_float32", KERNEL, "slot == kCompensation ? parameter_format : kFloat32", "kFloat32"),
+    Mutant("compensation_in_float32", KERNEL, "slot_format(step_flags, slot, parameter_format, state_format)", "slot_format(step_flags, slot, kFloat32, state_format)"),
+    Mutant("bytes_not_stored", "metal/quads.h", "      return store_quad((device int8_t*)to + at, values, count, wide);", "      return;"),
     Mutant("slots_of_the_tensor", KERNEL, "if (keeps(slot)) {\n        device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);\n        store_quad_of(format_of_slot(slot), to, at, kept", "if (has_slot(step_rule, flags, slot)) {\n        device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);\n        store_quad_of(format_of_slot(slot), to, at, kept"),
     Mutant("corrected_by_nobody", KERNEL, "lane == 0 ? step_rule : uint32_t(Rules::kCount)", "uint32_t(Rules::kCount)"),
     Mutant("corrected_without_a_barrier", KERNEL, "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    hyper.rule", "    hyper.rule"),
