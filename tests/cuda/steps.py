@@ -153,7 +153,8 @@ def cases():
     of_rules = itertools.cycle([(rule, own) for rule, all_own in RULES.items() for own in all_own])
     for dtype, of_dtype in KEPT.items():
         # As many of float32, so that each dtype meets each rule.
-        ways = itertools.islice(itertools.cycle(of_dtype), len(OF_HALF))
+        many = max(len(of_dtype), len(OF_HALF))
+        ways = itertools.islice(itertools.cycle(of_dtype), many)
         for number, (kept, options) in enumerate(itertools.product(ways, OPTIONS)):
             rule, own = next(of_rules)
             # The gradient of another dtype, a schedule, and all into fresh memory, in turn.
