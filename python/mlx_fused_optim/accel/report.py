@@ -73,6 +73,17 @@ class Run:
 
     def _end(self, attributes: dict[str, Any]) -> None:
         self._seconds = time.perf_counter() - self._began
+        state = attributes["_state"]
+        self._steps: int | None = self._calls
+        self._rate = mx.array(RATE)
+        try:
+            if "learning_rate" in state:
+                mx.eval(state["learning_rate"])
+                self._rate = state["learning_rate"]
+            if self._compiled:  # Python has seen the traces only
+                self._steps = state["step"].item()
+        except (KeyError, RuntimeError, ValueError):  # a function did not capture the state
+            self._steps = None
         self._attributes = {**attributes, "_state": {}}
         self._name = self._kind.__name__
         if issubclass(self._kind, _StandIn):
@@ -82,12 +93,6 @@ class Run:
         rate = schedulers.get("learning_rate")
         if callable(rate) and not isinstance(rate, Schedule):
             schedulers["learning_rate"] = lambda step: mx.array(RATE)
-        self._steps: int | None = self._calls
-        if self._compiled:  # Python has seen the traces only
-            try:
-                self._steps = attributes["_state"]["step"].item()
-            except (KeyError, RuntimeError, ValueError):  # the function did not capture it
-                self._steps = None
 
     def lines(self) -> Iterator[str]:
         is_ours = issubclass(self._kind, _StandIn)
@@ -128,7 +133,7 @@ class Run:
         """The optimizer before its first step."""
         optimizer = object.__new__(kind)
         vars(optimizer).update(self._attributes)
-        optimizer.state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(RATE)}
+        optimizer.state = {"step": mx.array(0, mx.uint64), "learning_rate": self._rate}
         return optimizer
 
     def _timed(self, optimizer: Any) -> float:
