@@ -23,6 +23,7 @@ import pytest
 from bits import same
 from mlx.optimizers import AdamW as name_from_before
 from mlx.utils import tree_flatten
+from test_clients import LOOPS
 
 REGISTRY = {"adam": mlx.optimizers.Adam, "adamw": mlx.optimizers.AdamW}
 OURS = ["SGD", "Adam", "AdamW", "Adamax", "Lion", "RMSprop", "Adagrad", "AdaDelta"]
@@ -151,6 +152,17 @@ def test_optimizers_from_before_stay_what_they_are():
     got = theirs.apply_gradients(w, w)
     optim.uninstall()
     assert same(got["w"], want.apply_gradients(w, w)["w"])
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_loops(loop):
+    want = loop(mlx.optimizers)
+    optim.install()
+    got = dict(tree_flatten(loop(mlx.optimizers)))
+    optim.uninstall()
+    for name, value in tree_flatten(want):
+        # MLX's compiler contracts into fused multiply-adds: six steps of a few roundings.
+        assert mx.abs(got[name] - value).max().item() <= 1e-6, name
 
 
 # ---- Subclasses of the program's own ----------------------------------------------------

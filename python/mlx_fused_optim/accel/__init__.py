@@ -242,21 +242,21 @@ def install(*, report: bool = False) -> None:
         for theirs, stand_in in _STAND_INS.items():
             theirs.__init__ = _hooks[theirs] = _hook(theirs, stand_in)
         _installed = True
-    if report and _report is None:
+    if report:
         from .report import Report
 
-        _report = Report()
+        _report = _report or Report()
         _BASE.apply_gradients = _watched
 
 
 def uninstall() -> None:
     """Undo :func:`install`: the classes of ``mlx.optimizers`` construct what they did before.
 
-    Optimizers of ours that are there already stay what they are. What was to be reported still
-    is, at the end of the process. Without :func:`install` nothing is changed.
+    Optimizers of ours that are there already stay what they are, and are reported on if that was
+    asked for. Without :func:`install` nothing is changed.
     """
-    global _installed, _report
-    _installed, _report = False, None
+    global _installed
+    _installed = False
     for theirs, hook in _hooks.items():
         if theirs.__init__ is hook:  # and nothing that the program has put around it
             theirs.__init__ = hook.__wrapped__

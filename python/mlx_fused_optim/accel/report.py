@@ -31,10 +31,12 @@ class Report:
         self.reasons: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # why it is MLX's
         self._of: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
         self._runs: list[Run] = []
-        self._began = time.perf_counter()
+        self._began, self._ended = time.perf_counter(), False
         atexit.register(self.write)
 
     def stepped(self, optimizer: Any, updated: Any) -> None:
+        if self._ended:
+            return
         run = self._of.get(optimizer)
         if run is None:
             run = self._of[optimizer] = Run(optimizer, updated)
@@ -43,6 +45,7 @@ class Report:
 
     def write(self) -> None:
         seconds = time.perf_counter() - self._began
+        self._ended = True
         uninstall()
         for run in self._runs:
             run.end()
