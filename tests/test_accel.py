@@ -562,6 +562,16 @@ def test_a_program_runs_as_it_does_without(folder, arguments):
     assert run(folder, *arguments, code=code) == run(folder, *arguments, accel=False, code=code)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no -P")
+@pytest.mark.parametrize("name", ["script.py", "package"])
+def test_a_path_that_python_leaves_alone(tmp_path, name):
+    (tmp_path / "package").mkdir()
+    for place in ("script.py", "package/__main__.py"):
+        (tmp_path / place).write_text("import sys\nprint(sys.path)\n")
+    want = run(tmp_path, "-P", name, accel=False)
+    assert run(tmp_path, "-P", "-m", "mlx_fused_optim.accel", name, accel=False) == want
+
+
 @pytest.mark.parametrize("body", ENDS, ids=lambda body: body.splitlines()[-1])
 def test_a_program_ends_as_it_does_without(tmp_path, body):
     """Its exit code, and its traceback without a line of ours."""

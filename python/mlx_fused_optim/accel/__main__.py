@@ -79,8 +79,11 @@ def run_script(path: str, module: ModuleType) -> None:
     """As ``python path`` does: its folder comes first in sys.path."""
     full = os.path.join(os.getcwd(), path)
     is_package = os.path.isdir(path) or zipfile.is_zipfile(path)
-    if not getattr(sys.flags, "safe_path", sys.flags.isolated) or is_package:
-        sys.path[0] = full if is_package else os.path.dirname(os.path.realpath(path))
+    is_safe = getattr(sys.flags, "safe_path", sys.flags.isolated)  # python -P
+    if not is_safe:
+        del sys.path[0]  # where `python -m` looks
+    if is_package or not is_safe:
+        sys.path.insert(0, full if is_package else os.path.dirname(os.path.realpath(path)))
     if is_package:
         return run_module("__main__", found_in_path=False)
     loader = SourceFileLoader("__main__", full)

@@ -62,8 +62,8 @@ class Run:
     """The steps of one optimizer; it keeps neither the optimizer nor its state."""
 
     def __init__(self, optimizer: Any, updated: Any):
-        leaves: list[tuple[str, mx.array]] = tree_flatten(updated)  # type: ignore[assignment]
-        self._tensors = [(path, array.shape, array.dtype) for path, array in leaves]
+        leaves: list[tuple[str, Any]] = tree_flatten(updated)  # type: ignore[assignment]
+        self._tensors = [(path, x.shape, x.dtype) for path, x in leaves if isinstance(x, mx.array)]
         self._calls, self._compiled = 0, False
         self._began = time.perf_counter()
         # When the optimizer goes, its attributes are still there.
@@ -76,7 +76,7 @@ class Run:
 
     def _end(self, attributes: dict[str, Any]) -> None:
         self._seconds = time.perf_counter() - self._began
-        state = attributes["_state"]
+        state = attributes.get("_state", {})
         self._steps: int | None = self._calls
         self._rate = mx.array(RATE)
         try:
@@ -92,7 +92,7 @@ class Run:
         if issubclass(self._kind, _StandIn):
             self._name = repr(self._again(self._kind))
         # The program's functions have been called for the last time.
-        schedulers = self._attributes["_schedulers"] = {**attributes["_schedulers"]}
+        schedulers = self._attributes["_schedulers"] = {**attributes.get("_schedulers", {})}
         rate = schedulers.get("learning_rate")
         if callable(rate) and not isinstance(rate, Schedule):
             schedulers["learning_rate"] = lambda step: mx.array(RATE)
