@@ -152,5 +152,5 @@ def test_import_brings_nothing_else():
     others = {name for name in brought - own if name.partition(".")[0] != "nanobind_backend"}
     assert "mlx_fused_optim.optimizers" in own
     assert others <= {"__future__", "weakref", "_weakrefset"}  # small ones
-    rarely = {"check", "reference", "schedules.drawing", "schedules.__main__"}
+    rarely = {"accel", "check", "reference", "schedules.drawing", "schedules.__main__"}
     assert own.isdisjoint(f"mlx_fused_optim.{name}" for name in rarely)

@@ -12,6 +12,8 @@ from ._requirements import check_extension, check_mlx
 check_mlx()
 check_extension()
 
+from typing import TYPE_CHECKING
+
 from . import functional, optimizers, schedulers, schedules
 from ._describe import describe
 from .functional import *
@@ -19,9 +21,17 @@ from .optimizers import *
 from .scaler import GradScaler
 from .schedules import *
 
+if TYPE_CHECKING:
+    from .accel import install, uninstall
+
 
 def __getattr__(name: str) -> object:
-    """What ``mlx.optimizers`` has besides what it defines, such as ``tree_map``."""
+    """What only some programs need, and what ``mlx.optimizers`` has besides what it defines,
+    such as ``tree_map``."""
+    if name in ("install", "uninstall"):
+        from .accel import install, uninstall
+
+        return install if name == "install" else uninstall
     import mlx.optimizers
 
     if not name.startswith("_") and hasattr(mlx.optimizers, name):
@@ -30,7 +40,7 @@ def __getattr__(name: str) -> object:
 
 
 __version__ = "0.1.0"
-__all__ = ["GradScaler", "describe", "optimizers", "schedulers"]
+__all__ = ["GradScaler", "describe", "install", "optimizers", "schedulers", "uninstall"]
 __all__ += functional.__all__
 __all__ += optimizers.__all__
 __all__ += schedules.__all__

@@ -1,0 +1,157 @@
+"""Fine-tune a small random model with mlx-lm's own program, with accel and without.
+
+    python bench/fine_tuning.py [--iters N] [--repeats N] [--layers N] [--width N]
+
+Each run is a process of its own and they take turns. It prints milliseconds an iteration (of the
+CPUs, which a busy machine disturbs less, and by the clock: the lower quartile of the reports of all
+runs), peak memory and the last loss, as a table. Nothing is downloaded: the model, the tokenizer
+and the data are made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32,
+    "tie_word_embeddings": True,
+}
+WORDS = [*"abcdefghijklmnop"]
+EVERY = 5  # iterations of a report
+RUNS = [("lora", "adamw"), ("dora", "adam"), ("full", "adamw"), ("full", "sgd")]
+
+
+def make(folder: Path, **config: object) -> None:
+    """``folder/model`` for ``--model`` and ``folder/data`` for ``--data``."""
+    from mlx_lm.models import llama
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = {**CONFIG, **config}
+    model, data = folder / "model", folder / "data"
+    model.mkdir()
+    data.mkdir()
+    mx.random.seed(7)
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(model / "model.safetensors"), weights)
+    (model / "config.json").write_text(json.dumps(config))
+
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(model / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(special))
+
+    for number, name in enumerate(("train", "valid", "test")):
+        texts = (" ".join(WORDS[(i * i + j + number) % 16] for j in range(9)) for i in range(8))
+        lines = [json.dumps({"text": text}) for text in texts]
+        (data / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+class Recorder:
+    """What mlx-lm reports while it trains."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        info["cpu"] = time.process_time()
+        self.reports.append(info)
+
+    def on_val_loss_report(self, info: dict[str, Any]) -> None:
+        pass
+
+
+def child(config: str, out: str) -> None:
+    """mlx-lm's program, in this process; run by python or by accel."""
+    from mlx_lm import lora
+
+    recorder = Recorder()
+    lora.get_reporting_callbacks = lambda *args, **kwargs: recorder
+    sys.argv = ["mlx_lm.lora", "--config", config]
+    lora.main()
+    Path(out).write_text(json.dumps(recorder.reports))
+
+
+def measured(folder: Path, accel: bool, options: dict[str, Any]) -> list[dict[str, Any]]:
+    config, out = folder / "config.yaml", folder / "reports.json"
+    paths = {name: str(folder / name) for name in ("model", "data")}
+    config.write_text(json.dumps({**paths, **options, "adapter_path": str(folder / "adapters")}))
+    before = ["-m", "mlx_fused_optim.accel"] if accel else []
+    command = [sys.executable, *before, __file__, "--child", str(config), str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
+    given = parser.parse_args()
+    shape = {
+        "num_hidden_layers": given.layers,
+        "hidden_size": given.width,
+        "intermediate_size": 3 * given.width,
+    }
+    usual = {"train": True, "iters": given.iters, "num_layers": given.layers, "val_batches": 1}
+    usual |= {"steps_per_report": EVERY, "learning_rate": 1e-4, "batch_size": 1}
+    pairs = ("CPU ms an iteration", "ms by the clock", "peak MB", "loss")
+    print(f"| | trained | {' | '.join(f'{name} | with accel' for name in pairs)} |")
+    print("|---|---|" + "---:|" * 8)
+    with tempfile.TemporaryDirectory() as name:
+        make(Path(name), **shape)
+        for kind, optimizer in RUNS:
+            options = {**usual, "fine_tune_type": kind, "optimizer": optimizer}
+            options["lora_parameters"] = {"rank": 8, "dropout": 0.0, "scale": 20.0}
+            clock: dict[bool, list[float]] = {False: [], True: []}
+            cpu: dict[bool, list[float]] = {False: [], True: []}
+            last = {}
+            for repeat in range(given.repeats + 1):
+                for accel in clock:
+                    reports = measured(Path(name), accel, options)
+                    last[accel] = reports[-1]
+                    if not repeat:  # MLX compiles
+                        continue
+                    # Validations are in the first and in the last.
+                    for one, two in itertools.pairwise(reports[:-1]):
+                        clock[accel].append(1e3 / two["iterations_per_second"])
+                        cpu[accel].append(1e3 * (two["cpu"] - one["cpu"]) / EVERY)
+            weights = mx.load(str(Path(name) / "adapters" / "adapters.safetensors"))
+            size = sum(array.size for array in weights.values())
+            columns = [
+                f"{kind}, {optimizer}",
+                f"{len(weights)} tensors, {size / 1e6:.2f} M",
+                *(f"{statistics.quantiles(cpu[accel], n=4)[0]:.0f}" for accel in cpu),
+                *(f"{statistics.quantiles(clock[accel], n=4)[0]:.0f}" for accel in clock),
+                *(f"{1e3 * last[accel]['peak_memory']:.1f}" for accel in last),
+                *(f"{last[accel]['train_loss']:.4f}" for accel in last),
+            ]
+            print(f"| {' | '.join(columns)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        main()
