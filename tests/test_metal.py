@@ -34,8 +34,11 @@ TILE = 16  # columns, unless set
 
 @pytest.fixture(autouse=True)
 def exact_buffers():
-    """No buffer is longer than its array, so that the harness sees every overrun."""
+    """No buffer is longer than its array, so that the harness sees every overrun; and what an
+    earlier test has used, whose memory may come again, is in flight no more."""
     before = mx.set_cache_limit(0)
+    mx.synchronize()
+    double.metal_on_cpu_clear()
     yield
     mx.set_cache_limit(before)
 
