@@ -325,6 +325,19 @@ def test_groups_read_as_they_were_given():
     assert list(optim.SGD(0.1).groups) == []
 
 
+def test_betas_of_a_group():
+    """Under the name of the argument; what is wrong with them names the group."""
+    for overrides, words in (
+        ({"betas": 0.9}, "betas of group 1 is not a pair: got 0.9, allowed two numbers"),
+        ({"betas": (0.9, 2)}, "beta2 of group 1 is out of range: got 2.0, allowed 0 to below 1"),
+        ({"beta": 0.9}, "got 'beta', allowed .*, betas, beta1, beta2, eps"),
+    ):
+        with pytest.raises(ValueError, match=rf"^\[Adam\] .*{words}"):
+            optim.Adam(0.1, groups=[(bias, {}), (matrix, overrides)])
+    with pytest.raises(ValueError, match=r"got 'betas', allowed .*, alpha, eps"):
+        optim.RMSprop(0.1, groups=[(bias, {"betas": (0.9, 0.9)})])
+
+
 def test_copies_of_an_optimizer_with_groups():
     """As any other: a deep copy goes its own way, and a pickle where its predicates can."""
     options = {**BASE, "ema_decay": 0.5, "clip_norm": 1.0}

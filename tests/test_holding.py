@@ -346,6 +346,20 @@ def test_deepcopied_runs_go_separate_ways():
     assert same(momentum_of(run.optimizer), momentum_of(alone.optimizer))
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_what_is_set_on_a_copy_is_not_set_on_the_original(copied):
+    one, two = (optim.SGD(0.5, momentum=0.5), optim.SGD(optim.cosine_decay(0.5, 9), momentum=0.5))
+    for run in (one, two):
+        other = copied(run)
+        other.momentum, other.weight_decay = 0.25, optim.cosine_decay(0.1, 9)
+        other.learning_rate, other.clip_norm = optim.cosine_decay(0.25, 9), 1.0
+        assert (run.momentum, run.weight_decay, run.clip_norm) == (0.5, 0.0, None)
+        w = {"w": mx.ones(1)}
+        run.apply_gradients(w, w)
+        assert (run.learning_rate.item(), run.step.item(), other.step.item()) == (0.5, 1, 0)
+        assert (other.momentum, other.learning_rate.item()) == (0.25, 0.25)
+
+
 def test_two_optimizers_from_the_same_parameters():
     run = Run()
     parameters, optimizer = run.parameters, run.optimizer

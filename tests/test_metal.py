@@ -34,8 +34,11 @@ TILE = 16  # columns, unless set
 
 @pytest.fixture(autouse=True)
 def exact_buffers():
-    """No buffer is longer than its array, so that the harness sees every overrun."""
+    """No buffer is longer than its array, so that the harness sees every overrun; and what an
+    earlier test has used, whose memory may come again, is in flight no more."""
     before = mx.set_cache_limit(0)
+    mx.synchronize()
+    double.metal_on_cpu_clear()
     yield
     mx.set_cache_limit(before)
 
@@ -462,6 +465,20 @@ def test_norms_have_their_bits_whatever_the_threads(monkeypatch, threads, order)
     training.step()
     expected = measured_float32(options, memory, parameters, 4.0)
     np.testing.assert_array_equal(np.array(training.measured), expected)
+
+
+def test_every_thread_of_a_chunk_has_a_part_in_its_peak():
+    """Eight threads share a chunk: what any of them meets scales it, or skips the step."""
+    training = FullTraining([(128,)], ["clip_norm", "skip_nonfinite"])
+    for skipped, at in enumerate(range(0, 128, 4)):
+        for value in (1e30, math.nan):  # whose square is beyond float32, and none
+            gradient = np.ones(128, np.float32)
+            gradient[at + at // 4 % 4] = value
+            training.gradients = [mx.array(gradient)]
+            training.step()
+            if value == 1e30:  # beside which the ones are nothing
+                assert training.measured.tolist() == [pytest.approx(1e30, rel=7.5e-7), 1], at
+        assert training.skipped.item() == skipped + 1, at
 
 
 def test_unaligned_memory_of_a_full_step_is_read_element_by_element():

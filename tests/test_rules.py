@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rules
 from bits import DTYPES, of_mlx, same
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 # Other numbers than the defaults, in the order of mlx.optimizers.
 ARGUMENTS = {
@@ -266,6 +266,48 @@ def test_a_state_with_one_moment_of_two_is_refused(name):
     path = optimizer.unpacked_state()["layers"][0]["weight"]
     optimizer.state.update({"layers": [{"weight": {"v": mx.ones_like(path["v"])}}]})
     train(optimizer, w, [3])
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "slot"),
+    [("Adam", "Lion", "m"), ("AdamW", "RMSprop", "v"), ("Adamax", "Lion", "m"),
+     ("AdaDelta", "Adagrad", "v")],
+)  # fmt: skip
+def test_arenas_with_one_moment_of_two_are_refused(name, other, slot):
+    """Lion's moment has the name of Adam's first: its second would be zeros, and steps huge."""
+    before, w = ours(other), tree(0)
+    w = train(before, w, [1])
+    want = {k: of_mlx(v).copy() for k, v in leaves(w).items()}
+    words = rf" the state of .* is incomplete: got {slot}, allowed \w, \w or none"
+    optimizer = ours(name)
+    optimizer.state = before.state
+    with pytest.raises(ValueError, match=rf"^\[{name}\]{words}"):
+        optimizer.apply_gradients(tree(2), w)
+    init = getattr(optim, f"fused_{name.lower()}_init")
+    with pytest.raises(ValueError, match=rf"^\[fused_{name.lower()}_init\]{words}"):
+        init(w, state=before.state)
+    assert all(np.array_equal(of_mlx(v), want[k]) for k, v in leaves(w).items())
+
+
+@pytest.mark.parametrize(("name", "slot"), [("Adam", "m"), ("AdamW", "v"), ("AdaDelta", "u")])
+@pytest.mark.parametrize("is_loose", [False, True], ids=["arenas", "loose"])
+def test_one_moment_of_two_that_is_forgotten_begins_as_zeros(name, slot, is_loose):
+    """So what is left is a state, for mlx.optimizers too."""
+    optimizer = ours(name)
+    w = train(optimizer, tree(0), [1, 2])
+    if is_loose:
+        optimizer.state = optimizer.unpacked_state()
+    want = tree_map_with_path(
+        lambda path, a: mx.zeros_like(a) if path.endswith(f".{slot}") else a,
+        optimizer.unpacked_state(),
+    )
+    optimizer.forget(slot)
+    assert_same(optimizer.unpacked_state(), want)
+    twin, mlx = ours(name), theirs(name)
+    twin.state, mlx.state = want, optimizer.unpacked_state()
+    got = train(optimizer, w, [3])
+    assert_same(got, train(twin, w, [3]))
+    assert_same(got, train(mlx, w, [3]))
 
 
 @every

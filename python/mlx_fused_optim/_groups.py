@@ -141,9 +141,12 @@ def _checked_member(op: str, rule: Rule, number: int, group: Any) -> Member:
             f"[{op}] the overrides of group {number} are of the wrong type: got "
             f"{type(overrides).__name__}, allowed a dict."
         )
-    allowed = (*KEYS, *rule.scalars, *(("trust_coefficient",) if rule.name == "sgd" else ()))
-    if "beta1" in allowed and "betas" in overrides:
-        overrides = {**overrides, **named_betas(op, overrides["betas"])}
+    pair = ("betas",) if "beta1" in rule.scalars else ()
+    ratio = ("trust_coefficient",) if rule.name == "sgd" else ()
+    allowed = (*KEYS, *pair, *rule.scalars, *ratio)
+    if pair and "betas" in overrides:
+        named = named_betas(op, overrides["betas"], f"betas of group {number}")
+        overrides = {**overrides, **named}
         del overrides["betas"]
     for key in overrides:
         if key not in allowed:
@@ -287,13 +290,13 @@ def _own_scalar(value: Any, stream: Any) -> list[Any]:
     return [0.0, value, value - single, 1 - value]
 
 
-def named_betas(op: str, betas: Any) -> dict[str, Any]:
+def named_betas(op: str, betas: Any, name: str = "betas") -> dict[str, Any]:
     """A pair of factors by their names."""
     try:
         beta1, beta2 = betas
     except (TypeError, ValueError):
         raise ValueError(
-            f"[{op}] betas is not a pair: got {betas!r}, allowed two numbers."
+            f"[{op}] {name} is not a pair: got {betas!r}, allowed two numbers."
         ) from None
     return {"beta1": beta1, "beta2": beta2}
 

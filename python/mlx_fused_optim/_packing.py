@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from . import _ext
 from ._layout import Layout, described, encoded, layout_of_rows, layout_of_table
@@ -137,7 +138,7 @@ def packed(
         return state
     found, dtypes = _found(state, touched, loose, rule)
     for path in loose:
-        _check_together(found[path], path, rule, op)
+        _check_together(found[path], f"'{name_of(path)}'", rule, op)
 
     mine = [found.pop(path, {}) for path in layout.shapes]
     for kept, (path, shape) in zip(mine, layout.shapes.items(), strict=True):
@@ -198,13 +199,9 @@ def without(state: State, slots: Iterable[str], rule: Slots, op: str) -> State:
             f"[{op}] a slot is unknown: got {unknown[0]!r}, allowed {', '.join(map(repr, rule))}."
         )
     loose = {
-        path: {name: value for name, value in kept.items() if name not in slots}
-        for path, kept in _loose(state, None, rule, op).items()
+        path: _without(kept, slots, rule) for path, kept in _loose(state, None, rule, op).items()
     }
-    entries = {
-        key: {name: value for name, value in entry.items() if name not in slots}
-        for key, entry in state.get("arenas", {}).items()
-    }
+    entries = {key: _without(entry, slots, rule) for key, entry in state.get("arenas", {}).items()}
     entries = {key: entry for key, entry in entries.items() if entry.keys() - {"table"}}
     return _with_entries({**scalars(state, rule), **_as_tree(loose, rule, op)}, entries)
 
@@ -400,7 +397,9 @@ def _layout(key: str, entry: Any, rule: Slots, op: str) -> Layout:
             f"'table', allowed a dict with 'table' and slots ({', '.join(rule)})."
         )
     layout = layout_of_table(key, entry["table"], op)
-    for name, arenas in _slots_of(entry, layout, rule, op).items():
+    slots = _slots_of(entry, layout, rule, op)
+    _check_together(slots, str(layout), rule, op)
+    for name, arenas in slots.items():
         numbers = list(arena_numbers(rule[name], layout))
         if len(arenas) != len(numbers):
             raise ValueError(
@@ -535,14 +534,24 @@ def _master_as(master: mx.array | None, parameter: mx.array, dtype: mx.Dtype) ->
     return master_of(master, parameter) if master.dtype == mx.int8 else master
 
 
-def _check_together(kept: Kept, path: Path, rule: Slots, op: str) -> None:
+def _check_together(kept: Iterable[str], tensors: str, rule: Slots, op: str) -> None:
     """A state with one moment of two is another optimizer's."""
     got = [name for name in rule.together if name in kept]
     if got and len(got) < len(rule.together):
         raise ValueError(
-            f"[{op}] the state of '{name_of(path)}' is incomplete: got {', '.join(got)}, "
+            f"[{op}] the state of {tensors} is incomplete: got {', '.join(got)}, "
             f"allowed {', '.join(rule.together)} or none of them."
         )
+
+
+def _without(kept: State, slots: set[str], rule: Slots) -> State:
+    """What is kept, without these slots. One moment of two begins at once, as zeros."""
+    is_part = not slots.issuperset(rule.together)
+    return {
+        name: tree_map(mx.zeros_like, value) if name in slots else value
+        for name, value in kept.items()
+        if name not in slots or (is_part and name in rule.together)
+    }
 
 
 def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: str) -> None:

@@ -51,9 +51,10 @@ struct Record {
 
 std::mutex mutex; // of all below: the host encodes while a stream runs
 std::vector<std::shared_ptr<Record>> records;
-bool forget_hazards = false; // as at the end of an evaluation
 Memory memory;
 std::vector<std::shared_ptr<mlx::core::array::Data>> pending; // until metal_on_cpu_clear
+
+std::map<int, std::unique_ptr<mlx::core::metal::CommandEncoder>> encoders; // by stream
 
 /// Whether the command buffer never completes by itself, so that memory has to be held.
 bool keeps() { return std::string(setting("METAL_ON_CPU_KEEP", "0")) == "1"; }
@@ -110,7 +111,9 @@ extern "C" __attribute__((visibility("default"))) void metal_on_cpu_clear() {
   std::lock_guard lock(mutex);
   pending.clear();
   records.clear();
-  forget_hazards = true;
+  for (auto& [stream, encoder] : encoders) {
+    encoder->forget_hazards();
+  }
 }
 
 // ---- Device --------------------------------------------------------------------
@@ -127,7 +130,6 @@ Device& device(mlx::core::Device) {
 }
 
 CommandEncoder& get_command_encoder(Stream s) {
-  static std::map<int, std::unique_ptr<CommandEncoder>> encoders;
   auto& encoder = encoders[s.index];
   if (!encoder) {
     encoder = std::make_unique<CommandEncoder>(s);
@@ -253,22 +255,17 @@ void CommandEncoder::add_temporary(array a) {
   cpu::get_command_encoder(stream_).add_temporary(std::move(a));
 }
 
+void CommandEncoder::forget_hazards() {
+  earlier_inputs_.clear();
+  earlier_outputs_.clear();
+  read_before_group_.clear();
+  needs_barrier_ = false;
+}
+
 bool CommandEncoder::takes_barrier() {
-  {
-    std::lock_guard lock(mutex);
-    if (forget_hazards) {
-      earlier_inputs_.clear();
-      earlier_outputs_.clear();
-      read_before_group_.clear();
-      needs_barrier_ = false;
-      forget_hazards = false;
-    }
-  }
   const bool barrier = needs_barrier_;
   if (barrier) {
-    earlier_inputs_.clear();
-    earlier_outputs_.clear();
-    read_before_group_.clear();
+    forget_hazards();
   }
   earlier_inputs_.merge(inputs_);
   earlier_outputs_.merge(outputs_);

@@ -2,12 +2,12 @@
 
     python tests/mutation [--quick] [host | metal] [NAME...]
 
-A list that is not named is not run; without names, both are. The checks run in order, the
-cheap ones first, and the table says which one caught a bug:
+It plants all bugs of the list that is named, or of both; with names only these. The checks run
+in order, the cheap ones first, and the table says which one caught a bug:
 
     source   translate.py check: Metal's language, ASCII, names (of the list ``metal``)
     build    CMake and the compilers
-    tests    the tests that should catch it: those of its row, or of the list
+    tests    the tests that should catch it: those of its row, then those of the list
     suite    every other test (of the list ``host``)
 
 The exit code is 0 if every bug was caught, and if every test that caught one passes without
@@ -151,12 +151,12 @@ def build(
 
 def tests_of(kind: str, mutants: list[Mutant]) -> list[list[str]]:
     """Pytest's arguments for those that should catch any of these bugs."""
-    if kind == "metal":
-        return METAL_TESTS
     names = dict.fromkeys(name for m in mutants for name in m.tests.split())
+    files = [f"tests/test_{name}.py" for name in names]
+    if kind == "metal":
+        return [files, *METAL_TESTS] if files else METAL_TESTS
     # This build has one instruction set: what is asked of it by name is asked of "cpu" already.
-    by_name = "not baseline and not avx"
-    return [[*(f"tests/test_{name}.py" for name in names), "-k", by_name]]
+    return [[*files, "-k", "not baseline and not avx"]]
 
 
 def failure(kind: str, check: str, arguments: list[str]) -> tuple[str, str]:
@@ -236,11 +236,10 @@ def main(names: list[str]) -> int:
     unknown = set(names) - known - set(LISTS)
     if unknown:
         sys.exit(f"no such bug: {', '.join(sorted(unknown))}")
-    chosen = {
-        kind: [m for m in mutants if not names or kind in names or m.name in names]
-        for kind, mutants in LISTS.items()
-    }
-    if chosen["metal"] and not shutil.which("clang++-19"):
+    kinds = [name for name in names if name in LISTS] or list(LISTS)
+    names = [name for name in names if name not in LISTS]
+    chosen = {kind: [m for m in LISTS[kind] if not names or m.name in names] for kind in kinds}
+    if chosen.get("metal") and not shutil.which("clang++-19"):
         sys.exit("clang++-19 is not installed: tools/apt-packages lists what is needed")
     prepare()
     survivors = sum(plant(kind, mutants, quick) for kind, mutants in chosen.items() if mutants)

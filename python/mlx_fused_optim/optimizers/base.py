@@ -238,6 +238,8 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         vars(self).update(attributes)
+        # Of copy.copy too: what is set on one is not set on the other.
+        self._constants, self._schedulers = dict(self._constants), dict(self._schedulers)
         self._state = _State(self._state, self._rule.slots)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -456,7 +458,8 @@ class FusedOptimizer(Optimizer):
 
     def forget(self, *slots: str) -> None:
         """Drop what the state keeps under these names, of all tensors: it begins anew at the
-        next step or :meth:`init`, the moving average with the parameters of then.
+        next step or :meth:`init`, the moving average with the parameters of then. One moment of
+        two is zeros at once, since no state of the rule lacks it.
 
         Args:
             slots (str): Any of ``"master"``, ``"compensation"``, ``"ema"``, and what the rule

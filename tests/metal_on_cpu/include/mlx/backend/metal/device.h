@@ -69,6 +69,8 @@ class CommandEncoder {
   void add_temporary(array a);
   void dispatch_threads(MTL::Size threads, MTL::Size group);
   void dispatch_threadgroups(MTL::Size groups, MTL::Size group);
+  /// As at the end of a command buffer: what it used may be freed, and come again as other memory.
+  void forget_hazards();
 
  private:
   struct Binding {
