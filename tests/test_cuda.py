@@ -36,7 +36,7 @@ OPTIONS = {
 
 def bits(array):
     """A numpy array of the very bits."""
-    unsigned = {4: mx.uint32, 2: mx.uint16, 8: mx.uint64}[array.dtype.size]
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     return np.array(mx.contiguous(array).view(unsigned)) if array.size else np.zeros(0)
 
 
