@@ -161,7 +161,7 @@ class FusedOptimizer(Optimizer):
     """An optimizer whose step is one kernel for the whole tree of parameters.
 
     A subclass has a rule, the numbers of the rule as attributes, and a constructor that calls
-    :meth:`_begin`. Its second base is the class of ``mlx.optimizers`` that it stands for, if
+    ``_begin``. Its second base is the class of ``mlx.optimizers`` that it stands for, if
     any, so that it is one, and so that a step of one tensor is MLX's.
     """
 
@@ -299,7 +299,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The learning rate: the one to come, or of the last step when it is scheduled."""
+        """The learning rate to come, or of the last step when it is scheduled."""
         return self.state["learning_rate"]
 
     @learning_rate.setter
