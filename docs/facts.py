@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "master_weights=True": {"master_weights": True},
     "ema_decay=0.999": {"ema_decay": 0.999},
 }
-ELEMENTS, STEPS = 1 << 16, 100
+ELEMENTS, STEPS = 1 << 14, 100
 
 
 def usual(name: str) -> dict[str, Any]:
