@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import facts
 
 PACKAGE = "mlx_fused_optim"
+log = logging.getLogger(__name__)
 
 project = "mlx-fused-optim"
 author = copyright = "The mlx-fused-optim authors"
@@ -58,14 +59,23 @@ class Facts(SphinxDirective):
         return self.parse_text_to_nodes(text)
 
 
-def of_mlx(app: Sphinx, kind: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """MLX's own classes and functions are documented by MLX: here is where."""
+def before_napoleon(
+    app: Sphinx, kind: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
     if getattr(thing, "__module__", "").startswith("mlx.optimizers"):
+        # MLX's own classes and functions are documented by MLX: here is where.
         lines[:] = [
             f"MLX's own, as it is: ``mlx.optimizers.{thing.__qualname__}`` in "
             "`MLX's documentation <https://ml-explore.github.io/mlx/build/html/python/"
             "optimizers.html>`__."
         ]
+
+
+def after_napoleon(
+    app: Sphinx, kind: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    if kind == "property" and any(line.startswith(":type:") for line in lines):
+        log.warning("%s: what is before a colon in its first line is taken for a type", name)
 
 
 def of_the_package(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
@@ -85,12 +95,13 @@ def every_public_name_has_its_place(app: Sphinx, env: Any) -> None:
     known = env.get_domain("py").objects
     for name in mlx_fused_optim.__all__:
         if f"{PACKAGE}.{name}" not in known:
-            logging.getLogger(__name__).warning("%s is public, and on no page", name)
+            log.warning("%s is public, and on no page", name)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("facts", Facts)
-    app.connect("autodoc-process-docstring", of_mlx, priority=0)  # before napoleon
+    app.connect("autodoc-process-docstring", before_napoleon, priority=0)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=900)
     app.connect("missing-reference", of_the_package)
     app.connect("env-check-consistency", every_public_name_has_its_place)
     return {"parallel_read_safe": True}

@@ -93,9 +93,7 @@ def _words(cls: type[FusedOptimizer]) -> str:
     if "beta1" in rule.scalars:
         names.insert(0, "``betas``,")
     dtype = "each parameter's own" if rule.state_dtype is None else "float32"
-    return WORDS.format(
-        state_dtype=dtype, decoupled=f"``{usual.decoupled}``", scalars=" ".join(names)
-    )
+    return WORDS.format(state_dtype=dtype, decoupled=usual.decoupled, scalars=" ".join(names))
 
 
 class Option:
@@ -341,7 +339,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def skipped(self) -> mx.array:
-        """How many steps ``skip_nonfinite`` has skipped: a uint64 scalar."""
+        """How many steps ``skip_nonfinite`` has skipped, a uint64 scalar."""
         skipped = self.state.get("skipped")
         return mx.array(0, mx.uint64) if skipped is None else skipped
 
