@@ -30,6 +30,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False  # the pages are in the repository
 
 # GitHub's anchors, which the pages' links name.
@@ -39,6 +41,7 @@ autosummary_generate = False
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
+add_module_names = False
 
 # Every name that a page or a docstring refers to has to be here, but for words that stand
 # where a type does, and for what is of MLX.

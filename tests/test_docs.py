@@ -4,6 +4,7 @@ import re
 import zlib
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_fused_optim
 import pytest
 
@@ -76,6 +77,42 @@ def test_every_public_name_is_in_the_reference():
         page, anchor = places[f"mlx_fused_optim.{public}"]
         assert page.startswith(("optimizers/", "reference/"))
         assert f'id="{anchor}"' in (INVENTORY.parent / page).read_text(encoding="utf-8")
+
+
+# What docs/migration.md calls the arguments: numbers of a rule, each another; of schedules; steps.
+OWN = dict(momentum=0.25, dampening=0.0, weight_decay=0.125, eps=2**-9, alpha=0.75, rho=0.875)
+NUMBERS = (
+    "lr b1 b2 gamma eta_min start_factor end_factor base_lr max_lr a v s rate start peak end "
+    "power exponent"
+)
+STEPS = "step_size T_max T_0 T_mult total_iters W begin b step_size_up step_size_down"
+ARGUMENTS = {
+    **OWN,
+    **dict.fromkeys(NUMBERS.split(), 0.5),
+    **dict.fromkeys(STEPS.split(), 4),
+    **dict(N=8, milestones=[4], boundaries=[4], schedules=[mlx_fused_optim.constant(0.5)] * 2),
+    **dict(betas=(0.5, 0.5), d=0.125, nesterov=True, staircase=True),
+    "parameters": {"w": mx.ones(2)},
+}
+
+
+def calls_of_tables(page):
+    """What stands first in the second column, where it is a call of a public name."""
+    for call in re.findall(r"^\|[^|]+\| `((\w+)\([^`]*\))`", page.read_text(), re.MULTILINE):
+        if call[1] in mlx_fused_optim.__all__ and "..." not in call[0]:
+            yield call[0]
+
+
+def test_what_the_tables_of_migration_call_can_be_called():
+    """And what is named like a number of an optimizer is that."""
+    calls = list(calls_of_tables(DOCS / "migration.md"))
+    assert len(calls) >= 30
+    for call in calls:
+        made = eval(call, {**vars(mlx_fused_optim), **ARGUMENTS})
+        if isinstance(made, mlx_fused_optim.FusedOptimizer):
+            named = {name for name in OWN if re.search(rf"\b{name}\b", call)}
+            assert {name: getattr(made, name) for name in named} == {n: OWN[n] for n in named}
+            assert not {"b1", "betas"} & set(re.findall(r"\w+", call)) or made.betas == (0.5, 0.5)
 
 
 @pytest.fixture
