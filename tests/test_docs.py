@@ -73,8 +73,9 @@ def test_every_public_name_is_in_the_reference():
         name, role, _, place, _ = line.split(" ", 4)
         if role.startswith("py:"):
             places[name] = place.replace("$", name).split("#")
-    for public in mlx_fused_optim.__all__:
-        page, anchor = places[f"mlx_fused_optim.{public}"]
+    public = [f"mlx_fused_optim.{name}" for name in mlx_fused_optim.__all__]
+    assert [name for name in public if name not in places] == []
+    for page, anchor in map(places.get, public):
         assert page.startswith(("optimizers/", "reference/"))
         assert f'id="{anchor}"' in (INVENTORY.parent / page).read_text(encoding="utf-8")
 
