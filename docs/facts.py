@@ -117,7 +117,8 @@ def of(name: str) -> str:
         f"What the state keeps, beside the parameter:\n\n{memory}\n"
         f"How many of {ELEMENTS:,} normally distributed float32 parameters differ from those of "
         f"`mlx.optimizers.{name}`, after {STEPS} eager steps with the same gradients, when this "
-        f"page was built, on a CPU:\n\n{apart}"
+        f"page was built, on a CPU:\n\n{apart}\n"
+        "A schedule's rates are ours in the first and MLX's, with its roundings, in the other.\n"
     )
 
 
