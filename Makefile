@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of its own, .venv, which is made on first
 # use. A changed source rebuilds what depends on it.
-#   make demo | test | bench | lint | mutants | wheel | clean
+#   make demo | test | bench | lint | docs | mutants | wheel | clean
 # Options: PYTHON=python3.12, EXTRA=cuda13 (Linux: which MLX backend), ARGS="-k name",
 # WORKERS=0 (tests in one process; by default one for each core, but at most eight).
 
@@ -22,7 +22,7 @@ SOURCES := CMakeLists.txt LICENSE README.md $(shell find $(NATIVE) python -type 
 FORMATTED := $(shell find $(NATIVE) tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: demo test mutants bench lint format wheel clean
+.PHONY: demo test mutants bench lint format docs wheel clean
 
 demo: $(VENV)/installed
 	$(RUN)/python bench/demo.py $(ARGS)
@@ -49,6 +49,12 @@ format: $(VENV)/tools
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(FORMATTED)
 
+# The site, into build/docs; anything that Sphinx warns of is an error.
+docs: $(VENV)/docs $(VENV)/installed
+	rm -rf build/docs
+	$(RUN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env \
+	  --doctree-dir build/doctrees docs build/docs
+
 wheel: $(VENV)/installed
 	@ls dist/*.whl
 
@@ -73,6 +79,11 @@ $(VENV)/build: Makefile pyproject.toml tools/requirements.py | $(RUN)/pip
 $(VENV)/tools: $(VENV)/build
 	$(RUN)/python tools/requirements.py $(EXTRA) dev > $(VENV)/tools.txt
 	$(INSTALL) --requirement $(VENV)/tools.txt
+	touch $@
+
+$(VENV)/docs: $(VENV)/build
+	$(RUN)/python tools/requirements.py $(EXTRA) docs > $(VENV)/docs.txt
+	$(INSTALL) --requirement $(VENV)/docs.txt
 	touch $@
 
 # The package is installed from its wheel, as users get it.

@@ -388,7 +388,7 @@ def little_memory(left=512 << 20):
 
 
 def test_out_of_memory_changes_nothing():
-    parameters = [mx.random.normal((1 << 24,)) for _ in range(16)]  # 64 MiB each, each an arena
+    parameters = [mx.random.normal((1 << 24,)) for _ in range(16)]  # 64 MiB, an arena each
     gradients = [p * 0.5 for p in parameters]
     state = optim.fused_sgd_init(parameters, momentum=0.9)
     before = [p * 1 for p in parameters]

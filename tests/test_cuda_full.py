@@ -435,7 +435,7 @@ def test_no_tensors_count_steps():
 
 def test_out_of_memory_changes_nothing():
     options = replace(MOMENTUM, clip_norm=2.0, **AVERAGE)
-    parameters = [mx.random.normal((1 << 24,)) for _ in range(8)]  # 64 MiB each, each an arena
+    parameters = [mx.random.normal((1 << 24,)) for _ in range(8)]  # 64 MiB, an arena each
     gradients = [p * 0.5 for p in parameters]
     state = first_state(options, parameters)
     before = [p * 1 for p in parameters]

@@ -110,8 +110,8 @@ class GradScaler:
 
     @property
     def state(self) -> dict[str, mx.array]:
-        """``scale`` (float32), ``growth_tracker`` (int32: steps since the scale changed) and
-        ``found_inf`` (int32: whether a step since the last update was skipped, -1 without
+        """``scale`` (float32), ``growth_tracker`` (int32, steps since the scale changed) and
+        ``found_inf`` (int32, whether a step since the last update was skipped, -1 without
         one). One that is assigned is copied (not its arrays)."""
         return self._state
 

@@ -93,9 +93,7 @@ def _words(cls: type[FusedOptimizer]) -> str:
     if "beta1" in rule.scalars:
         names.insert(0, "``betas``,")
     dtype = "each parameter's own" if rule.state_dtype is None else "float32"
-    return WORDS.format(
-        state_dtype=dtype, decoupled=f"``{usual.decoupled}``", scalars=" ".join(names)
-    )
+    return WORDS.format(state_dtype=dtype, decoupled=usual.decoupled, scalars=" ".join(names))
 
 
 class Option:
@@ -161,7 +159,7 @@ class FusedOptimizer(Optimizer):
     """An optimizer whose step is one kernel for the whole tree of parameters.
 
     A subclass has a rule, the numbers of the rule as attributes, and a constructor that calls
-    :meth:`_begin`. Its second base is the class of ``mlx.optimizers`` that it stands for, if
+    ``_begin``. Its second base is the class of ``mlx.optimizers`` that it stands for, if
     any, so that it is one, and so that a step of one tensor is MLX's.
     """
 
@@ -301,7 +299,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The learning rate: the one to come, or of the last step when it is scheduled."""
+        """The learning rate to come, or of the last step when it is scheduled."""
         return self.state["learning_rate"]
 
     @learning_rate.setter
@@ -343,7 +341,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def skipped(self) -> mx.array:
-        """How many steps ``skip_nonfinite`` has skipped: a uint64 scalar."""
+        """How many steps ``skip_nonfinite`` has skipped, a uint64 scalar."""
         skipped = self.state.get("skipped")
         return mx.array(0, mx.uint64) if skipped is None else skipped
 
