@@ -177,7 +177,7 @@ Composed ComposedStep::stored_slot(const Composed& x, int slot, Random random) c
   if (random && slot < 2) {
     random = mx::right_shift(*random, mx::array(16u, mx::uint32), s);
   }
-  return stored(x, plan_.state_dtype, random);
+  return stored(x, plan_.kept.state, random);
 }
 
 ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {

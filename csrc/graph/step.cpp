@@ -32,31 +32,36 @@ uint32_t flags_for(mx::Dtype parameter, mx::Dtype state, uint32_t flags) {
   return flags;
 }
 
+ArenaSlots slots_of(const Arena& arena, const StepOptions& options) {
+  const auto state = options.state_dtype.value_or(arena.dtype);
+  const auto flags = flags_for(arena.dtype, state, options.flags);
+  return {options.rule, flags, arena.dtype, state, !arena.tensors.empty()};
+}
+
 StepPlan make_plan(
     std::shared_ptr<const Arena> arena,
     const StepOptions& options,
-    StepControl control,
-    bool writes_step,
+    const StepControl& control,
     bool whole) {
-  const auto state = options.state_dtype.value_or(arena->dtype);
-  control.rule = options.rule;
-  control.flags = flags_for(arena->dtype, state, options.flags);
-  control.place = arena->fingerprint;
-  control.parameter_format = format_of(arena->dtype);
-  control.state_format = format_of(state);
-  return {std::move(arena), options.groups, control, state, writes_step, whole};
+  const auto kept = slots_of(*arena, options);
+  StepPlan plan{std::move(arena), options.groups, control, kept, false, whole};
+  plan.control.flags = kept.flags;
+  plan.control.place = plan.arena->fingerprint;
+  plan.control.parameter_format = format_of(kept.parameter);
+  plan.control.state_format = format_of(kept.state);
+  return plan;
 }
 
 void check_slots(const Layout& layout, const StepSlots& slots, const StepOptions& options) {
   for (int slot = 0; slot < kSlots; ++slot) {
     size_t count = 0;
     for (auto& arena : layout.arenas) {
-      const auto plan = make_plan(arena, options, {}, false, false);
-      if (!plan.has(slot)) {
+      const auto kept = slots_of(*arena, options);
+      if (!kept.has(slot)) {
         continue;
       }
       const auto shape = arena_shape(*arena);
-      const auto dtype = plan.slot_dtype(slot);
+      const auto dtype = kept.dtype(slot);
       if (count < slots[slot].size()) {
         auto& array = slots[slot][count];
         if (array.shape() != shape || array.dtype() != dtype) {
@@ -320,7 +325,7 @@ StepResult fused_step(
   for (size_t a = 0; a < arenas; ++a) {
     const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
     const auto whole = whole_arena(*arena, parameters);
-    auto plan = make_plan(arena, options, control, false, whole.has_value());
+    auto plan = make_plan(arena, options, control, whole.has_value());
     plan.writes_step = a == 0 && plan.reads_step();
     if (plan.output_shapes().empty()) {
       continue;

@@ -23,13 +23,31 @@ struct StepGroups {
   std::vector<uint32_t> flags_of; // of each group: which of kTensorFlags it has
 };
 
+/// What is kept of the elements of an arena.
+struct ArenaSlots {
+  uint32_t rule;
+  uint32_t flags; // those that its dtype has a use for
+  mx::Dtype parameter;
+  mx::Dtype state; // of the rule's slots
+  bool has_tensors;
+
+  bool has(int slot) const { return has_tensors && fused_math::has_slot(rule, flags, slot); }
+  mx::Dtype dtype(int slot) const {
+    using namespace fused_math;
+    return slot < kRuleSlots                        ? state
+        : slot == kCompensation                     ? parameter
+        : slot == kMasterCopy && is_master24(flags) ? mx::int8
+                                                    : mx::float32;
+  }
+};
+
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.
 struct StepPlan {
   std::shared_ptr<const Arena> arena;
   std::shared_ptr<const StepGroups> groups; // null without kGroups
   StepControl control; // its flags are those that this arena's dtype has a use for
-  mx::Dtype state_dtype; // of the rule's slots
+  ArenaSlots kept;
   bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
 
@@ -44,17 +62,8 @@ struct StepPlan {
   /// counter on what was measured. A kernel for which nothing does is not given it, so that
   /// nobody has to know it: a compiled step need not capture it then, as with mlx.optimizers.
   bool reads_step() const;
-  /// Whether this arena has a slot: one without tensors has none.
-  bool has(int slot) const {
-    return tensor_count() > 0 && fused_math::has_slot(control.rule, flags(), slot);
-  }
-  mx::Dtype slot_dtype(int slot) const {
-    using namespace fused_math;
-    return slot < kRuleSlots                          ? state_dtype
-        : slot == kCompensation                       ? arena->dtype
-        : slot == kMasterCopy && is_master24(flags()) ? mx::int8
-                                                      : mx::float32;
-  }
+  bool has(int slot) const { return kept.has(slot); }
+  mx::Dtype slot_dtype(int slot) const { return kept.dtype(slot); }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
   uint32_t group(size_t i) const { return groups ? groups->group_of[arena->tensors[i]] : 0; }
   uint32_t tensor_flags(size_t i) const {
