@@ -58,7 +58,7 @@ mx::array memory(Owner owner, int which) {
 
 /// A step of two tensors of 64 elements, and its graph before it is evaluated.
 struct Step {
-  StepPlan plan{.state_dtype = mx::float32};
+  StepPlan plan{.kept = {.parameter = mx::float32, .state = mx::float32}};
   std::vector<mx::array> inputs, outputs;
 
   Step(Owner parameters, Owner momentum, bool whole) {
