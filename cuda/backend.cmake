@@ -25,6 +25,10 @@ target_link_libraries(mlx_fused_optim_cuda PRIVATE mlx)
 set_source_files_properties(
   csrc/cuda/encoding.cpp csrc/cuda/measure.cpp csrc/cuda/memory.cpp csrc/cuda/schedule.cpp csrc/cuda/step.cpp
   PROPERTIES UNITY_GROUP mlx) # see CMakeLists.txt
+set_source_files_properties(
+  csrc/cuda/batches.cpp csrc/cuda/disk_cache.cpp csrc/cuda/kernels.cpp csrc/cuda/measure_batches.cpp
+  csrc/cuda/packing.cpp csrc/cuda/variants.cpp
+  PROPERTIES UNITY_GROUP host)
 set_target_properties(mlx_fused_optim_cuda PROPERTIES
   UNITY_BUILD_MODE GROUP
   CXX_VISIBILITY_PRESET hidden

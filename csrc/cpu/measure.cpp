@@ -19,7 +19,7 @@ using fused_math::kFoldLanes;
 using fused_math::Squares;
 
 // Chunks a thread must have to be worth waking.
-constexpr size_t kGrain = 32;
+constexpr size_t kMeasureGrain = 32;
 
 /// values[0], ..., values[count - 1], folded.
 Squares fold_all(const Squares* values, size_t count) {
@@ -40,8 +40,8 @@ Squares fold_all(const Squares* values, size_t count) {
   return used > 0 ? lanes[0] : Squares{};
 }
 
-struct Task {
-  Task(const MeasurePlan& plan, const MeasureInputs& in) : plan(plan) {
+struct MeasureTask {
+  MeasureTask(const MeasurePlan& plan, const MeasureInputs& in) : plan(plan) {
     size_t chunk = 0;
     for (size_t i = 0; i < plan.array_count(); ++i) {
       auto& array = in.arrays[i];
@@ -57,7 +57,7 @@ struct Task {
     auto& control = plan.control;
     const auto hyper = fused_math::step_gradient_hyper(control, *step, given);
     std::vector<Squares> chunks(first_chunks.back());
-    cpu::parallel_for(chunks.size(), kGrain, [&](size_t begin, size_t end) {
+    cpu::parallel_for(chunks.size(), kMeasureGrain, [&](size_t begin, size_t end) {
       size_t a = std::upper_bound(first_chunks.begin(), first_chunks.end(), begin) -
           first_chunks.begin() - 1;
       for (size_t c = begin; c < end; ++c) {
@@ -111,7 +111,7 @@ void MeasureGradients::eval_cpu(
     output.set_data(mx::allocator::malloc(output.nbytes()));
   }
   MeasureInputs in(plan_, inputs);
-  auto task = std::make_shared<Task>(plan_, in);
+  auto task = std::make_shared<MeasureTask>(plan_, in);
   task->step = in.step->data<uint64_t>();
   task->skipped = in.skipped->data<uint64_t>();
   task->given = in.given ? in.given->data<float>() : nullptr;
