@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from bits import DTYPES, of_mlx, same
@@ -428,3 +429,37 @@ def test_a_view_of_a_batch_of_arenas(axis):
     given = arenas if axis == 0 else arenas.T
     views = mx.vmap(lambda arena: _ext.arena_view(arena, [2, 2], 3), in_axes=axis)(given)
     assert np.array_equal(np.array(views), np.array(arenas)[:, 3:7].reshape(3, 2, 2))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_derivatives_go_past_the_byte_of_a_master(rounding):
+    """With a master of 24 bits they are those with a float32 one, but that the parameter is a
+    part of it, where a float32 master stands for the parameter. And a vectorised step has the
+    bits of each alone."""
+    random = np.random.default_rng(4)
+    gradient, weights = (mx.array(random.standard_normal(70).astype(np.float32)) for _ in "ab")
+    first = {"w": mx.array(random.standard_normal(70).astype(np.float32)).astype(mx.bfloat16)}
+
+    def stepped(masters, parameter, gradient, rate):
+        options = {"momentum": 0.5, "master_weights": masters, "rounding": rounding}
+        state = optim.fused_sgd_init(first, **options)
+        parameters, gradients = {"w": parameter}, {"w": gradient}
+        new, _ = optim.fused_sgd_step(parameters, gradients, state, learning_rate=rate, **options)
+        return new["w"]
+
+    def loss(masters):
+        return lambda *args: (stepped(masters, *args).astype(mx.float32) * weights).sum()
+
+    primals = [first["w"], gradient, mx.array(0.125)]
+    tangents = [mx.zeros_like(first["w"]), mx.ones_like(gradient), mx.array(1.0)]
+    found = [mx.grad(loss(masters), argnums=(0, 1, 2))(*primals) for masters in ("24bit", True)]
+    forward = [mx.jvp(loss(masters), primals, tangents)[1][0] for masters in ("24bit", True)]
+    assert same(found[0][0], weights.astype(mx.bfloat16))
+    assert all(same(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+    assert same(*forward)
+    assert all(mx.abs(x).max().item() > 0 for x in (*found[0], forward[0]))
+
+    rates = mx.array([0.125, 0.5])
+    many = mx.vmap(lambda rate: stepped("24bit", first["w"], gradient, rate))(rates)
+    for number, rate in enumerate(rates):
+        assert same(many[number], stepped("24bit", first["w"], gradient, rate))

@@ -21,6 +21,10 @@ mx::array mix64(mx::array x, mx::Stream s) {
 mx::array bits_of(const mx::array& x, mx::Stream s) {
   return mx::view(mx::stop_gradient(x, s), mx::uint32, s);
 }
+/// Of the bits, so that no derivative goes this way.
+mx::array is_nan(const mx::array& bits, mx::Stream s) {
+  return mx::greater(mx::bitwise_and(bits, word(0x7fffffffu), s), word(0x7f800000u), s);
+}
 mx::array float_of(const mx::array& bits, mx::Stream s) { return mx::view(bits, mx::float32, s); }
 
 /// `rounded`, with the derivative of x.
@@ -103,13 +107,13 @@ mx::array as_master24_composed(
       random ? mx::bitwise_and(*random, word(0xffu), s) : mx::add(odd, word(0x7fu), s);
   const auto rounded = mx::bitwise_and(mx::add(bits, more, s), word(0xffffff00u), s);
   const auto nan = mx::bitwise_and(mx::bitwise_or(bits, word(0x400000u), s), word(0xffff0000u), s);
-  return straight_through(x, float_of(mx::where(mx::isnan(x, s), nan, rounded, s), s), s);
+  return straight_through(x, float_of(mx::where(is_nan(bits, s), nan, rounded, s), s), s);
 }
 
 std::pair<mx::array, mx::array> parts_of_master24_composed(const mx::array& master, mx::Stream s) {
   const auto bits = bits_of(master, s);
   const auto half = word(0x8000u);
-  const auto rounded = mx::where(mx::isnan(master, s), bits, mx::add(bits, half, s), s);
+  const auto rounded = mx::where(is_nan(bits, s), bits, mx::add(bits, half, s), s);
   const auto parameter = mx::bitwise_and(rounded, word(0xffff0000u), s);
   const auto units =
       mx::right_shift(mx::add(mx::subtract(bits, parameter, s), half, s), word(8), s);
