@@ -89,7 +89,7 @@ StepKernels kernels_of(const StepPlan& plan, const Batches& batches, int device)
         plan.control.rule,
         type,
         // Where there is no slot of the rule, its type makes no kernel of its own.
-        plan.has(0) ? type_of(plan.kept.state) : type,
+        plan.has(0) ? static_cast<Type>(plan.kept.state_format) : type,
         batches.gradients,
         plan.flags() & ~fused_math::kMeasureNorm,
         parts_of(plan.control)};

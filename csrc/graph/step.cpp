@@ -15,12 +15,6 @@ namespace mlx_fused_optim {
 
 namespace {
 
-uint32_t format_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? fused_math::kFloat32
-      : dtype == mx::float16  ? fused_math::kFloat16
-                              : fused_math::kBfloat16;
-}
-
 /// The flags that dtypes have a use for: float32 loses nothing that a master, a
 /// compensation or rounding at random could keep.
 uint32_t flags_for(mx::Dtype parameter, mx::Dtype state, uint32_t flags) {
@@ -33,9 +27,12 @@ uint32_t flags_for(mx::Dtype parameter, mx::Dtype state, uint32_t flags) {
 }
 
 ArenaSlots slots_of(const Arena& arena, const StepOptions& options) {
-  const auto state = options.state_dtype.value_or(arena.dtype);
+  auto state = options.state_dtype.value_or(arena.dtype);
+  if (arena.is_small && state == mx::uint8) {
+    state = mx::float32;
+  }
   const auto flags = flags_for(arena.dtype, state, options.flags);
-  return {options.rule, flags, arena.dtype, state, !arena.tensors.empty()};
+  return {options.rule, flags, format_of(arena.dtype), format_of(state), !arena.tensors.empty()};
 }
 
 StepPlan make_plan(
@@ -47,8 +44,8 @@ StepPlan make_plan(
   StepPlan plan{std::move(arena), options.groups, control, kept, false, whole};
   plan.control.flags = kept.flags;
   plan.control.place = plan.arena->fingerprint;
-  plan.control.parameter_format = format_of(kept.parameter);
-  plan.control.state_format = format_of(kept.state);
+  plan.control.parameter_format = kept.parameter_format;
+  plan.control.state_format = kept.state_format;
   return plan;
 }
 
@@ -60,7 +57,7 @@ void check_slots(const Layout& layout, const StepSlots& slots, const StepOptions
       if (!kept.has(slot)) {
         continue;
       }
-      const auto shape = arena_shape(*arena);
+      const auto shape = kept.shape(*arena, slot);
       const auto dtype = kept.dtype(slot);
       if (count < slots[slot].size()) {
         auto& array = slots[slot][count];
@@ -223,7 +220,42 @@ std::vector<mx::array> measure(
   return measure_gradients(plan, inputs, stream);
 }
 
+/// Rows of bytes as the kernels read them. A step's own output is in a row.
+mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
+  const bool is_known = rows.is_available() && !rows.is_tracer();
+  const bool is_own =
+      rows.has_primitive() && dynamic_cast<const FusedStep*>(&rows.primitive()) != nullptr;
+  return (is_known ? rows.flags().row_contiguous : is_own) ? rows
+                                                           : mx::contiguous(rows, false, stream);
+}
+
 } // namespace
+
+mx::Dtype dtype_of(uint32_t format) {
+  using namespace fused_math;
+  return format == kFloat32       ? mx::float32
+      : format == kFloat16        ? mx::float16
+      : format == kBfloat16       ? mx::bfloat16
+      : format == uint32_t(kInt8) ? mx::int8
+                                  : mx::uint8;
+}
+
+uint32_t format_of(mx::Dtype dtype) {
+  using namespace fused_math;
+  return dtype == mx::float32 ? kFloat32
+      : dtype == mx::float16  ? kFloat16
+      : dtype == mx::bfloat16 ? kBfloat16
+      : dtype == mx::int8     ? kInt8
+                              : kBytes;
+}
+
+mx::Dtype ArenaSlots::dtype(int slot) const { return dtype_of(format(slot)); }
+
+mx::Shape ArenaSlots::shape(const Arena& arena, int slot) const {
+  using namespace fused_math;
+  return is_byte_format(format(slot)) ? mx::Shape{int(arena.size / kByteGroup), int(kByteRow)}
+                                      : arena_shape(arena);
+}
 
 StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays)
     : parameters(arrays.data()),
@@ -272,7 +304,7 @@ std::vector<mx::Shape> StepPlan::output_shapes() const {
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (has(slot)) {
-      shapes.push_back(arena_shape(*arena));
+      shapes.push_back(kept.shape(*arena, slot));
     }
   }
   if (writes_step) {
@@ -346,7 +378,9 @@ StepResult fused_step(
     }
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
-        inputs.push_back(slots[slot][used_slots[slot]++]);
+        const auto& kept = slots[slot][used_slots[slot]++];
+        const bool is_bytes = fused_math::is_byte_format(plan.kept.format(slot));
+        inputs.push_back(is_bytes ? in_a_row(kept, stream) : kept);
       }
     }
     if (plan.reads_step()) {

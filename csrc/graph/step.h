@@ -27,19 +27,22 @@ struct StepGroups {
 struct ArenaSlots {
   uint32_t rule;
   uint32_t flags; // those that its dtype has a use for
-  mx::Dtype parameter;
-  mx::Dtype state; // of the rule's slots
+  uint32_t parameter_format; // fused_math::Format
+  uint32_t state_format; // likewise, of the rule's slots
   bool has_tensors;
 
   bool has(int slot) const { return has_tensors && fused_math::has_slot(rule, flags, slot); }
-  mx::Dtype dtype(int slot) const {
-    using namespace fused_math;
-    return slot < kRuleSlots                        ? state
-        : slot == kCompensation                     ? parameter
-        : slot == kMasterCopy && is_master24(flags) ? mx::int8
-                                                    : mx::float32;
+  uint32_t format(int slot) const {
+    return fused_math::slot_format(rule, flags, slot, parameter_format, state_format);
   }
+  mx::Dtype dtype(int slot) const;
+  /// That of the arena, or rows of bytes.
+  mx::Shape shape(const Arena& arena, int slot) const;
 };
+
+/// As arrays have them: moments in bytes are rows of uint8.
+mx::Dtype dtype_of(uint32_t format);
+uint32_t format_of(mx::Dtype dtype);
 
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.

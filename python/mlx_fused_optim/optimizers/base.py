@@ -178,6 +178,7 @@ class FusedOptimizer(Optimizer):
     _whole: frozenset[str] = frozenset()  # sets of tensors of which none is a shard
 
     state_dtype = Option()
+    min_8bit_size = Option()
     master_weights = Option()
     rounding = Option()
     compensated = Option()
@@ -633,7 +634,7 @@ class FusedOptimizer(Optimizer):
         """Raise ValueError where norms are needed and a model has shards of its tensors."""
         if not self._options.is_measured or not isinstance(parameters, Module):
             return
-        key = layout_of(tree).key  # wrapped, a module has other paths
+        key = layout_of(tree, self._options.least_of_bytes).key  # wrapped, a module has other paths
         if key in self._whole:
             return
         for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
