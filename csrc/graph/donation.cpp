@@ -83,7 +83,8 @@ void set_output(
     mx::array& output,
     const mx::array& input,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  if (input.is_donatable() && input.flags().row_contiguous) {
+  // In rows of bytes are numbers of four.
+  if (input.is_donatable() && input.flags().row_contiguous && input.offset() % 4 == 0) {
     output.copy_shared_buffer(input);
   } else {
     output.set_data(allocate(output.nbytes()));

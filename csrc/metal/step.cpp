@@ -27,6 +27,10 @@ static_assert(sizeof(Schedule) <= kMaxBytes);
 static_assert(fused_math::kMeasureNorm <= UINT16_MAX, "a tensor's flags have 16 bits");
 static_assert(size_t(fused_math::kScalars) <= kSimdWidth, "a thread each scalar");
 
+bool has_bytes(const StepPlan& plan) {
+  return plan.has(0) && plan.kept.state_format == fused_math::kBytes;
+}
+
 /// The kernels of a step, compiled, and threadgroups that suit all of them.
 struct StepKernels {
   StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in);
@@ -37,6 +41,9 @@ struct StepKernels {
 };
 
 StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in) {
+  if (has_bytes(plan)) {
+    groups.tile_columns = std::max<uint32_t>(groups.tile_columns, fused_math::kByteGroup);
+  }
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
     const auto gradient = in.gradients[i].dtype();
     auto*& kernel = step[gradient.val()];
@@ -62,12 +69,22 @@ struct Readable {
     for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
       parameters.push_back(flat(in.parameters[i]));
     }
+    // A group of bytes is in a row of a gradient that is a matrix.
+    const bool is_bytes = has_bytes(plan);
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       auto& gradient = in.gradients[i];
-      gradients.push_back(&packer.readable(gradient, metal::matrix_view(gradient).has_value()));
+      const auto view = metal::matrix_view(gradient);
+      const bool is_readable = view && (!is_bytes || view->columns % fused_math::kByteGroup == 0);
+      gradients.push_back(&packer.readable(gradient, is_readable));
     }
     for (int slot = 0; slot < kSlots; ++slot) {
-      slots[slot] = in.slots[slot] ? flat(*in.slots[slot]) : nullptr;
+      if (auto* kept = in.slots[slot]) {
+        const bool has_scales = fused_math::is_byte_format(plan.kept.format(slot));
+        const bool is_aligned = !has_scales || kept->offset() % fused_math::kByteScale == 0;
+        slots[slot] = &packer.readable(*kept, metal::is_contiguous(*kept) && is_aligned);
+      } else {
+        slots[slot] = nullptr;
+      }
     }
   }
 
