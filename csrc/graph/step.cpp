@@ -225,10 +225,6 @@ std::vector<mx::array> measure(
   return measure_gradients(plan, inputs, stream);
 }
 
-/// Arenas that one node steps. Each output has all siblings, and an evaluation visits them with
-/// each: docs/architecture.md has the measurement.
-constexpr size_t kMostArenas = 16;
-
 /// A node to be, and its inputs.
 struct Gathered {
   StepNode node;

@@ -153,6 +153,10 @@ StepResult fused_step(
     const StepOptions& options,
     mx::StreamOrDevice s = {});
 
+/// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits
+/// them with each; and all are to fit the arguments of a CUDA launch.
+constexpr size_t kMostArenas = 16;
+
 /// What a node does, arena by arena, and the gradients that it holds.
 struct StepNode {
   std::vector<StepPlan> plans; // of arenas of one dtype; the first may write the step
