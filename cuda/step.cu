@@ -331,8 +331,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
     } else {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        load<Known, false>(
-            quads[n], arena, tensor, way.at + n * step_of(tensor), count_of(way, n));
+        load<Known, false>(quads[n], arena, tensor, way.at + n * step_of(tensor), count_of(way, n));
       }
     }
     if (is_first) { // all warps but the one that computes have loaded by now

@@ -414,7 +414,8 @@ std::vector<mx::array> FusedStep::vjp(
 std::pair<std::vector<mx::array>, std::vector<int>> FusedStep::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
-  return composed_vmap(composed_operation(traced_plan(), stream()), inputs, axes, traced_plan().output_shapes());
+  return composed_vmap(
+      composed_operation(traced_plan(), stream()), inputs, axes, traced_plan().output_shapes());
 }
 
 } // namespace mlx_fused_optim

@@ -280,10 +280,7 @@ void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
 
 } // namespace
 
-StepInputs::StepInputs(
-    const StepPlan& plan,
-    const mx::array* arrays,
-    const mx::array* held)
+StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* held)
     : parameters(arrays),
       whole(plan.whole),
       gradients(plan.waits ? arrays + plan.parameter_inputs() : held),

@@ -80,10 +80,7 @@ struct StepPlan {
 /// outputs = [parameter arena, slots...], [step, used scalars]
 /// The next plan's begin at `end`. `gradients` are those that the node holds, if it does.
 struct StepInputs {
-  StepInputs(
-      const StepPlan& plan,
-      const mx::array* arrays,
-      const mx::array* gradients = nullptr);
+  StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* gradients = nullptr);
   /// The array with the arena's tensor `i`; a whole arena has it at parameter_begin(i).
   const mx::array& parameter(size_t i) const { return parameters[whole ? 0 : i]; }
   const mx::array* parameters;
