@@ -58,7 +58,11 @@ struct StepKnown {
 /// A warp computes the numbers of the step, for this block's tensor: a lane each scalar,
 /// which may be a schedule's. None may be used before the next barrier.
 template <typename Known>
-__device__ void compute_numbers(const Common& common, const Tensor& tensor, StepHyper& shared) {
+__device__ void compute_numbers(
+    const StepCommon& common,
+    const StepArena& arena,
+    const Tensor& tensor,
+    StepHyper& shared) {
   __shared__ StepScalars scalars;
   if (threadIdx.x >= 32) {
     return;
@@ -77,8 +81,8 @@ __device__ void compute_numbers(const Common& common, const Tensor& tensor, Step
     return;
   }
   const uint32_t flags = is_generic(Known::kMay) ? control.flags : Known::kMay;
-  const StepHyper hyper =
-      step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
+  StepHyper hyper = step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
+  hyper.key = random_key(control.seed, step, arena.place);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }
@@ -96,17 +100,17 @@ __device__ uint64_t offset_of(const Tensor& tensor) { return uint64_t(tensor.pla
 
 /// Zeroes the gap behind the last element of a tensor; one block must do it.
 template <typename Known>
-__device__ void clear_gap(const Common& common, const Tensor& tensor) {
+__device__ void clear_gap(const StepArena& arena, const Tensor& tensor) {
   constexpr uint64_t kStep = kGranule / (Known::kFormat == kFloat32 ? 4 : 2);
   const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
   if (threadIdx.x < gap) {
     const Quad zero = {};
     const uint64_t at = offset_of(tensor) + tensor.size + threadIdx.x;
-    store<false>(common.parameters_out, Known::kFormat, at, zero, 1);
+    store<false>(arena.parameters_out, Known::kFormat, at, zero, 1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (Known::may_have(slot) && common.slots[slot].out) {
-        store<false>(common.slots[slot].out, Known::format_of_slot(slot), at, zero, 1);
+      if (Known::may_have(slot) && arena.slots[slot].out) {
+        store<false>(arena.slots[slot].out, Known::format_of_slot(slot), at, zero, 1);
       }
     }
   }
@@ -174,14 +178,14 @@ __device__ uint32_t count_of(const Way& way, uint32_t n) {
 template <typename Known, bool whole>
 __device__ void load(
     Quads& quads,
-    const Common& common,
+    const StepArena& arena,
     const Matrix& tensor,
     uint64_t at,
     uint32_t count) {
   load<whole>(quads.parameter, tensor.parameter, Known::kFormat, at - offset_of(tensor), 1, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    const void* data = common.slots[slot].data;
+    const void* data = arena.slots[slot].data;
     quads.slots[slot] = {};
     if (Known::may_have(slot) && data) {
       load<whole>(quads.slots[slot], data, Known::format_of_slot(slot), at, 1, count);
@@ -190,11 +194,11 @@ __device__ void load(
 }
 
 template <typename Known, bool whole>
-__device__ void store(const Quads& quads, const Common& common, uint64_t at, uint32_t count) {
-  store<whole>(common.parameters_out, Known::kFormat, at, quads.parameter, count);
+__device__ void store(const Quads& quads, const StepArena& arena, uint64_t at, uint32_t count) {
+  store<whole>(arena.parameters_out, Known::kFormat, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    void* out = common.slots[slot].out;
+    void* out = arena.slots[slot].out;
     if (Known::may_have(slot) && out) {
       store<whole>(out, Known::format_of_slot(slot), at, quads.slots[slot], count);
     }
@@ -281,15 +285,16 @@ __device__ void update(
   update<Known>(quads, gradients, position, hyper, tensor);
 }
 
-template <typename K, uint32_t capacity>
-__device__ void run(const Launch<Tiled, capacity>& launch) {
+template <typename K, uint32_t capacity, typename Shared>
+__device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kInFlight = Known::kInFlight;
   __shared__ StepHyper shared;
-  const Common& common = launch.common;
   const Tiled& tensor = find_tensor(launch);
-  compute_numbers<Known>(common, tensor, shared);
-  const bool wide_arenas = common.aligned && (tensor.wide & kWideArenas);
+  const StepArena& arena = launch.common.arenas[tensor.arena];
+  const bool aligned = launch.common.aligned >> tensor.arena & 1;
+  compute_numbers<Known>(launch.common, arena, tensor, shared);
+  const bool wide_arenas = aligned && (tensor.wide & kWideArenas);
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
   bool is_first = true;
@@ -321,13 +326,12 @@ __device__ void run(const Launch<Tiled, capacity>& launch) {
     if (whole && wide_arenas) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        load<Known, true>(quads[n], common, tensor, way.at + n * step_of(tensor), kQuad);
+        load<Known, true>(quads[n], arena, tensor, way.at + n * step_of(tensor), kQuad);
       }
     } else {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        load<Known, false>(
-            quads[n], common, tensor, way.at + n * step_of(tensor), count_of(way, n));
+        load<Known, false>(quads[n], arena, tensor, way.at + n * step_of(tensor), count_of(way, n));
       }
     }
     if (is_first) { // all warps but the one that computes have loaded by now
@@ -345,12 +349,12 @@ __device__ void run(const Launch<Tiled, capacity>& launch) {
     if (whole && wide_arenas) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        store<Known, true>(quads[n], common, way.at + n * step_of(tensor), kQuad);
+        store<Known, true>(quads[n], arena, way.at + n * step_of(tensor), kQuad);
       }
     } else {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        store<Known, false>(quads[n], common, way.at + n * step_of(tensor), count_of(way, n));
+        store<Known, false>(quads[n], arena, way.at + n * step_of(tensor), count_of(way, n));
       }
     }
     way.at += kInFlight * step_of(tensor);
@@ -359,7 +363,7 @@ __device__ void run(const Launch<Tiled, capacity>& launch) {
     way.whole -= min(way.whole, kInFlight);
   } while (way.quads != 0);
   if (blockIdx.x == tensor.first_block) {
-    clear_gap<Known>(common, tensor);
+    clear_gap<Known>(arena, tensor);
   }
 }
 
@@ -371,16 +375,17 @@ constexpr uint32_t kTurnedBlocks = StepKnown<K>::words() <= 12 ? 2 : 1;
 
 /// A square of the gradient, read along its rows and used along the parameter's. One more
 /// column spreads a column of the square over the banks of shared memory.
-template <typename K, uint32_t capacity>
-__device__ void run(const Launch<Turned, capacity>& launch) {
+template <typename K, uint32_t capacity, typename Shared>
+__device__ void run(const Launch<Turned, capacity, Shared>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kPerLine = kSquare / kQuad; // threads on a line of the square
   constexpr uint32_t kLines = kSquareThreads / kPerLine; // lines at a time
   constexpr uint32_t kSteps = kSquare / kLines;
   __shared__ float turned[kSquare][kSquare + 1];
   __shared__ StepHyper shared;
-  const Common& common = launch.common;
   const Turned& tensor = find_tensor(launch);
+  const StepArena& arena = launch.common.arenas[tensor.arena];
+  const bool aligned = launch.common.aligned >> tensor.arena & 1;
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   const uint32_t along = threadIdx.x % kPerLine * kQuad;
   const uint32_t line = threadIdx.x / kPerLine;
@@ -405,15 +410,15 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
     const uint32_t j = line + k * kLines;
     if (row + j < rows && column + along < columns) {
       const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
-      if (common.aligned) {
-        load<Known, true>(quads[k], common, tensor, at, kQuad);
+      if (aligned) {
+        load<Known, true>(quads[k], arena, tensor, at, kQuad);
       } else {
-        load<Known, false>(quads[k], common, tensor, at, kQuad);
+        load<Known, false>(quads[k], arena, tensor, at, kQuad);
       }
     }
   }
   // While they are under way: few of these large blocks run at once.
-  compute_numbers<Known>(common, tensor, shared);
+  compute_numbers<Known>(launch.common, arena, tensor, shared);
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     float gradients[kQuad];
@@ -438,15 +443,15 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
       if (hyper.apply) { // else what was loaded is stored, to the bit
         update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
       }
-      if (common.aligned) {
-        store<Known, true>(quads[k], common, at, kQuad);
+      if (aligned) {
+        store<Known, true>(quads[k], arena, at, kQuad);
       } else {
-        store<Known, false>(quads[k], common, at, kQuad);
+        store<Known, false>(quads[k], arena, at, kQuad);
       }
     }
   }
   if (square == 0) {
-    clear_gap<Known>(common, tensor);
+    clear_gap<Known>(arena, tensor);
   }
 }
 
@@ -456,9 +461,9 @@ template <typename K>
 __device__ void run(const Launch<Strided>& launch) {
   using Known = StepKnown<K>;
   __shared__ StepHyper shared;
-  const Common& common = launch.common;
   const Strided& tensor = find_tensor(launch);
-  compute_numbers<Known>(common, tensor, shared);
+  const StepArena& arena = launch.common.arenas[tensor.arena];
+  compute_numbers<Known>(launch.common, arena, tensor, shared);
   __syncthreads();
   const StepHyper hyper = shared;
   const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile;
@@ -477,14 +482,15 @@ __device__ void run(const Launch<Strided>& launch) {
         1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const SlotArena& arena = common.slots[slot];
-      if (Known::may_have(slot) && arena.data) {
+      const void* data = arena.slots[slot].data;
+      const SlotWay& way = tensor.ways[slot];
+      if (Known::may_have(slot) && data) {
         load<false>(
             quads.slots[slot],
-            arena.data,
+            data,
             Known::format_of_slot(slot),
-            int64_t(at / arena.columns) * arena.row_stride +
-                int64_t(at % arena.columns) * arena.column_stride,
+            int64_t(at / way.columns) * way.row_stride +
+                int64_t(at % way.columns) * way.column_stride,
             1,
             1);
       }
@@ -492,10 +498,10 @@ __device__ void run(const Launch<Strided>& launch) {
     if (hyper.apply) { // four of which three are zeros: simple, and seldom
       update<Known>(quads, static_cast<uint32_t>(at), hyper, tensor);
     }
-    store<Known, false>(quads, common, at, 1);
+    store<Known, false>(quads, arena, at, 1);
   }
   if (begin == 0) {
-    clear_gap<Known>(common, tensor);
+    clear_gap<Known>(arena, tensor);
   }
 }
 

@@ -39,7 +39,7 @@ struct Numbers {
 class ComposedStep {
  public:
   ComposedStep(const StepPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
-      : s(s), plan_(plan), control_(plan.control), in_(plan, inputs) {}
+      : s(s), plan_(plan), control_(plan.control), in_(plan, inputs.data()) {}
 
   std::vector<mx::array> outputs() const;
 
@@ -424,11 +424,18 @@ std::vector<mx::array> step_composed(
   return ComposedStep(plan, inputs, s).outputs();
 }
 
+const StepPlan& FusedStep::traced_plan() const {
+  // While anything is traced, fused_step gives each arena a node with its gradients as inputs.
+  // A node from before a trace has no input that is differentiated or vectorised, and is not
+  // asked: what a trace captures of it is evaluated as it is.
+  return node_.plans[0];
+}
+
 std::vector<mx::array> FusedStep::jvp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& tangents,
     const std::vector<int>& argnums) {
-  return composed_jvp(composed_operation(plan_, stream()), primals, tangents, argnums);
+  return composed_jvp(composed_operation(traced_plan(), stream()), primals, tangents, argnums);
 }
 
 std::vector<mx::array> FusedStep::vjp(
@@ -436,13 +443,14 @@ std::vector<mx::array> FusedStep::vjp(
     const std::vector<mx::array>& cotangents,
     const std::vector<int>& argnums,
     const std::vector<mx::array>&) {
-  return composed_vjp(composed_operation(plan_, stream()), primals, cotangents, argnums);
+  return composed_vjp(composed_operation(traced_plan(), stream()), primals, cotangents, argnums);
 }
 
 std::pair<std::vector<mx::array>, std::vector<int>> FusedStep::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
-  return composed_vmap(composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
+  return composed_vmap(
+      composed_operation(traced_plan(), stream()), inputs, axes, traced_plan().output_shapes());
 }
 
 } // namespace mlx_fused_optim

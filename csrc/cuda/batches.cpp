@@ -46,6 +46,14 @@ void add_matrix(
 
 } // namespace
 
+void Batches::begin_arena(const SlotWays& ways) {
+  ++arenas_;
+  ways_ = ways;
+  slots_contiguous_ = std::all_of(ways.begin(), ways.end(), [](const SlotWay& way) {
+    return way.columns == kContiguousWay.columns && way.row_stride == kContiguousWay.row_stride;
+  });
+}
+
 void Batches::add(
     int dimensions,
     const int32_t* shape,
@@ -66,13 +74,15 @@ void Batches::add(
       member.number,
       static_cast<uint16_t>(member.group),
       static_cast<uint16_t>(member.flags),
-      gradient.type};
+      gradient.type,
+      arenas_ - 1};
   const bool flat = gradient.contiguous && parameter.contiguous;
   const auto c = flat ? Collapsed{} : collapse(dimensions, shape, parameter, gradient);
   const auto m = form_of(c, size);
   if (!parameter.contiguous || !slots_contiguous_ || c.dimensions > 2 || !fits(m)) {
     auto& any = append(strided, tensor, divide_up(size, kTile));
     set_dimensions(any, flat ? collapse(dimensions, shape, parameter, gradient) : c);
+    std::copy(ways_.begin(), ways_.end(), any.ways);
     return;
   }
 

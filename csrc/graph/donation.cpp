@@ -103,11 +103,9 @@ void restore(std::vector<mx::array>& outputs, const std::vector<mx::array>& inpu
 
 void give_memory(
     const StepPlan& plan,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
+    const StepInputs& in,
+    const StepOutputs& out,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  StepInputs in(plan, inputs);
-  StepOutputs out(plan, outputs);
   if (out.parameters && plan.whole) {
     set_output(*out.parameters, in.parameters[0], allocate);
   } else if (out.parameters) {
@@ -153,7 +151,7 @@ std::optional<mx::array> whole_arena(const Arena& arena, const std::vector<mx::a
 }
 
 void set_outputs(
-    const StepPlan& plan,
+    const StepNode& node,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
@@ -167,7 +165,11 @@ void set_outputs(
   }
 
   try {
-    give_memory(plan, inputs, outputs, allocate);
+    const auto in = node.inputs(inputs);
+    const auto out = node.outputs(outputs);
+    for (size_t p = 0; p < in.size(); ++p) {
+      give_memory(node.plans[p], in[p], out[p], allocate);
+    }
   } catch (...) { // no memory left
     restore(outputs, inputs);
     throw;

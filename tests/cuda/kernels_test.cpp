@@ -155,13 +155,21 @@ void run_all(
     BatchList<T>& batches,
     const typename T::Shared& common,
     void (*kernel)(const Launch<T>&),
-    uint32_t threads = kThreads) {
+    uint32_t threads = kThreads,
+    void (*kernel_for_few)(const FewLaunch<T>&) = nullptr) {
   for (auto& batch : batches) {
-    const uint32_t count = batch->arguments.common.count;
-    batch->arguments.common = common;
-    batch->arguments.common.count = count;
+    auto& launch = batch->arguments;
+    const uint32_t count = launch.common.count;
+    launch.common = common;
+    launch.common.count = count;
+    std::function<void()> run = [&] { kernel(launch); };
+    if constexpr (std::is_base_of_v<Matrix, T>) {
+      if (kernel_for_few && is_few(launch)) {
+        run = [few = few_of(launch), kernel_for_few] { kernel_for_few(few); };
+      }
+    }
     for (uint32_t block = 0; block < batch->blocks; ++block) {
-      emulation::run_block(block, threads, [&] { kernel(batch->arguments); });
+      emulation::run_block(block, threads, run);
     }
   }
 }
@@ -176,6 +184,8 @@ struct Tested {
   void (*tiled)(const Launch<Tiled>&);
   void (*turned)(const Launch<Turned>&);
   void (*strided)(const Launch<Strided>&);
+  void (*tiled_few)(const FewLaunch<Tiled>&);
+  void (*turned_few)(const FewLaunch<Turned>&);
 };
 
 template <typename Rule, typename... All>
@@ -195,6 +205,8 @@ constexpr Tested tested() {
       static_cast<Type>(kFormatOf<S>),
       gradients,
       flags,
+      run<K>,
+      run<K>,
       run<K>,
       run<K>,
       run<K>};
@@ -290,20 +302,29 @@ bool is_same(Memory& a, Memory& b, size_t at) {
 struct TestTensor {
   std::vector<int32_t> shape;
   uint64_t size, offset;
+  int arena;
   uint32_t flags;
   bool turns; // turned_array
   Array parameter, gradient;
 };
 
-/// An arena before and after, which may be the same; `stride` is between elements.
-struct TestArena {
+/// A slot before and after, which may be the same; `stride` is between elements.
+struct TestSlot {
   std::shared_ptr<Memory> before, after;
   int64_t stride = 1;
 };
 
+struct TestArena {
+  uint64_t size = 0, place = 0;
+  std::shared_ptr<Memory> parameters;
+  TestSlot slots[kSlots];
+  bool contiguous = true; // its slots
+  std::vector<Memory> expected; // the parameters, and each slot
+};
+
 struct Counted {
   size_t tiled[kTestedCount] = {}, turned[kTestedCount] = {}, strided[kTestedCount] = {};
-  size_t elements = 0;
+  size_t elements = 0, arenas = 0; // of the round with most
 };
 
 void test_step(int round, Counted& counted) {
@@ -315,12 +336,12 @@ void test_step(int round, Counted& counted) {
   const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = pass % 2 == 0,
              special = round % 3 == 1;
 
-  Common common{};
+  Common<kArenas> common{};
   common.control.rule = kernel.rule;
   common.control.flags = flags;
   common.control.given = (1 << kFirstRuleScalar) - 1;
   common.control.seed = engine();
-  common.control.place = engine();
+  common.control.place = engine(); // of no arena
   for (int i = 0; i < kRuleScalars; ++i) { // a few are given, the others constant
     common.control.given |= below(3) == 0 ? 1 << (kFirstRuleScalar + i) : 0;
     common.control.constants[kFirstRuleScalar + i] = {0.9f, 1e-9f};
@@ -340,9 +361,9 @@ void test_step(int round, Counted& counted) {
   common.step = counts ? &step : nullptr;
   common.given = given;
 
-  const int tensors = 3 + below(5);
+  const int tensors = 3 + below(6);
   std::vector<TestTensor> all(tensors);
-  uint64_t arena_size = 0;
+  std::vector<TestArena> arenas(1);
   const uint64_t granule = kGranule / size_of(type);
   for (auto& t : all) {
     // Always one for each kernel, if addresses allow.
@@ -357,9 +378,13 @@ void test_step(int round, Counted& counted) {
       t.shape = {1 + below(3000)};
     }
     t.size = element_count(t.shape.size(), t.shape.data());
-    t.offset = arena_size;
+    if (number > 0 && below(pass % 3 + 1) > 0) { // in some rounds all are in one
+      arenas.emplace_back();
+    }
+    t.arena = arenas.size() - 1;
+    t.offset = arenas.back().size;
     t.flags = flags & (flags & kGroups ? engine() | ~kTensorFlags : ~0u);
-    arena_size += divide_up(t.size, granule) * granule;
+    arenas.back().size += divide_up(t.size, granule) * granule;
     measured.insert(measured.end(), {std::abs(normal()), std::abs(normal())});
     for (uint32_t i = 0; i < kGroupNumbers; ++i) {
       // Scalars stay between 0 and 1.
@@ -370,37 +395,54 @@ void test_step(int round, Counted& counted) {
   common.groups = groups.data();
 
   // Arenas, some of them at odd addresses.
-  const size_t shift = pass > 0 && below(2);
-  auto parameters = std::make_shared<Memory>(type, arena_size, shift);
   auto fill = [&](Memory& memory) {
     memory.fill(skips);
     if (special && !skips && memory.type != Type::int8) {
       add_special(memory);
     }
   };
-  fill(*parameters);
-  TestArena slots[kSlots];
-  bool contiguous = true;
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (!has_slot(kernel.rule, flags, slot)) {
-      continue;
-    }
-    auto& s = slots[slot];
-    const auto slot_type = static_cast<Type>(
-        slot_format(flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
-    s.stride = !in_place && below(6) == 0 ? 2 : 1;
-    contiguous &= s.stride == 1;
-    s.before = std::make_shared<Memory>(slot_type, s.stride * arena_size, shift);
-    fill(*s.before);
-    s.after = in_place ? s.before : std::make_shared<Memory>(slot_type, arena_size);
-    if (!in_place) {
-      s.after->fill();
+  for (auto& arena : arenas) {
+    const size_t shift = pass > 0 && below(2);
+    arena.place = engine();
+    arena.parameters = std::make_shared<Memory>(type, arena.size, shift);
+    arena.expected.emplace_back(type, arena.size);
+    fill(*arena.parameters);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      auto& s = arena.slots[slot];
+      const auto slot_type = static_cast<Type>(slot_format(
+          flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
+      arena.expected.emplace_back(slot_type, arena.size);
+      if (!has_slot(kernel.rule, flags, slot)) {
+        continue;
+      }
+      s.stride = !in_place && below(6) == 0 ? 2 : 1;
+      arena.contiguous &= s.stride == 1;
+      s.before = std::make_shared<Memory>(slot_type, s.stride * arena.size, shift);
+      fill(*s.before);
+      s.after = in_place ? s.before : std::make_shared<Memory>(slot_type, arena.size);
+      if (!in_place) {
+        s.after->fill();
+      }
     }
   }
 
-  Batches batches(type, contiguous);
+  Batches batches(type);
+  int begun = 0;
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
+    auto& arena = arenas[t.arena];
+    for (; begun <= t.arena; ++begun) {
+      SlotWays ways;
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const int64_t stride = arena.slots[slot].stride;
+        const bool is_matrix = arena.size > granule;
+        ways[slot] = stride == 1
+            ? kContiguousWay
+            : SlotWay{
+                  is_matrix ? granule : arena.size, static_cast<int64_t>(granule) * stride, stride};
+      }
+      batches.begin_arena(ways);
+    }
     const auto gradient_type = random_type(kernel.gradients);
     t.gradient = t.turns ? turned_array(t.shape, gradient_type)
                          : random_array(t.shape, gradient_type, static_cast<Lying>(below(3)));
@@ -410,7 +452,7 @@ void test_step(int round, Counted& counted) {
     }
     if (in_place) {
       t.parameter = random_array(t.shape, type, Lying::contiguous);
-      t.parameter.memory = parameters;
+      t.parameter.memory = arena.parameters;
       t.parameter.first = t.offset;
     } else {
       t.parameter =
@@ -427,14 +469,13 @@ void test_step(int round, Counted& counted) {
   }
 
   // What is expected, from the formulas alone.
-  Memory expected(type, arena_size);
-  std::vector<Memory> expected_slots;
-  for (auto& s : slots) {
-    expected_slots.emplace_back(s.before ? s.before->type : type, arena_size);
-  }
-  const auto hyper = step_hyper(common.control, step, common.given, common.measured);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
+    auto& slots = arenas[t.arena].slots;
+    auto& expected = arenas[t.arena].expected;
+    auto control = common.control;
+    control.place = arenas[t.arena].place;
+    const auto hyper = step_hyper(control, step, common.given, common.measured);
     const auto own = step_tensor_hyper(
         common.control,
         hyper,
@@ -451,10 +492,10 @@ void test_step(int round, Counted& counted) {
       for (int slot = 0; slot < kSlots; ++slot) {
         if (slots[slot].before) {
           values[slot] = slots[slot].before->get(at * slots[slot].stride);
-          expected_slots[slot].set_bits(at, slots[slot].before->bits(at * slots[slot].stride));
+          expected[1 + slot].set_bits(at, slots[slot].before->bits(at * slots[slot].stride));
         }
       }
-      expected.set_bits(at, t.parameter.memory->bits(from));
+      expected[0].set_bits(at, t.parameter.memory->bits(from));
       if (skips) {
         continue;
       }
@@ -471,33 +512,31 @@ void test_step(int round, Counted& counted) {
           t.flags,
           common.control.parameter_format,
           common.control.state_format);
-      expected.set(at, result.parameter);
+      expected[0].set(at, result.parameter);
       const auto& of = result.slots.of;
       const float after[] = {
           of[0], of[1], of[2], result.master, result.compensation, result.average};
       for (int slot = 0; slot < kSlots; ++slot) {
         if (slots[slot].before) {
-          expected_slots[slot].set(at, after[slot]);
+          expected[1 + slot].set(at, after[slot]);
         }
       }
     }
     counted.elements += t.size;
   }
 
-  common.aligned = is_aligned(parameters->data(), 16);
-  common.parameters_out = parameters->data();
-  for (int slot = 0; slot < kSlots; ++slot) {
-    auto& s = slots[slot];
-    if (s.before) {
-      const auto rows = arena_size / granule; // as a matrix
-      common.slots[slot] = {
-          s.before->data(),
-          s.after->data(),
-          rows > 1 ? granule : arena_size,
-          static_cast<int64_t>(granule) * s.stride,
-          s.stride};
-      common.aligned &= is_aligned(s.before->data(), 16) && is_aligned(s.after->data(), 16);
+  for (size_t a = 0; a < arenas.size(); ++a) {
+    auto& arena = common.arenas[a];
+    bool aligned = is_aligned(arenas[a].parameters->data(), 16);
+    arena.parameters_out = arenas[a].parameters->data();
+    arena.place = arenas[a].place;
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (auto& s = arenas[a].slots[slot]; s.before) {
+        arena.slots[slot] = {s.before->data(), s.after->data()};
+        aligned &= is_aligned(s.before->data(), 16) && is_aligned(s.after->data(), 16);
+      }
     }
+    common.aligned |= uint32_t(aligned) << a;
   }
   uint64_t next = 0;
   float used[kScalars] = {};
@@ -506,8 +545,9 @@ void test_step(int round, Counted& counted) {
   counted.tiled[round % kTestedCount] += batches.tiled.size();
   counted.turned[round % kTestedCount] += batches.turned.size();
   counted.strided[round % kTestedCount] += batches.strided.size();
-  run_all(batches.tiled, common, kernel.tiled);
-  run_all(batches.turned, common, kernel.turned, kSquareThreads);
+  const bool few = pass % 2 == 1; // else what is for many serves
+  run_all(batches.tiled, common, kernel.tiled, kThreads, few ? kernel.tiled_few : nullptr);
+  run_all(batches.turned, common, kernel.turned, kSquareThreads, few ? kernel.turned_few : nullptr);
   run_all(batches.strided, common, kernel.strided);
 
   require(next == (!counts ? 0 : skips ? step : step + 1), "the step counter");
@@ -518,21 +558,27 @@ void test_step(int round, Counted& counted) {
                                         : common.control.constants[i].hi;
     require(used[i] == want, "the numbers used");
   }
-  for (uint64_t e = 0; e < arena_size; ++e) {
-    const auto where = " of element " + std::to_string(e) + ", round " + std::to_string(round);
-    require(is_same(*parameters, expected, e), "the parameter" + where);
-    for (int slot = 0; slot < kSlots; ++slot) {
-      require(
-          !slots[slot].after || is_same(*slots[slot].after, expected_slots[slot], e),
-          "slot " + std::to_string(slot) + where);
+  for (auto& arena : arenas) {
+    for (uint64_t e = 0; e < arena.size; ++e) {
+      const auto where = " of element " + std::to_string(e) + ", arena " +
+          std::to_string(&arena - arenas.data()) + ", round " + std::to_string(round);
+      require(is_same(*arena.parameters, arena.expected[0], e), "the parameter" + where);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        require(
+            !arena.slots[slot].after ||
+                is_same(*arena.slots[slot].after, arena.expected[1 + slot], e),
+            "slot " + std::to_string(slot) + where);
+      }
     }
   }
+  counted.arenas = std::max(counted.arenas, arenas.size());
 }
 
 void test_an_arena_without_tensors_counts_the_step() {
-  Batches batches(Type::float32, true);
+  Batches batches(Type::float32);
+  batches.begin_arena({});
   batches.add_nothing();
-  Common common{};
+  Common<kArenas> common{};
   common.control.given = (1 << kScalars) - 1;
   const uint64_t step = 41;
   const float given[kScalars] = {0.1f, 0.01f, 4.0f, 0.9f, 0.0f, 0.0f};
@@ -746,6 +792,7 @@ int main(int, char** arguments) {
     const bool all = counted.tiled[i] && counted.turned[i] && counted.strided[i];
     require(all, "the random tensors miss a kernel of variant " + std::to_string(i));
   }
+  require(counted.arenas > kFewArenas, "the random arenas are few");
   for (int round = 0; round < rounds / 4; ++round) {
     test_measurement(round, counted);
   }
