@@ -18,6 +18,7 @@ struct float16 {
 struct bfloat16 {
   uint16_t bits;
 };
+struct bytes; // rows of csrc/math/bytes.h
 
 #ifdef __CUDACC__ // else tests/cuda/emulation.h has them
 __device__ inline float float_of_half(uint16_t bits) {

@@ -16,6 +16,8 @@ template <>
 constexpr uint32_t kFormatOf<float16> = kFloat16;
 template <>
 constexpr uint32_t kFormatOf<bfloat16> = kBfloat16;
+template <>
+constexpr uint32_t kFormatOf<bytes> = kBytes;
 
 /// What a kernel of a step knows.
 template <typename K>
@@ -35,8 +37,10 @@ struct StepKnown {
     return has_slot(kRule, kMay, slot) || (slot == kCompensation && kMay == kGenericFlags);
   }
   static constexpr uint32_t format_of_slot(int slot) {
-    return slot_format(kHasMaster24 ? uint32_t(kMaster24) : 0, slot, kFormat, kStateFormat);
+    return slot_format(kRule, kHasMaster24 ? uint32_t(kMaster24) : 0, slot, kFormat, kStateFormat);
   }
+  /// Moments in bytes: a group is of 16 neighbours among the threads, which keep together.
+  static constexpr bool kHasBytes = kStateFormat == kBytes;
   /// Registers that a quad of everything takes.
   static constexpr uint32_t words() {
     uint32_t n = 2 * words_of(kFormat);
@@ -46,7 +50,7 @@ struct StepKnown {
     return n;
   }
   static constexpr uint32_t words_of(uint32_t format) {
-    return format == kFloat32 ? 4 : format == kInt8 ? 1 : 2;
+    return format == kFloat32 ? 4 : format == kInt8 ? 1 : 2; // of bytes a scale, too
   }
   /// Quads that a thread loads before it uses one: two where registers are left. Rounding at
   /// random to float16 takes many.
@@ -210,7 +214,7 @@ template <typename Known>
 constexpr bool kRoundsParameterLast =
     !(Known::kMay & (kMaster | kCompensated | kStochastic | kAverage));
 template <typename Known>
-constexpr bool kRoundsStateLast = !(Known::kMay & kStochastic);
+constexpr bool kRoundsStateLast = !(Known::kMay & kStochastic) && !Known::kHasBytes;
 
 template <bool rounds>
 __device__ void narrow_to(uint32_t format, float (&values)[kQuad], Quad& quad) {
@@ -266,7 +270,18 @@ __device__ void update(
   narrow_to<kRoundsParameterLast<Known>>(Known::kFormat, p, quads.parameter);
 #pragma unroll
   for (int slot = 0; slot < kRuleSlots; ++slot) {
-    narrow_to<kRoundsStateLast<Known>>(state_format, slots[slot], quads.slots[slot]);
+    if constexpr (!Known::kHasBytes) {
+      narrow_to<kRoundsStateLast<Known>>(state_format, slots[slot], quads.slots[slot]);
+    } else if (has_slot(Known::kRule, flags, slot)) { // else to the bit
+      narrow_to_bytes(
+          Known::format_of_slot(slot),
+          slots[slot],
+          quads.slots[slot],
+          position,
+          slot,
+          hyper.key,
+          flags);
+    }
   }
 #pragma unroll
   for (int slot = kRuleSlots; slot < kSlots; ++slot) {
@@ -298,6 +313,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
   bool is_first = true;
+  uint32_t turns = kPasses / kInFlight; // with bytes all threads take all of them
 #pragma unroll 1
   do {
     Quads quads[kInFlight];
@@ -361,7 +377,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
     way.gradient += kInFlight * gradient_step_of(tensor);
     way.quads -= min(way.quads, kInFlight);
     way.whole -= min(way.whole, kInFlight);
-  } while (way.quads != 0);
+  } while (Known::kHasBytes ? --turns != 0 : way.quads != 0);
   if (blockIdx.x == tensor.first_block) {
     clear_gap<Known>(arena, tensor);
   }
@@ -396,7 +412,7 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
   const uint64_t row = uint64_t(square / squares_in_row) * kSquare;
   const uint32_t column = square % squares_in_row * kSquare;
 
-  Quads quads[kSteps];
+  Quads quads[kSteps] = {};
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
@@ -433,21 +449,22 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
-    if (row + j < rows && column + along < columns) {
-      const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
+    const bool inside = row + j < rows && column + along < columns;
+    const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
+    // What was loaded is stored to the bit where the step is skipped. With bytes a warp keeps
+    // together.
+    if (hyper.apply && (inside || Known::kHasBytes)) {
       float gradients[kQuad];
 #pragma unroll
       for (uint32_t w = 0; w < kQuad; ++w) {
         gradients[w] = turned[along + w][j];
       }
-      if (hyper.apply) { // else what was loaded is stored, to the bit
-        update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
-      }
-      if (aligned) {
-        store<Known, true>(quads[k], arena, at, kQuad);
-      } else {
-        store<Known, false>(quads[k], arena, at, kQuad);
-      }
+      update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
+    }
+    if (inside && aligned) {
+      store<Known, true>(quads[k], arena, at, kQuad);
+    } else if (inside) {
+      store<Known, false>(quads[k], arena, at, kQuad);
     }
   }
   if (square == 0) {

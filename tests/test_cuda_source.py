@@ -22,6 +22,7 @@ CAPABILITIES = [80, 90, 100, 120]
 # and csrc/math/schedule.h.
 TILED, TILED_FEW, TURNED, TURNED_FEW, STRIDED, DENSE, SPARSE, FOLD, FINISH, SCHEDULE = range(10)
 FLOAT32, FLOAT16, BFLOAT16 = TYPES = range(3)
+BYTES = 4  # of the state
 ANY_TYPE = 7
 GENERIC = 2**32 - 1
 NO_SCHEDULE, COSINE, ANY_SCHEDULE = (0, 0), (1 << 2, 8), (GENERIC, GENERIC)
@@ -100,6 +101,12 @@ def variants():
     most = FRAMES[-1]
     for own, kind in itertools.product(["sgd momentum", *OWN[5:]], [TILED, TURNED]):
         yield step(kind, own, most, BFLOAT16, FLOAT32)
+    # Moments in bytes, and what takes most beside them.
+    for own, frame in itertools.product(OWN[1:], ["", "master_weights compensated weight_decay"]):
+        yield step(TILED, own, frame, BFLOAT16, BYTES)
+        yield step(TURNED, own, f"{frame} stochastic", BFLOAT16, BYTES)
+    for own, kind in itertools.product([OWN[2], OWN[5]], [TILED, TURNED, TILED_FEW, TURNED_FEW]):
+        yield step(kind, own, most, BFLOAT16, BYTES)
     for number in range(3):
         scaled = "grad_scale clip_value" if number % 2 else ""
         yield measurement(DENSE, 1 << number, scaled)

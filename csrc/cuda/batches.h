@@ -21,14 +21,16 @@ using SlotWays = std::array<SlotWay, fused_math::kSlots>;
 
 class Batches {
  public:
-  explicit Batches(Type type) : type_(type) {}
+  Batches(Type type, bool has_bytes) : type_(type), has_bytes_(has_bytes) {}
 
   /// What is added from here on is of the next arena. One with a slot that is not contiguous
   /// sends all its tensors the strided way.
   void begin_arena(const SlotWays& ways);
 
-  /// Adds a tensor. Throws std::invalid_argument where no kernel can read it.
-  void add(
+  /// Adds a tensor. Throws std::invalid_argument where no kernel can read it. False where it
+  /// has moments in bytes and their groups are in no row of threads: its parameter and its
+  /// gradient have to be contiguous then.
+  bool add(
       int dimensions,
       const int32_t* shape,
       const Member& member,
@@ -54,6 +56,7 @@ class Batches {
 
  private:
   Type type_;
+  bool has_bytes_;
   uint32_t arenas_ = 0;
   SlotWays ways_;
   bool slots_contiguous_ = true;

@@ -9,10 +9,10 @@
 
 namespace mlx_fused_optim::cuda {
 
-enum class Type : uint32_t { float32, float16, bfloat16, int8 };
+enum class Type : uint32_t { float32, float16, bfloat16, int8, bytes };
 
 constexpr size_t size_of(Type type) {
-  return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2;
+  return type == Type::float32 ? 4 : type == Type::float16 || type == Type::bfloat16 ? 2 : 1;
 }
 
 /// Types in a set, a bit each.
@@ -168,7 +168,8 @@ static_assert(
     static_cast<uint32_t>(Type::float32) == fused_math::kFloat32 &&
     static_cast<uint32_t>(Type::float16) == fused_math::kFloat16 &&
     static_cast<uint32_t>(Type::bfloat16) == fused_math::kBfloat16 &&
-    static_cast<uint32_t>(Type::int8) == fused_math::kInt8);
+    static_cast<uint32_t>(Type::int8) == fused_math::kInt8 &&
+    static_cast<uint32_t>(Type::bytes) == fused_math::kBytes);
 static_assert(fused_math::kMeasureNorm <= 0xffff, "a tensor's flags have 16 bits");
 
 /// The arguments of the kernel that evaluates a schedule.

@@ -63,8 +63,18 @@ SlotWays slot_ways(const StepInputs& in) {
 }
 
 /// The tensors, sorted and packed. Throws std::invalid_argument where no kernel can read one.
-Batches batches_of(const std::vector<StepPlan>& plans, const std::vector<StepInputs>& inputs) {
-  Batches batches(type_of(plans[0].arena->dtype));
+/// Of what has to be contiguous, `copies` are read.
+Batches batches_of(
+    const std::vector<StepPlan>& plans,
+    const std::vector<StepInputs>& inputs,
+    std::vector<mx::array>& copies,
+    mx::Stream stream) {
+  Batches batches(type_of(plans[0].arena->dtype), plans[0].kept.has_bytes());
+  auto contiguous = [&](const mx::array& a, size_t begin) {
+    return a.flags().row_contiguous
+        ? source(a, begin)
+        : source(copies.emplace_back(contiguous_copy(a, stream)), begin);
+  };
   for (size_t p = 0; p < plans.size(); ++p) {
     auto& plan = plans[p];
     auto& in = inputs[p];
@@ -73,15 +83,18 @@ Batches batches_of(const std::vector<StepPlan>& plans, const std::vector<StepInp
       prefetch(in.parameters, i, plan.parameter_inputs());
       prefetch(in.gradients, i, plan.tensor_count());
       auto& shape = plan.arena->shapes[i];
-      batches.add(
-          shape.size(),
-          shape.data(),
-          {plan.arena->offsets[i],
-           static_cast<uint32_t>(plan.arena->tensors[i]),
-           plan.group(i),
-           plan.tensor_flags(i)},
-          source(in.parameter(i), plan.parameter_begin(i)),
-          source(in.gradients[i]));
+      const Member member{
+          plan.arena->offsets[i],
+          static_cast<uint32_t>(plan.arena->tensors[i]),
+          plan.group(i),
+          plan.tensor_flags(i)};
+      auto add = [&](const Source& parameter, const Source& gradient) {
+        return batches.add(shape.size(), shape.data(), member, parameter, gradient);
+      };
+      const size_t begin = plan.parameter_begin(i);
+      if (!add(source(in.parameter(i), begin), source(in.gradients[i]))) {
+        add(contiguous(in.parameter(i), begin), contiguous(in.gradients[i], 0));
+      }
     }
   }
   if (batches.launches() == 0 && plans[0].writes_step) {
@@ -161,10 +174,11 @@ void step(const Step& step) {
   auto& encoder = mx::cu::get_command_encoder(step.stream);
   encoder.device().make_current();
   const int device = encoder.device().cuda_device();
-  const auto batches = batches_of(plans, in);
+  let_go_of_finished_work(encoder, plans, in);
+  std::vector<mx::array> copies;
+  const auto batches = batches_of(plans, in, copies, step.stream);
   const auto kernels = kernels_of(plans[0], batches, device);
 
-  let_go_of_finished_work(encoder, plans, in);
   const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
   for (size_t p = 0; p < plans.size(); ++p) {
     set_inputs(encoder, in[p].parameters, plans[p].parameter_inputs());
@@ -178,6 +192,10 @@ void step(const Step& step) {
   set_inputs(encoder, {in[0].step, in[0].given, in[0].measured, in[0].groups});
   for (auto& gradient : step.node.gradients) {
     encoder.add_temporary(gradient);
+  }
+  set_inputs(encoder, copies.data(), copies.size());
+  for (auto& copy : copies) {
+    encoder.add_temporary(copy);
   }
   auto common = common_arguments(plans, in, out);
   auto counted = [&] { common.step_out = nullptr; }; // by the first launch

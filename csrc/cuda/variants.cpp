@@ -29,7 +29,7 @@ constexpr EntryPoint kEntryPoints[] = {
     {"evaluate_schedule", "ScheduleLaunch", "kThreads"},
 };
 
-constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16", "int8"};
+constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16", "int8", "bytes"};
 
 const EntryPoint& entry_point(Kind kind) { return kEntryPoints[static_cast<int>(kind)]; }
 const char* name_of(Type type) { return kTypeNames[static_cast<int>(type)]; }

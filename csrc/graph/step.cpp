@@ -222,7 +222,7 @@ std::vector<mx::array> measure(
   return measure_gradients(plan, inputs, stream);
 }
 
-/// Rows of bytes as the kernels read them. A step's own output is in a row.
+/// What is kept beside moments in bytes, as the kernels read it. A step's own output is in a row.
 mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
   const bool is_known = rows.is_available() && !rows.is_tracer();
   const bool is_own =
@@ -486,8 +486,7 @@ StepResult fused_step(
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
         const auto& kept = slots[slot][used_slots[slot]++];
-        const bool is_bytes = fused_math::is_byte_format(plan.kept.format(slot));
-        inputs.push_back(is_bytes ? in_a_row(kept, stream) : kept);
+        inputs.push_back(plan.kept.has_bytes() ? in_a_row(kept, stream) : kept);
       }
     }
     if (plan.reads_step()) {

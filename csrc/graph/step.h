@@ -35,6 +35,7 @@ struct ArenaSlots {
   uint32_t format(int slot) const {
     return fused_math::slot_format(rule, flags, slot, parameter_format, state_format);
   }
+  bool has_bytes() const { return has(0) && state_format == fused_math::kBytes; }
   mx::Dtype dtype(int slot) const;
   /// That of the arena, or rows of bytes.
   mx::Shape shape(const Arena& arena, int slot) const;

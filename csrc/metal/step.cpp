@@ -27,10 +27,6 @@ static_assert(sizeof(Schedule) <= kMaxBytes);
 static_assert(fused_math::kMeasureNorm <= UINT16_MAX, "a tensor's flags have 16 bits");
 static_assert(size_t(fused_math::kScalars) <= kSimdWidth, "a thread each scalar");
 
-bool has_bytes(const StepPlan& plan) {
-  return plan.has(0) && plan.kept.state_format == fused_math::kBytes;
-}
-
 /// The kernels of a step, compiled, and threadgroups that suit all of them.
 struct StepKernels {
   StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in);
@@ -41,7 +37,7 @@ struct StepKernels {
 };
 
 StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in) {
-  if (has_bytes(plan)) {
+  if (plan.kept.has_bytes()) {
     groups.tile_columns = std::max<uint32_t>(groups.tile_columns, fused_math::kByteGroup);
   }
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
@@ -70,7 +66,7 @@ struct Readable {
       parameters.push_back(flat(in.parameters[i]));
     }
     // A group of bytes is in a row of a gradient that is a matrix.
-    const bool is_bytes = has_bytes(plan);
+    const bool is_bytes = plan.kept.has_bytes();
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       auto& gradient = in.gradients[i];
       const auto view = metal::matrix_view(gradient);

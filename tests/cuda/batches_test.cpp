@@ -35,7 +35,7 @@ SlotWays slot_ways(bool contiguous = true) {
 
 /// With one arena, empty yet.
 Batches batches_for(Type type, bool contiguous = true) {
-  Batches batches(type);
+  Batches batches(type, false);
   batches.begin_arena(slot_ways(contiguous));
   return batches;
 }
@@ -268,7 +268,7 @@ void test_random_tensors() {
       offset += (element_count(shape) + 63) / 64 * 64;
     }
     const Type type = round % 2 ? Type::float32 : Type::float16;
-    Batches batches(type);
+    Batches batches(type, false);
     uint32_t begun = 0;
     for (auto& t : tensors) {
       for (; begun <= t.arena; ++begun) {
@@ -432,7 +432,7 @@ void test_gradients_of_several_types() {
 
 void test_few_tensors_of_few_arenas() {
   auto takes_few = [](uint32_t tensors, uint32_t arenas) {
-    Batches batches(Type::float32);
+    Batches batches(Type::float32, false);
     for (uint32_t a = 0; a < arenas; ++a) {
       batches.begin_arena(slot_ways());
       for (uint32_t t = 0; t < tensors / arenas; ++t) {

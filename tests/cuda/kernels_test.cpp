@@ -67,6 +67,54 @@ struct Memory {
   }
 };
 
+// ---- Rows of bytes, a group at a time ---------------------------------------------
+
+/// Memory of as many elements in rows: bytes, to be compared as they are.
+Memory rows_of(uint64_t elements) { return {Type::int8, elements / kByteGroup * kByteRow}; }
+
+float row_value(Memory& rows, uint64_t at, uint32_t format) {
+  const char* row = rows.data() + at / kByteGroup * kByteRow;
+  float scale;
+  std::memcpy(&scale, row, sizeof(scale));
+  const auto byte = static_cast<uint8_t>(row[kByteScale + at % kByteGroup]);
+  const float code = format == kByteSquares ? byte : static_cast<int8_t>(byte);
+  return byte_value(code, scale, format);
+}
+
+/// The group that begins at element `at`, of `count` values.
+template <typename Dither>
+void set_row(
+    Memory& rows,
+    uint64_t at,
+    const float* values,
+    size_t count,
+    uint32_t format,
+    Dither dither) {
+  uint32_t peak = 0;
+  for (size_t i = 0; i < count; ++i) {
+    peak = std::max(peak, byte_peak(values[i], format));
+  }
+  const ByteScale scale = byte_scale(peak, format);
+  char* row = rows.data() + at / kByteGroup * kByteRow;
+  std::memcpy(row, &scale.scale, kByteScale);
+  for (size_t i = 0; i < count; ++i) {
+    const float code = byte_code(values[i], scale, dither(at + i), format);
+    row[kByteScale + i] = static_cast<char>(static_cast<int>(code));
+  }
+}
+
+void fill_rows(Memory& rows, uint64_t elements, uint32_t format, bool special) {
+  for (uint64_t at = 0; at < elements; at += kByteGroup) {
+    float values[kByteGroup];
+    const float scale = std::ldexp(1.0f, below(20) - 10);
+    for (float& x : values) {
+      x = normal() * scale * (below(5) ? 1.0f : 1e-4f);
+      x = special && below(20) == 0 ? NAN : format == kByteSquares ? x * x : x;
+    }
+    set_row(rows, at, values, kByteGroup, format, [](uint64_t) { return 0.0f; });
+  }
+}
+
 /// An array with strides in memory of its own, or in an arena.
 struct Array {
   std::shared_ptr<Memory> memory;
@@ -132,6 +180,14 @@ Array turned_array(const std::vector<int32_t>& shape, Type type) {
   }
   a.memory = std::make_shared<Memory>(type, stride);
   return a;
+}
+
+Array contiguous_copy(Array& a, const std::vector<int32_t>& shape) {
+  Array copy = random_array(shape, a.memory->type, Lying::contiguous);
+  for (uint64_t e = 0; e < element_count(shape.size(), shape.data()); ++e) {
+    copy.memory->set_bits(e, a.memory->bits(a.first + place(shape, a.strides, e)));
+  }
+  return copy;
 }
 
 std::vector<int32_t> random_shape() {
@@ -239,6 +295,9 @@ constexpr Tested kTested[] = {
     tested<Adadelta, float16, bfloat16, kBF16, kMaster | kSkipNonfinite | kWeightDecay>(),
     tested<Adam, bfloat16, float32, kBF16, kCorrected | kMaster24 | kWeightDecay>(),
     tested<Lion, bfloat16, bfloat16, kBF16 | kF32, kFrame | kMaster24 | kStochastic | kAverage>(),
+    tested<Adam, bfloat16, bytes, kBF16, kCorrectedLargest | kMaster24 | kWeightDecay>(),
+    tested<Sgd, float32, bytes, kF32, kWithMomentum | kFrame | kStochastic>(),
+    tested<Adadelta, float16, bytes, kAnyType, kAverage | kGroups | kStochastic>(),
     // A step with more than a process may have kernels for (csrc/cuda/kernels.cpp).
     tested<Adam, bfloat16, float32, kAnyType, kGenericFlags>(),
     tested<Sgd, bfloat16, float32, kAnyType, kGenericMaster24Flags>(),
@@ -312,6 +371,7 @@ struct TestTensor {
 struct TestSlot {
   std::shared_ptr<Memory> before, after;
   int64_t stride = 1;
+  uint32_t format;
 };
 
 struct TestArena {
@@ -324,7 +384,7 @@ struct TestArena {
 
 struct Counted {
   size_t tiled[kTestedCount] = {}, turned[kTestedCount] = {}, strided[kTestedCount] = {};
-  size_t elements = 0, arenas = 0; // of the round with most
+  size_t elements = 0, copied = 0, arenas = 0; // the last of the round with most
 };
 
 void test_step(int round, Counted& counted) {
@@ -333,6 +393,7 @@ void test_step(int round, Counted& counted) {
   const uint32_t flags = random_flags(kernel);
   // First in place and at even addresses, so that every kernel is met.
   const int pass = round / kTestedCount;
+  const bool has_bytes = kernel.state == Type::bytes;
   const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = pass % 2 == 0,
              special = round % 3 == 1;
 
@@ -371,7 +432,9 @@ void test_step(int round, Counted& counted) {
     t.turns = number < 2;
     t.shape = random_shape();
     if (number == 0) {
-      t.shape = {4 * (1 + below(20)), 4 * (1 + below(20))};
+      // With bytes, rows of whole groups.
+      const int columns = has_bytes && below(2) ? int(kByteGroup) : 4;
+      t.shape = {4 * (1 + below(20)), columns * (1 + below(columns > 4 ? 3 : 20))};
     } else if (number == 1) {
       t.shape = {2 + below(7), 2 + below(7), 2 + below(7)};
     } else if (number == 2) {
@@ -409,24 +472,38 @@ void test_step(int round, Counted& counted) {
     fill(*arena.parameters);
     for (int slot = 0; slot < kSlots; ++slot) {
       auto& s = arena.slots[slot];
-      const auto slot_type = static_cast<Type>(slot_format(
-          flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
-      arena.expected.emplace_back(slot_type, arena.size);
+      s.format = slot_format(
+          kernel.rule,
+          flags,
+          slot,
+          static_cast<uint32_t>(type),
+          static_cast<uint32_t>(kernel.state));
+      const bool is_rows = is_byte_format(s.format);
+      const auto slot_type = static_cast<Type>(s.format);
+      arena.expected.push_back(is_rows ? rows_of(arena.size) : Memory(slot_type, arena.size));
       if (!has_slot(kernel.rule, flags, slot)) {
         continue;
       }
-      s.stride = !in_place && below(6) == 0 ? 2 : 1;
+      s.stride = !in_place && !has_bytes && below(6) == 0 ? 2 : 1;
       arena.contiguous &= s.stride == 1;
-      s.before = std::make_shared<Memory>(slot_type, s.stride * arena.size, shift);
-      fill(*s.before);
-      s.after = in_place ? s.before : std::make_shared<Memory>(slot_type, arena.size);
+      if (is_rows) {
+        s.before = std::make_shared<Memory>(
+            Type::int8, arena.size / kByteGroup * kByteRow, shift * below(4));
+        fill_rows(*s.before, arena.size, s.format, special);
+      } else {
+        s.before = std::make_shared<Memory>(slot_type, s.stride * arena.size, shift);
+        fill(*s.before);
+      }
+      s.after = in_place ? s.before
+          : is_rows      ? std::make_shared<Memory>(rows_of(arena.size))
+                         : std::make_shared<Memory>(slot_type, arena.size);
       if (!in_place) {
         s.after->fill();
       }
     }
   }
 
-  Batches batches(type);
+  Batches batches(type, has_bytes);
   int begun = 0;
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
@@ -460,12 +537,21 @@ void test_step(int round, Counted& counted) {
       fill(*t.parameter.memory);
     }
     const auto number = static_cast<uint32_t>(i);
-    batches.add(
-        t.shape.size(),
-        t.shape.data(),
-        {t.offset, number, number, t.flags},
-        t.parameter.source(),
-        t.gradient.source());
+    auto add = [&] {
+      return batches.add(
+          t.shape.size(),
+          t.shape.data(),
+          {t.offset, number, number, t.flags},
+          t.parameter.source(),
+          t.gradient.source());
+    };
+    if (!add()) {
+      require(has_bytes, "a tensor was not added");
+      t.parameter = t.parameter.contiguous ? t.parameter : contiguous_copy(t.parameter, t.shape);
+      t.gradient = contiguous_copy(t.gradient, t.shape);
+      require(add(), "a contiguous tensor was not added");
+      ++counted.copied;
+    }
   }
 
   // What is expected, from the formulas alone.
@@ -484,14 +570,22 @@ void test_step(int round, Counted& counted) {
         t.flags,
         groups.data() + i * kGroupNumbers,
         measured.data() + kMeasuredTensors + 2 * i);
+    std::vector<float> in_bytes[kRuleSlots]; // what a slot becomes, where it changes
     for (uint64_t e = 0; e < t.size; ++e) {
       const uint64_t at = t.offset + e;
       const int64_t from = t.parameter.first + place(t.shape, t.parameter.strides, e);
       const int64_t g = t.gradient.first + place(t.shape, t.gradient.strides, e);
       float values[kSlots] = {};
       for (int slot = 0; slot < kSlots; ++slot) {
-        if (slots[slot].before) {
-          values[slot] = slots[slot].before->get(at * slots[slot].stride);
+        auto& s = slots[slot];
+        if (s.before && is_byte_format(s.format)) {
+          values[slot] = row_value(*s.before, at, s.format);
+          const uint64_t row = at / kByteGroup * kByteRow;
+          std::memcpy(expected[1 + slot].data() + row, s.before->data() + row, kByteScale);
+          const uint64_t code = row + kByteScale + at % kByteGroup;
+          expected[1 + slot].set_bits(code, s.before->bits(code));
+        } else if (s.before) {
+          values[slot] = s.before->get(at * s.stride);
           expected[1 + slot].set_bits(at, slots[slot].before->bits(at * slots[slot].stride));
         }
       }
@@ -517,9 +611,21 @@ void test_step(int round, Counted& counted) {
       const float after[] = {
           of[0], of[1], of[2], result.master, result.compensation, result.average};
       for (int slot = 0; slot < kSlots; ++slot) {
-        if (slots[slot].before) {
+        if (slots[slot].before && !is_byte_format(slots[slot].format)) {
           expected[1 + slot].set(at, after[slot]);
+        } else if (slots[slot].before && has_slot(kernel.rule, t.flags, slot)) {
+          in_bytes[slot].push_back(after[slot]);
         }
+      }
+    }
+    for (int slot = 0; slot < kRuleSlots; ++slot) {
+      auto dither = [&](uint64_t at) {
+        return slot_dither<float>(static_cast<uint32_t>(at), slot, own.key, t.flags);
+      };
+      const auto& values = in_bytes[slot];
+      for (size_t e = 0; e < values.size(); e += kByteGroup) {
+        const size_t count = std::min<size_t>(kByteGroup, values.size() - e);
+        set_row(expected[1 + slot], t.offset + e, &values[e], count, slots[slot].format, dither);
       }
     }
     counted.elements += t.size;
@@ -565,9 +671,19 @@ void test_step(int round, Counted& counted) {
       require(is_same(*arena.parameters, arena.expected[0], e), "the parameter" + where);
       for (int slot = 0; slot < kSlots; ++slot) {
         require(
-            !arena.slots[slot].after ||
+            !arena.slots[slot].after || is_byte_format(arena.slots[slot].format) ||
                 is_same(*arena.slots[slot].after, arena.expected[1 + slot], e),
             "slot " + std::to_string(slot) + where);
+      }
+    }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const bool is_rows = arena.slots[slot].after && is_byte_format(arena.slots[slot].format);
+      const uint64_t bytes = is_rows ? arena.size / kByteGroup * kByteRow : 0;
+      for (uint64_t b = 0; b < bytes; ++b) {
+        require(
+            arena.slots[slot].after->bits(b) == arena.expected[1 + slot].bits(b),
+            "byte " + std::to_string(b % kByteRow) + " of row " + std::to_string(b / kByteRow) +
+                ", slot " + std::to_string(slot) + ", round " + std::to_string(round));
       }
     }
   }
@@ -575,7 +691,7 @@ void test_step(int round, Counted& counted) {
 }
 
 void test_an_arena_without_tensors_counts_the_step() {
-  Batches batches(Type::float32);
+  Batches batches(Type::float32, false);
   batches.begin_arena({});
   batches.add_nothing();
   Common<kArenas> common{};
@@ -789,7 +905,8 @@ int main(int, char** arguments) {
     test_step(round, counted);
   }
   for (int i = 0; i < kTestedCount; ++i) {
-    const bool all = counted.tiled[i] && counted.turned[i] && counted.strided[i];
+    const bool has_bytes = kTested[i].state == Type::bytes; // of which none is strided
+    const bool all = counted.tiled[i] && counted.turned[i] && !counted.strided[i] == has_bytes;
     require(all, "the random tensors miss a kernel of variant " + std::to_string(i));
   }
   require(counted.arenas > kFewArenas, "the random arenas are few");
