@@ -307,9 +307,9 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   __shared__ StepHyper shared;
   const Tiled& tensor = find_tensor(launch);
   const StepArena& arena = launch.common.arenas[tensor.arena];
-  const bool aligned = launch.common.aligned >> tensor.arena & 1;
   compute_numbers<Known>(launch.common, arena, tensor, shared);
-  const bool wide_arenas = aligned && (tensor.wide & kWideArenas);
+  const bool aligned = launch.common.aligned >> tensor.arena & 1;
+  const uint32_t wide = tensor.wide & ~(aligned ? 0u : uint32_t(kWideArenas));
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
   bool is_first = true;
@@ -318,7 +318,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   do {
     Quads quads[kInFlight];
     const bool whole = way.whole >= kInFlight;
-    if (whole && (tensor.wide & kWideGradient)) {
+    if (whole && (wide & kWideGradient)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         load<true>(
@@ -339,7 +339,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
             count_of(way, n));
       }
     }
-    if (whole && wide_arenas) {
+    if (whole && (wide & kWideArenas)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         load<Known, true>(quads[n], arena, tensor, way.at + n * step_of(tensor), kQuad);
@@ -362,7 +362,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
         update<Known>(quads[n], position, hyper, tensor);
       }
     }
-    if (whole && wide_arenas) {
+    if (whole && (wide & kWideArenas)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         store<Known, true>(quads[n], arena, way.at + n * step_of(tensor), kQuad);
