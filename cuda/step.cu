@@ -50,7 +50,8 @@ struct StepKnown {
     return n;
   }
   static constexpr uint32_t words_of(uint32_t format) {
-    return format == kFloat32 ? 4 : format == kInt8 ? 1 : 2; // of bytes a scale, too
+    // Of bytes also what coding takes.
+    return format == kFloat32 ? 4 : format == kInt8 ? 1 : is_byte_format(format) ? 5 : 2; // of bytes a scale, too
   }
   /// Quads that a thread loads before it uses one: two where registers are left. Rounding at
   /// random to float16 takes many.
@@ -122,7 +123,8 @@ __device__ void clear_gap(const StepArena& arena, const Tensor& tensor) {
 
 /// Blocks that a multiprocessor is to hold at once: what is on its way from memory for
 /// all of them takes as long as the way. A register more a thread would be one too many.
-constexpr uint32_t kTiledBlocks = 4;
+template <typename K>
+constexpr uint32_t kTiledBlocks = StepKnown<K>::words() > 24 ? 3 : 4;
 
 // ---- Contiguous tensors, and gradients that are matrices ----------------------------
 

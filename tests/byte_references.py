@@ -9,8 +9,8 @@ import numpy as np
 GROUP, ROW = 64, 68
 SQUARES = "squares"
 BYTE_FORMATS = ("bytes", SQUARES)
-# Groups below it are zeros.
-LEAST = {"bytes": 2.0**-110, SQUARES: 2.0**-100}
+LEAST = 2.0**-110  # groups below it are zeros
+SMALLEST_NORMAL = 2.0**-126
 LARGEST_CODE = {"bytes": 127, SQUARES: 254}
 
 
@@ -50,22 +50,19 @@ def as_rows(
             largest = np.full_like(largest, largest.max(initial=0))
         if wrong.a_nan_for_all:
             known = np.broadcast_to(known.all(axis=1, keepdims=True), x.shape)
-        is_some = largest >= f(LEAST[form])
-        scale = np.where(is_some, np.sqrt(largest) if form == SQUARES else largest, f(0))
+        is_some = largest >= f(LEAST)
+        scale = np.where(is_some, np.sqrt(largest), f(0))
         dither = f(0)
         if random is not None:  # from -0.5 to 0.5, both apart
             dither = ((grouped(random) & 0xFFFF).astype(f) + f(0.5)) / f(65536) - f(0.5)
         rounded = np.floor if wrong.codes_cut_off else np.rint
-        some = np.where(is_some, scale, f(1))
-        if form == SQUARES:
-            code = rounded(np.sqrt(magnitude) * (f(254) / some) + dither)
-            if not wrong.squares_become_zero:
-                code = np.maximum(code, magnitude >= f(2.0**-126))
-        else:
-            below = f(0.5) * some + f(0.5) * magnitude
-            part = np.where(known, x, f(0)) / (some if wrong.not_companded else below)
-            code = rounded(part * f(127) + dither)
-        code = np.where(is_some, code, f(0))
+        coder = np.where(is_some, f(LARGEST_CODE[form]) / np.where(is_some, scale, f(1)), f(0))
+        normal = np.where(magnitude >= f(SMALLEST_NORMAL), magnitude, f(0))
+        if wrong.not_companded:
+            normal = normal * (normal / np.where(is_some, largest, f(1)))
+        code = rounded(np.copysign(np.sqrt(normal) * coder, x) + dither)
+        if form == SQUARES and not wrong.squares_become_zero:
+            code = np.maximum(code, (normal > 0) & is_some)
         code = np.where(known, code, 255 if form == SQUARES else -128)
     bytes_of = code.astype(np.int64).astype(np.uint8)
     return np.concatenate([scale.astype(f).view(np.uint8), bytes_of], axis=1)
@@ -81,7 +78,8 @@ def of_rows(rows: np.ndarray, form: str) -> np.ndarray:
             part = code.astype(f) * f(1 / 254) * scale
             return np.where(code == 255, f(np.nan), part * part).reshape(-1)
         q = code.view(np.int8).astype(f)
-        return np.where(q == -128, f(np.nan), q / (f(254) - np.abs(q)) * scale).reshape(-1)
+        part = q * f(1 / 127) * scale
+        return np.where(q == -128, f(np.nan), part * np.abs(part)).reshape(-1)
 
 
 def coding_error(values: np.ndarray, error: np.ndarray, form: str, at_random: bool) -> np.ndarray:
@@ -92,14 +90,11 @@ def coding_error(values: np.ndarray, error: np.ndarray, form: str, at_random: bo
     scale = x.max(axis=1, keepdims=True, initial=0)
     some = np.where(scale > 0, scale, 1)
     step = (1.0 if at_random else 0.5) / LARGEST_CODE[form]
-    if form == SQUARES:
-        root = np.sqrt(x / some)
-        # What is not 0 has the code 1 at least.
+    root = np.sqrt(x / some)
+    if form == SQUARES:  # what is not 0 has the code 1 at least
         step = np.maximum(step, np.where(root < 1 / 254, 1 / 254, 0))
-        bound = ((root + step) ** 2 - root**2) * scale
-    else:
-        code = 2 * (x / some) / (1 + x / some)
-        bound = ((code + step) / (2 - code - step) - code / (2 - code)) * scale
+    # Towards 0 a signed number may pass it.
+    bound = ((root + step) ** 2 - root**2) * scale
     # float32's own roundings, a few ulps of the code; and groups that are zeros.
-    bound = bound * (1 + 2.0**-10) + x * 2.0**-20 + np.where(scale < 2 * LEAST[form], x, 0)
+    bound = bound * (1 + 2.0**-10) + x * 2.0**-20 + np.where(scale < 2 * LEAST, x, 0)
     return bound.reshape(-1)[: np.size(values)].reshape(np.shape(values))

@@ -102,10 +102,12 @@ def variants():
     for own, kind in itertools.product(["sgd momentum", *OWN[5:]], [TILED, TURNED]):
         yield step(kind, own, most, BFLOAT16, FLOAT32)
     # Moments in bytes, and what takes most beside them.
-    for own, frame in itertools.product(OWN[1:], ["", "master_weights compensated weight_decay"]):
-        yield step(TILED, own, frame, BFLOAT16, BYTES)
-        yield step(TURNED, own, f"{frame} stochastic", BFLOAT16, BYTES)
-    for own, kind in itertools.product([OWN[2], OWN[5]], [TILED, TURNED, TILED_FEW, TURNED_FEW]):
+    ways = ["master_weights compensated weight_decay", "stochastic", "ema groups"]
+    for own, frame, dtype in zip(OWN[1:], itertools.cycle(ways), itertools.cycle(TYPES)):
+        dtype = BFLOAT16 if "master_weights" in frame else dtype
+        yield step(TILED, own, frame, dtype, BYTES)
+        yield step(TURNED, own, frame, dtype, BYTES)
+    for own, kind in itertools.product([OWN[2], OWN[5]], [TILED, TURNED]):
         yield step(kind, own, most, BFLOAT16, BYTES)
     for number in range(3):
         scaled = "grad_scale clip_value" if number % 2 else ""
@@ -201,7 +203,9 @@ def test_every_kind_of_step_compiles_and_spills_next_to_nothing(compiler, part):
         capability, registers, stack, spilled, _, description = line.split("|")
         assert int(registers) > 0, line
         # Four blocks of the threads of tiles at once, and one or two of the many of a square.
-        most = {"step_tiled": 64, "step_turned": 64 if is_light(description) else 128}
+        # Three of those that keep three moments in bytes, and a master and an average.
+        tiles = 80 if "state bytes" in line and "flags 0x6fff" in line else 64
+        most = {"step_tiled": tiles, "step_turned": 64 if is_light(description) else 128}
         limits = [limit for name, limit in most.items() if description.startswith(name)]
         assert all(int(registers) <= limit for limit in limits), line
         if "schedules 0xffffffff" not in description:  # of which one may spill

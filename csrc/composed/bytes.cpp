@@ -33,23 +33,21 @@ mx::array as_bytes_composed(
   const auto has_value = is_squares ? is_finite(x) & (x >= 0.0f) : is_finite(x);
   const auto magnitude = choose(has_value, magnitude_of(x), 0.0f);
   const Composed largest{mx::max(magnitude.array, 1, true, s), s};
-  const auto scale = choose(
-      largest < (is_squares ? 0x1p-100f : 0x1p-110f), 0.0f, is_squares ? root(largest) : largest);
+  const auto scale = choose(largest < 0x1p-110f, 0.0f, root(largest));
   Composed dither = 0.0f;
   if (random) {
     const auto low = mx::bitwise_and(grouped(*random, s), mx::array(0xffffu, mx::uint32), s);
     dither = (wide({low, s}) + 0.5f) * 0x1p-16f - 0.5f;
   }
-  const Composed some = choose(scale > 0.0f, scale, 1.0f);
-  auto rounded = [&](const Composed& code) -> Composed { return {mx::round(code.array, s), s}; };
-  Composed code;
+  const float most = is_squares ? 254.0f : 127.0f;
+  const auto coder = choose(scale > 0.0f, quotient(most, choose(scale > 0.0f, scale, 1.0f)), 0.0f);
+  const auto normal = choose(magnitude >= 0x1p-126f, magnitude, 0.0f);
+  const auto size = root(normal) * coder;
+  const auto exact = is_squares ? size : choose(x < 0.0f, -size, size);
+  Composed code{mx::round((exact + dither).array, s), s};
   if (is_squares) {
-    const auto nearest = rounded(root(magnitude) * quotient(254.0f, some) + dither);
-    const auto least = choose(magnitude >= 0x1p-126f, 1.0f, 0.0f);
-    code = choose(scale > 0.0f, choose(nearest > least, nearest, least), 0.0f);
-  } else {
-    const auto companded = quotient(choose(has_value, x, 0.0f), 0.5f * some + 0.5f * magnitude);
-    code = choose(scale > 0.0f, rounded(companded * 127.0f + dither), 0.0f);
+    const auto least = choose((normal > 0.0f) & (scale > 0.0f), 1.0f, 0.0f);
+    code = choose(code > least, code, least);
   }
   code = choose(has_value, code, is_squares ? 255.0f : -128.0f);
   const auto bytes = mx::bitwise_and(cast(code, mx::int32).array, mx::array(0xff, mx::int32), s);
@@ -76,8 +74,8 @@ mx::array of_bytes_composed(
     value = choose(byte > 254.0f, nan, part * part);
   } else {
     const auto code = choose(byte > 127.0f, byte - 256.0f, byte);
-    const auto whole = quotient(code, 254.0f - magnitude_of(code)) * scale;
-    value = choose(code < -127.0f, nan, whole);
+    const auto part = (code * 0.007874015748031496f) * scale;
+    value = choose(code < -127.0f, nan, part * magnitude_of(part));
   }
   int size = 1;
   for (auto length : shape) {

@@ -116,7 +116,7 @@ mx::array contiguous_copy(const mx::array& a, mx::Stream stream) {
   if (!primitive) {
     primitive = mx::contiguous(mx::array({0.0f}), false, stream).primitive_ptr();
   }
-  std::vector<mx::array> outputs = {mx::array(a.shape(), a.dtype(), nullptr, {})};
+  std::vector<mx::array> outputs = {mx::array(a.shape(), a.dtype(), primitive, {})};
   primitive->eval_gpu({a}, outputs);
   return outputs[0];
 }

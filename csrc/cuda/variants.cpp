@@ -17,8 +17,8 @@ struct EntryPoint {
 
 /// By Kind.
 constexpr EntryPoint kEntryPoints[] = {
-    {"step_tiled", "Launch<Tiled>", "kThreads, kTiledBlocks"},
-    {"step_tiled_few", "FewLaunch<Tiled>", "kThreads, kTiledBlocks"},
+    {"step_tiled", "Launch<Tiled>", "kThreads, kTiledBlocks<%s>"},
+    {"step_tiled_few", "FewLaunch<Tiled>", "kThreads, kTiledBlocks<%s>"},
     {"step_turned", "Launch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
     {"step_turned_few", "FewLaunch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
     {"step_strided", "Launch<Strided>", "kThreads"},

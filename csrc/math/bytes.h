@@ -2,15 +2,14 @@
 // row of kByteRow bytes, the scale before the codes. Rows run along the arena, whose tensors
 // begin at whole groups.
 //
-//   signed     value = scale * q / (254 - |q|), q from -127 to 127; -128 is NaN
-//   squares    value = (scale * q / 254)^2,     q from 0 to 254;     255 is NaN
+//   signed     value = sign(q) (scale * q / 127)^2, q from -127 to 127; -128 is NaN
+//   squares    value = (scale * q / 254)^2,         q from 0 to 254;     255 is NaN
 //
-// So the companding x -> 2x / (1 + |x|) of the one and the root of the other, as in FlashOptim
-// (https://arxiv.org/abs/2602.23349), spend codes on what is small. The scale is the group's
-// largest finite magnitude, or its root, exactly: with one of 16 bits a second moment of beta2
-// 0.999 changes by less than its scale can tell, and stays at 0.6 of what it should become
-// (docs/precision.md). What is infinite or NaN is NaN, alone. A square that is not 0 is never
-// rounded to 0, since a step divides by its root.
+// So codes are spent on what is small, as in FlashOptim (https://arxiv.org/abs/2602.23349), and
+// neither way needs a quotient. The scale is the root of the group's largest finite magnitude,
+// exactly: with one of 16 bits a second moment of beta2 0.999 changes by less than its scale can
+// tell, and stays at 0.6 of what it should become (docs/precision.md). What is infinite or NaN is
+// NaN, alone. A square that is not 0 is never rounded to 0, since a step divides by its root.
 #pragma once
 
 #include "rounding.h"
@@ -41,20 +40,17 @@ MATH_FN typename Bits<T>::type byte_peak(T x, uint32_t format) {
 /// What all elements of a group are coded with.
 struct ByteScale {
   float scale; // as it is stored
-  float coder; // signed: half the scale; squares: 254 / scale
+  float coder; // the largest code / scale
 };
 
-/// A group of less than 2^-110, or 2^-100 of squares, is zeros. So no subnormal number counts,
-/// which a GPU may take for 0.
+/// A group of less than 2^-110 is zeros, as its smallest codes would be subnormal numbers, which
+/// a GPU may take for 0.
 MATH_FN ByteScale byte_scale(uint32_t peak, uint32_t format) {
   const float largest = bits_to_float(peak);
-  if (format == kByteSquares) {
-    const float scale = sqrt_float(largest);
-    return largest < 7.888609052210118e-31f ? ByteScale{0.0f, 0.0f}
-                                            : ByteScale{scale, divide_float(254.0f, scale)};
-  }
-  return largest < 7.703719777548943e-34f ? ByteScale{0.0f, bits_to_float(0x7f800000u)}
-                                          : ByteScale{largest, 0.5f * largest};
+  const float scale = sqrt_float(largest);
+  return largest < 7.703719777548943e-34f
+      ? ByteScale{0.0f, 0.0f}
+      : ByteScale{scale, divide_float(format == kByteSquares ? 254.0f : 127.0f, scale)};
 }
 
 /// 16 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
@@ -70,17 +66,20 @@ template <typename T>
 MATH_FN T byte_code(T x, ByteScale scale, T dither, uint32_t format) {
   using U = typename Bits<T>::type;
   const U bits = Bits<T>::of(x);
+  const U magnitude = bits & 0x7fffffffu;
   const T zero = T();
+  // No subnormal number.
+  const T normal = choose(magnitude >= 0x00800000u, Bits<T>::to(magnitude), zero);
+  T code = root(normal) * scale.coder;
   if (format == kByteSquares) {
-    const T code = ((root(x) * scale.coder + dither) + integer_base()) - integer_base();
-    const T least = choose((x >= 1.17549435e-38f) & (zero + scale.coder > 0.0f), zero + 1.0f, zero);
-    const T finite = choose(code > least, code, least);
-    return choose((x >= 0.0f) & ((bits & 0x7fffffffu) < 0x7f800000u), finite, zero + 255.0f);
+    code = ((code + dither) + integer_base()) - integer_base();
+    const T least = choose(normal * scale.coder > zero, zero + 1.0f, zero);
+    code = choose(code > least, code, least);
+    return choose((x >= zero) & (magnitude < 0x7f800000u), code, zero + 255.0f);
   }
-  // 2x / (scale + |x|), of halves, whose sum is finite.
-  const T companded = quotient(x, scale.coder + 0.5f * magnitude_of(x));
-  const T code = ((companded * 127.0f + dither) + integer_base()) - integer_base();
-  return choose((bits & 0x7fffffffu) < 0x7f800000u, code, zero - 128.0f);
+  code = Bits<T>::to(Bits<T>::of(code) | (bits & 0x80000000u));
+  code = ((code + dither) + integer_base()) - integer_base();
+  return choose(magnitude < 0x7f800000u, code, zero - 128.0f);
 }
 
 template <typename T>
@@ -90,8 +89,8 @@ MATH_FN T byte_value(T code, float scale, uint32_t format) {
     const T part = (code * 0.003937007874015748f) * scale; // of 254 exactly the scale
     return choose(code > 254.0f, nan, part * part);
   }
-  const T value = quotient(code, 254.0f - magnitude_of(code)) * scale;
-  return choose(code < -127.0f, nan, value);
+  const T part = (code * 0.007874015748031496f) * scale; // of 127
+  return choose(code < -127.0f, nan, part * magnitude_of(part));
 }
 
 } // namespace fused_math
