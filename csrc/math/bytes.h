@@ -68,17 +68,17 @@ MATH_FN T byte_code(T x, ByteScale scale, T dither, uint32_t format) {
   const U bits = Bits<T>::of(x);
   const U magnitude = bits & 0x7fffffffu;
   const T zero = T();
-  // No subnormal number.
-  const T normal = choose(magnitude >= 0x00800000u, Bits<T>::to(magnitude), zero);
-  T code = root(normal) * scale.coder;
-  if (format == kByteSquares) {
-    code = ((code + dither) + integer_base()) - integer_base();
-    const T least = choose(normal * scale.coder > zero, zero + 1.0f, zero);
-    code = choose(code > least, code, least);
-    return choose((x >= zero) & (magnitude < 0x7f800000u), code, zero + 255.0f);
+  const auto is_normal = magnitude >= 0x00800000u; // as a GPU may take what is not for 0
+  if (format == kByteSquares) { // whose root the rule has, too
+    const T size = choose(is_normal, root(x) * scale.coder, zero);
+    const T code = ((size + dither) + integer_base()) - integer_base();
+    const T least = choose(is_normal & (zero + scale.coder > zero), zero + 1.0f, zero);
+    const T nearest = choose(code > least, code, least);
+    return choose((x >= zero) & (magnitude < 0x7f800000u), nearest, zero + 255.0f);
   }
-  code = Bits<T>::to(Bits<T>::of(code) | (bits & 0x80000000u));
-  code = ((code + dither) + integer_base()) - integer_base();
+  const T size = choose(is_normal, root(Bits<T>::to(magnitude)) * scale.coder, zero);
+  const T exact = Bits<T>::to(Bits<T>::of(size) | (bits & 0x80000000u));
+  const T code = ((exact + dither) + integer_base()) - integer_base();
   return choose(magnitude < 0x7f800000u, code, zero - 128.0f);
 }
 
