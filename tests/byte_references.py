@@ -54,13 +54,14 @@ def as_rows(
         scale = np.where(is_some, np.sqrt(largest), f(0))
         dither = f(0)
         if random is not None:  # from -0.5 to 0.5, both apart
-            dither = ((grouped(random) & 0xFFFF).astype(f) + f(0.5)) / f(65536) - f(0.5)
+            dither = ((grouped(random) & 0x7FFF).astype(f) + f(0.5)) / f(32768) - f(0.5)
         rounded = np.floor if wrong.codes_cut_off else np.rint
         coder = np.where(is_some, f(LARGEST_CODE[form]) / np.where(is_some, scale, f(1)), f(0))
         normal = np.where(magnitude >= f(SMALLEST_NORMAL), magnitude, f(0))
         if wrong.not_companded:
             normal = normal * (normal / np.where(is_some, largest, f(1)))
-        code = rounded(np.copysign(np.sqrt(normal) * coder, x) + dither)
+        size = np.minimum(np.sqrt(normal) * coder, f(LARGEST_CODE[form]))
+        code = rounded(np.copysign(size, x) + dither)
         if form == SQUARES and not wrong.squares_become_zero:
             code = np.maximum(code, (normal > 0) & is_some)
         code = np.where(known, code, 255 if form == SQUARES else -128)

@@ -53,12 +53,20 @@ MATH_FN ByteScale byte_scale(uint32_t peak, uint32_t format) {
       : ByteScale{scale, divide_float(format == kByteSquares ? 254.0f : 127.0f, scale)};
 }
 
-/// 16 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
-/// it makes the rounding one at random, and leaves what is a code already.
+/// 15 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
+/// it makes the rounding one at random, and leaves what is a code already. (Of 16 bits, the sum
+/// with a code above 128 would itself be rounded.)
 template <typename T>
 MATH_FN T byte_dither(typename Bits<T>::type random) {
-  const typename Bits<T>::type bits = ((random & 0xffffu) << 7) | 0x3f800040u; // from 1 to 2
+  const typename Bits<T>::type bits = ((random & 0x7fffu) << 8) | 0x3f800080u; // from 1 to 2
   return Bits<T>::to(bits) - 1.5f;
+}
+
+/// The largest one's product with the coder may be a rounding above the largest code, and what
+/// comes to it a code that means NaN.
+template <typename T>
+MATH_FN T at_most(T size, float most) {
+  return choose(size > most, T() + most, size);
 }
 
 /// The code of an element, an integer; `dither` is 0 to round to nearest even.
@@ -71,13 +79,13 @@ MATH_FN T byte_code(T x, ByteScale scale, T dither, uint32_t format) {
   const auto is_normal = magnitude >= 0x00800000u; // as a GPU may take what is not for 0
   if (format == kByteSquares) { // whose root the rule has, too
     const T size = choose(is_normal, root(x) * scale.coder, zero);
-    const T code = ((size + dither) + integer_base()) - integer_base();
+    const T code = ((at_most(size, 254.0f) + dither) + integer_base()) - integer_base();
     const T least = choose(is_normal & (zero + scale.coder > zero), zero + 1.0f, zero);
     const T nearest = choose(code > least, code, least);
     return choose((x >= zero) & (magnitude < 0x7f800000u), nearest, zero + 255.0f);
   }
   const T size = choose(is_normal, root(Bits<T>::to(magnitude)) * scale.coder, zero);
-  const T exact = Bits<T>::to(Bits<T>::of(size) | (bits & 0x80000000u));
+  const T exact = Bits<T>::to(Bits<T>::of(at_most(size, 127.0f)) | (bits & 0x80000000u));
   const T code = ((exact + dither) + integer_base()) - integer_base();
   return choose(magnitude < 0x7f800000u, code, zero - 128.0f);
 }
