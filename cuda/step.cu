@@ -29,6 +29,7 @@ struct StepKnown {
   static constexpr uint32_t kHas = is_generic(kMay) ? 0
       : kMay & kGroups                              ? kMay & ~kTensorFlags
                                                     : kMay;
+  static constexpr uint32_t kOutFormat = parameter_out_format(kHas, kFormat);
   static constexpr bool kHasMaster24 = is_master24(kMay) && kMay != kGenericFlags;
   /// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
   static constexpr bool may_have(int slot) {
@@ -102,7 +103,7 @@ __device__ void clear_gap(const Common& common, const Tensor& tensor) {
   if (threadIdx.x < gap) {
     const Quad zero = {};
     const uint64_t at = offset_of(tensor) + tensor.size + threadIdx.x;
-    store<false>(common.parameters_out, Known::kFormat, at, zero, 1);
+    store<false>(common.parameters_out, Known::kOutFormat, at, zero, 1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       if (Known::may_have(slot) && common.slots[slot].out) {
@@ -191,7 +192,7 @@ __device__ void load(
 
 template <typename Known, bool whole>
 __device__ void store(const Quads& quads, const Common& common, uint64_t at, uint32_t count) {
-  store<whole>(common.parameters_out, Known::kFormat, at, quads.parameter, count);
+  store<whole>(common.parameters_out, Known::kOutFormat, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     void* out = common.slots[slot].out;
@@ -259,7 +260,7 @@ __device__ void update(
     slots[kCompensation][k] = e.compensation;
     slots[kMovingAverage][k] = e.average;
   }
-  narrow_to<kRoundsParameterLast<Known>>(Known::kFormat, p, quads.parameter);
+  narrow_to<kRoundsParameterLast<Known>>(Known::kOutFormat, p, quads.parameter);
 #pragma unroll
   for (int slot = 0; slot < kRuleSlots; ++slot) {
     narrow_to<kRoundsStateLast<Known>>(state_format, slots[slot], quads.slots[slot]);

@@ -285,7 +285,7 @@ std::vector<mx::Shape> StepPlan::output_shapes() const {
 std::vector<mx::Dtype> StepPlan::output_dtypes() const {
   std::vector<mx::Dtype> dtypes;
   if (tensor_count() > 0) {
-    dtypes.push_back(arena->dtype);
+    dtypes.push_back(parameter_out_dtype());
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (has(slot)) {
@@ -312,10 +312,16 @@ StepResult fused_step(
   const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, step, stream);
 
+  const bool gives_directions = options.flags & fused_math::kDirection;
+
   StepResult result;
-  result.parameters = parameters; // each is replaced below
+  if (!gives_directions) {
+    result.parameters = parameters; // each is replaced below
+  }
   if (options.flags & fused_math::kMeasuredFlags) {
-    result.measured = measure(control, given, parameters, gradients, step, options.skipped, stream);
+    result.measured = options.measured.empty()
+        ? measure(control, given, parameters, gradients, step, options.skipped, stream)
+        : options.measured;
   }
 
   // With no tensor at all, an empty arena still evaluates schedules.
@@ -367,7 +373,9 @@ StepResult fused_step(
                                   std::make_shared<FusedStep>(stream, plan),
                                   inputs);
     StepOutputs out(plan, outputs);
-    if (out.parameters) {
+    if (out.parameters && gives_directions) {
+      result.parameters.push_back(*out.parameters);
+    } else if (out.parameters) {
       auto views = arena_tensors(*out.parameters, plan.arena, stream);
       for (size_t i = 0; i < tensors.size(); ++i) {
         result.parameters[tensors[i]] = std::move(views[i]);
@@ -387,6 +395,16 @@ StepResult fused_step(
     result.next = next_counter(step, stream);
   }
   return result;
+}
+
+std::vector<mx::array> measure_step(
+    const std::vector<mx::array>& gradients,
+    const mx::array& step,
+    const StepOptions& options,
+    mx::StreamOrDevice s) {
+  auto stream = mx::to_stream(s);
+  const auto [control, given] = make_control(options, step, stream);
+  return measure(control, given, {}, gradients, step, options.skipped, stream);
 }
 
 mx::array arena_tensor(

@@ -65,6 +65,9 @@ class Tree:
         self, gradients: object | None, parameters: object | None, op: str, exact: bool = False
     ) -> None: ...
     def __len__(self) -> int: ...
+    def part(self, numbers: Sequence[int], layout: Layout) -> Tree: ...
+    def with_gradients(self, gradients: Sequence[mx.array]) -> Tree: ...
+    def unflatten(self, leaves: Sequence[mx.array]) -> Any: ...
     @property
     def parameters(self) -> list[mx.array]: ...
     @property
@@ -125,6 +128,7 @@ class Options:
         groups: Groups | None = None,
         group_numbers: mx.array | None = None,
         skipped: mx.array | None = None,
+        measured: Sequence[mx.array] = ...,
         op: str = "fused_step",
     ) -> None: ...
 
@@ -144,6 +148,14 @@ def fused_step(
     mx.array | None,
     mx.array | None,
 ]: ...
+
+def measure_step(
+    tree: Tree,
+    step: mx.array,
+    options: Options,
+    *,
+    stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> list[mx.array]: ...
 
 class PreparedStep:
     """A step that is taken again: see csrc/binding/prepared.h."""

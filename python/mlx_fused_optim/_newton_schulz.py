@@ -1,0 +1,213 @@
+"""Muon's orthogonalisation: matrices of one shape that lie beside each other are one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import _ext
+from ._checks import as_float
+from ._layout import Layout
+from ._options import dtype_name
+from ._recent import Recent
+from ._rules import DTYPES
+from .schedules._checks import as_choice, as_integer
+
+Triple = tuple[float, float, float]
+
+COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
+    # Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/: steep at 0, and then
+    # anywhere between 0.68 and 1.13.
+    "original": ((3.4445, -4.7750, 2.0315),),
+    # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: each the best odd polynomial of degree
+    # 5 for what the ones before it leave of [0.001, 1]. tests/test_muon.py computes them.
+    "polar_express": (
+        (8.2872120181, -23.5958865191, 17.3003873125),
+        (4.1070591115, -2.9478499167, 0.5448431083),
+        (3.9486908535, -2.9089021160, 0.5518191394),
+        (3.3184196574, -2.4884880243, 0.5100489401),
+        (2.3006520200, -1.6689039846, 0.4188073120),
+        (1.8913014078, -1.2679958272, 0.3768040895),
+        (1.875, -1.25, 0.375),
+    ),
+}
+SCALES = ("original", "match_rms_adamw")
+
+
+class NewtonSchulz(NamedTuple):
+    """What is done to the directions of matrices, checked."""
+
+    coefficients: tuple[Triple, ...]  # one triple an iteration
+    scale: str
+    dtype: str | None  # by its name, which can be pickled; None: that of the device
+
+    def __call__(self, directions: list[mx.array], layout: Layout, stream: Any) -> list[mx.array]:
+        """An update for each tensor of the layout, of its shape; ``directions`` are its arenas.
+        That of what is no matrix is its direction."""
+        updates: list[Any] = [None] * len(layout.tensors)
+        with mx.stream(stream or mx.default_device()):
+            for batch in batches_of(layout):
+                arena = directions[batch.arena]
+                if batch.is_matrix:
+                    made = self._function(batch.shape)(_stacked(arena, batch))
+                    arena, offset, pitch = made.reshape(-1), 0, batch.size
+                else:
+                    offset, pitch = batch.offset, batch.pitch
+                for i, tensor in enumerate(batch.tensors):
+                    updates[tensor] = _ext.arena_view(arena, batch.shape, offset + i * pitch)
+        return updates
+
+    def _function(self, shape: tuple[int, ...]) -> Callable[[mx.array], mx.array]:
+        on_gpu = mx.default_device() == mx.gpu
+        dtype = self.dtype or ("bfloat16" if on_gpu else "float32")
+        is_tall = shape[0] > math.prod(shape[1:])
+        # On a CPU mx.compile would need a compiler of C++, and has little to fuse.
+        return _made(self.coefficients, scale_of(shape, self.scale), dtype, is_tall, on_gpu)
+
+
+class Batch(NamedTuple):
+    """Tensors of one shape, one after another in an arena."""
+
+    arena: int
+    shape: tuple[int, ...]
+    tensors: list[int]
+    offset: int  # of the first, in elements
+    pitch: int  # from one to the next
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) > 1 and self.size > 0
+
+
+_batches: Recent[list[Batch]] = Recent(64)
+
+
+def batches_of(layout: Layout) -> list[Batch]:
+    """An arena bounds what a batch takes: a sixteenth of all, or its one matrix."""
+    found = _batches.find(layout.key)
+    return found or _batches.keep(layout.key, _found_batches(layout))
+
+
+def _found_batches(layout: Layout) -> list[Batch]:
+    batches: list[Batch] = []
+    for number, (_, _, tensors, offsets) in enumerate(layout.arenas):
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            shape = layout.tensors[tensor][1]
+            last = batches[-1] if batches else None
+            if last and (last.arena, last.shape) == (number, shape):
+                if len(last.tensors) == 1:
+                    batches[-1] = last._replace(pitch=offset - last.offset)
+                last.tensors.append(tensor)
+            else:
+                batches.append(Batch(number, shape, [tensor], offset, math.prod(shape)))
+    return batches
+
+
+def _stacked(arena: mx.array, batch: Batch) -> mx.array:
+    """(matrices, rows, columns), without a copy unless there is memory between them."""
+    count, rows, size = len(batch.tensors), batch.shape[0], batch.size
+    if batch.pitch == size:
+        return _ext.arena_view(arena, (count, rows, size // rows), batch.offset)
+    with_gaps = _ext.arena_view(arena, (count, batch.pitch), batch.offset)
+    return with_gaps[:, :size].reshape(count, rows, -1)
+
+
+def scale_of(shape: tuple[int, ...], scale: str) -> float:
+    """What an orthogonal matrix of this shape is multiplied with."""
+    if scale == "original":
+        return max(1.0, float(shape[-2] / shape[-1])) ** 0.5  # as mlx.optimizers, of filters too
+    return 0.2 * math.sqrt(max(shape[0], math.prod(shape[1:])))
+
+
+@lru_cache(maxsize=256)
+def _made(
+    coefficients: tuple[Triple, ...], scale: float, dtype: str, is_tall: bool, compiles: bool
+) -> Callable[[mx.array], mx.array]:
+    def function(stack: mx.array) -> mx.array:
+        return orthogonalized(stack, coefficients, scale, DTYPES[dtype], is_tall)
+
+    return mx.compile(function) if compiles else function
+
+
+def orthogonalized(
+    stack: mx.array, coefficients: tuple[Triple, ...], scale: float, dtype: mx.Dtype, is_tall: bool
+) -> mx.array:
+    """``scale`` times matrices of about orthogonal rows, or columns where there are more rows.
+
+    Of each float32 matrix of a batch of one shape, with singular values s, one is made with
+    p(s) in their place: s over the norm of the matrix, through a s + b s^3 + c s^5 again and again.
+    """
+    x = stack.swapaxes(1, 2) if is_tall else stack
+    x = _normalized(x).astype(dtype)
+    for i, (a, b, c) in enumerate(coefficients):
+        last = scale if i + 1 == len(coefficients) else 1.0
+        gram = x @ x.swapaxes(1, 2)
+        polynomial = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        if is_tall and i + 1 == len(coefficients):  # the transpose, in rows: it is symmetric
+            x = x.swapaxes(1, 2)
+            return mx.addmm(x, x, polynomial, alpha=last, beta=last * a)
+        x = mx.addmm(x, polynomial, x, alpha=last, beta=last * a)
+    return x if coefficients else scale * (x.swapaxes(1, 2) if is_tall else x)
+
+
+def _normalized(x: mx.array) -> mx.array:
+    """Over the Frobenius norm. Over the largest magnitude first: squares of finite numbers may
+    be infinite, or nothing. What has no normal number stays what it is, about zero."""
+    peak = mx.max(mx.abs(x), axis=(1, 2), keepdims=True)
+    x = x / mx.where(peak < 2.0**-126, 1.0, peak)
+    norm = mx.sqrt(mx.sum(mx.square(x), axis=(1, 2), keepdims=True))
+    return x / mx.where(norm < 1.0, 1.0, norm)
+
+
+# ---- Checks ------------------------------------------------------------------------
+
+
+def checked_newton_schulz(
+    op: str, steps: Any, coefficients: Any, dtype: str | None, scale: Any
+) -> NewtonSchulz:
+    """What makes sense, or ValueError or TypeError."""
+    count = as_integer(op, "ns_steps", steps, at_least=0, at_most=100)
+    triples = _checked_coefficients(op, coefficients)
+    return NewtonSchulz(
+        tuple(triples[min(i, len(triples) - 1)] for i in range(count)),
+        as_choice(op, "scale", scale, SCALES),
+        dtype,
+    )
+
+
+def checked_dtype(op: str, dtype: Any) -> str | None:
+    """The name of one for matrix products."""
+    if dtype is None:
+        return None
+    if not isinstance(dtype, mx.Dtype) or dtype not in DTYPES.values():
+        raise ValueError(
+            f"[{op}] ns_dtype is unknown: got {dtype}, allowed None, "
+            f"{', '.join('mlx.core.' + name for name in DTYPES)}."
+        )
+    return dtype_name(dtype)
+
+
+def _checked_coefficients(op: str, given: Any) -> Sequence[Triple]:
+    if isinstance(given, str):
+        return COEFFICIENTS[as_choice(op, "ns_coefficients", given, tuple(COEFFICIENTS))]
+    try:
+        rows = [tuple(map(as_float, row)) for row in given]
+    except TypeError:
+        rows = []
+    is_right = rows and all(
+        len(row) == 3 and all(x is not None and math.isfinite(x) for x in row) for row in rows
+    )
+    if not is_right:
+        raise ValueError(
+            f"[{op}] ns_coefficients are no triples: got {given!r}, allowed "
+            f"{', '.join(map(repr, COEFFICIENTS))}, or a list of (a, b, c), three finite numbers."
+        )
+    return rows  # type: ignore[return-value]
