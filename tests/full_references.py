@@ -485,7 +485,8 @@ def full_step_float32(
                 return round_to_nearest(x, name)
             return round_at_random(x, name, bits)
 
-        change, after = RULES[options.rule].change(g, numbers, own.rule)
+        rule = own.rule._replace(learning_rate=np.float32(1)) if options.direction else own.rule
+        change, after = RULES[options.rule].change(g, numbers, rule)
         for place_of, slot in enumerate(RULES[options.rule].slots):
             if slot not in old:
                 continue
@@ -499,6 +500,9 @@ def full_step_float32(
             if wrong.slots_in_the_parameters_dtype:
                 value = round_to_nearest(value, dtype)
             new[slot] = narrowed(stored(value, name, bits), name) if slot in after else old[slot]
+        if options.direction:  # in float32; no case has anything of the frame's
+            new["parameter"] = narrowed(change, "float32")
+            return {name: bits.reshape(old[name].shape) for name, bits in new.items()}
         decays = has("weight_decay") and not coupled
         kept = np.float32(1) - own.rule.learning_rate * own.weight_decay
         if decays and not wrong.decay_after_the_change:
@@ -690,12 +694,15 @@ def full_step_float64(
             if ratio.value <= np.finfo(np.float32).max:
                 g = g * ratio
 
-    change, after = RULES[options.rule].change(g, numbers, own.rule)
+    rule = own.rule._replace(learning_rate=np.float64(1)) if options.direction else own.rule
+    change, after = RULES[options.rule].change(g, numbers, rule)
     new: dict[str, Bounded] = {}
     for slot in old.keys() - {"parameter", *FRAME_SLOTS}:
         name = options.slot_dtype(slot, dtype)
         value = after[slot].stored(name, has("stochastic")) if slot in after else numbers[slot]
         new[slot] = value
+    if options.direction:
+        return {**new, "parameter": change}
     if decays and decoupled:
         w = w * (Bounded(1.0) - own.rule.learning_rate * own.weight_decay)
 

@@ -70,7 +70,8 @@ def tensors_of(case: FullCase, bits, step: int):
         for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
             shape = case.shapes[tensor]
             here = slice(offset, offset + math.prod(shape))
-            old = {"parameter": bits[f"p{step - 1}.{tensor}"] if step else first[tensor]}
+            goes_on = step and not case.options.direction
+            old = {"parameter": bits[f"p{step - 1}.{tensor}"] if goes_on else first[tensor]}
             for slot in case.options.places:
                 if f"{slot}.{number}" in slots:
                     index = _slot_number(case, slot, number)
@@ -112,7 +113,7 @@ def _of_tensor(case: FullCase, bits, step: int, number: int, place: Place, old: 
 
 
 def _same(case: FullCase, dtype: str, slot: str, got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    name = dtype if slot == "parameter" else case.options.slot_dtype(slot, dtype)
+    name = case.out_dtype(dtype) if slot == "parameter" else case.options.slot_dtype(slot, dtype)
     return (got == want) | (np.isnan(widened(got, name)) & np.isnan(widened(want, name)))
 
 
@@ -160,7 +161,7 @@ def _step_of(key: str) -> int:
 def _numbers(case: FullCase, key: str, bits: np.ndarray) -> np.ndarray:
     name, _, number = key.partition(".")
     if name.rstrip("0123456789") == "p":
-        return widened(bits, case.dtypes[int(number)])
+        return widened(bits, case.out_dtype(case.dtypes[int(number)]))
     slot = name.rstrip("0123456789")
     having = [a.dtype for a in arenas(case) if case.options.slot_dtype(slot, a.dtype)]
     return widened(bits, case.options.slot_dtype(slot, having[int(number)]))
@@ -186,8 +187,9 @@ def test_bits_of_float32_rounded_once(backend, case):
 
 def excess(case: FullCase, dtype: str, got: Element, want: dict[str, Bounded]) -> dict[str, float]:
     """By how much numbers are further from float64 than their bounds; 0 and less is right."""
+    out = case.out_dtype(dtype)
     numbers = {
-        name: widened(bits, dtype if name == "parameter" else case.options.slot_dtype(name, dtype))
+        name: widened(bits, out if name == "parameter" else case.options.slot_dtype(name, dtype))
         for name, bits in got.items()
     }
     if "compensation" in numbers:
@@ -271,7 +273,8 @@ def measured_by_reference(case: FullCase) -> list[np.ndarray]:
     first, gradients, _ = values(case)
     found = []
     for step in range(case.steps):
-        before = [bits[f"p{step - 1}.{i}"] for i in range(len(first))] if step else first
+        goes_on = step and not case.options.direction
+        before = [bits[f"p{step - 1}.{i}"] for i in range(len(first))] if goes_on else first
         # The first parameters lie as the gradients do; later ones are an arena's.
         parameters = [
             in_order(case, widened(p, d)) if step == 0 else widened(p, d).reshape(-1)
@@ -381,6 +384,7 @@ CLASSES = {
     "rmsprop": ("RMSprop", ("alpha", "eps")),
     "adagrad": ("Adagrad", ("eps",)),
     "adadelta": ("AdaDelta", ("rho", "eps")),
+    "muon": ("Muon", ("momentum", "nesterov")),  # whose vectors are not orthogonalised
 }
 DECOUPLED = {"adam": "AdamW", "lion": "Lion"}  # the weight decay that MLX has of these
 
@@ -401,6 +405,9 @@ def test_float32_has_the_bits_of_mlx(rule):
     if options.decoupled:
         name, numbers["weight_decay"] = DECOUPLED[options.rule], options.weight_decay
     first, gradients, slots = case.values()
+    if options.rule == "muon":
+        numbers["weight_decay"] = 0.0
+        first, gradients = [p.reshape(-1) for p in first], [[g.reshape(-1) for g in gs] for gs in gradients]
     (arena,) = arenas(case)
     keys = {s: s.replace("velocity", "v") for s in slots_of(options.rule, options.flags)}
     with mx.stream(mx.cpu):
@@ -419,7 +426,8 @@ def test_float32_has_the_bits_of_mlx(rule):
             mx.eval(parameters, optimizer.state)
             for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
                 parameter = parameters["w"][tensor]
-                assert np.array_equal(of_mlx(parameter), bits[f"p{step}.{tensor}"])
+                expected = bits[f"p{step}.{tensor}"].reshape(first[tensor].shape)
+                assert np.array_equal(of_mlx(parameter), expected)
                 for slot, key in keys.items():
                     theirs = of_mlx(optimizer.state["w"][tensor][key]).reshape(-1)
                     whole = bits[f"{slot}{step}.0"]

@@ -24,14 +24,15 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # anywhere between 0.68 and 1.13.
     "original": ((3.4445, -4.7750, 2.0315),),
     # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: each the best odd polynomial of degree
-    # 5 for what the ones before it leave of [0.001, 1]. tests/test_muon.py computes them.
+    # 5 for what the ones before it leave of [0.001, 1], for arguments up to a hundredth larger:
+    # roundings must not grow. tests/test_muon.py computes them. The last one converges.
     "polar_express": (
-        (8.2872120181, -23.5958865191, 17.3003873125),
-        (4.1070591115, -2.9478499167, 0.5448431083),
-        (3.9486908535, -2.9089021160, 0.5518191394),
-        (3.3184196574, -2.4884880243, 0.5100489401),
-        (2.3006520200, -1.6689039846, 0.4188073120),
-        (1.8913014078, -1.2679958272, 0.3768040895),
+        (8.3865, -24.3696, 17.7251),
+        (4.1414, -3.0173, 0.5524),
+        (3.9226, -2.8672, 0.5357),
+        (3.2540, -2.3922, 0.4827),
+        (2.2512, -1.5963, 0.3960),
+        (1.8700, -1.2279, 0.3582),
         (1.875, -1.25, 0.375),
     ),
 }
@@ -64,9 +65,10 @@ class NewtonSchulz(NamedTuple):
     def _function(self, shape: tuple[int, ...]) -> Callable[[mx.array], mx.array]:
         on_gpu = mx.default_device() == mx.gpu
         dtype = self.dtype or ("bfloat16" if on_gpu else "float32")
-        is_tall = shape[0] > math.prod(shape[1:])
-        # On a CPU mx.compile would need a compiler of C++, and has little to fuse.
-        return _made(self.coefficients, scale_of(shape, self.scale), dtype, is_tall, on_gpu)
+        rows, columns = shape[0], math.prod(shape[1:])
+        is_long = max(rows, columns) >= 2 * min(rows, columns)
+        scale = scale_of(shape, self.scale)
+        return _made(self.coefficients, scale, dtype, rows > columns, is_long, on_gpu)
 
 
 class Batch(NamedTuple):
@@ -129,33 +131,76 @@ def scale_of(shape: tuple[int, ...], scale: str) -> float:
 
 @lru_cache(maxsize=256)
 def _made(
-    coefficients: tuple[Triple, ...], scale: float, dtype: str, is_tall: bool, compiles: bool
+    coefficients: tuple[Triple, ...],
+    scale: float,
+    dtype: str,
+    is_tall: bool,
+    is_long: bool,
+    on_gpu: bool,
 ) -> Callable[[mx.array], mx.array]:
+    # Where products are exact to float32: on a CPU. MLX's CUDA multiplies float32 as TF32.
+    through_gram = is_long and dtype == "float32" and not on_gpu
+    iterate = _by_gram_matrices if through_gram else _by_products
+
     def function(stack: mx.array) -> mx.array:
-        return orthogonalized(stack, coefficients, scale, DTYPES[dtype], is_tall)
+        x = _normalized(stack.swapaxes(1, 2) if is_tall else stack).astype(DTYPES[dtype])
+        return iterate(x, coefficients, scale, is_tall)
 
-    return mx.compile(function) if compiles else function
+    # On a CPU mx.compile would need a compiler of C++, and has little to fuse.
+    return mx.compile(function) if on_gpu else function
 
 
-def orthogonalized(
-    stack: mx.array, coefficients: tuple[Triple, ...], scale: float, dtype: mx.Dtype, is_tall: bool
+# ``scale`` times matrices of about orthogonal rows, of a batch of matrices x that have at least as
+# many columns as rows and singular values from 0 to 1: a s + b s^3 + c s^5 takes the place of
+# each, for one triple after another. The transpose of it, in rows, where ``is_tall``.
+
+
+def _by_products(
+    x: mx.array, coefficients: tuple[Triple, ...], scale: float, is_tall: bool
 ) -> mx.array:
-    """``scale`` times matrices of about orthogonal rows, or columns where there are more rows.
-
-    Of each float32 matrix of a batch of one shape, with singular values s, one is made with
-    p(s) in their place: s over the norm of the matrix, through a s + b s^3 + c s^5 again and again.
-    """
-    x = stack.swapaxes(1, 2) if is_tall else stack
-    x = _normalized(x).astype(dtype)
+    """As mlx.optimizers.Muon: (a + b x x' + c (x x')^2) x, three products an iteration."""
+    last = len(coefficients) - 1
     for i, (a, b, c) in enumerate(coefficients):
-        last = scale if i + 1 == len(coefficients) else 1.0
         gram = x @ x.swapaxes(1, 2)
-        polynomial = mx.addmm(gram, gram, gram, alpha=c, beta=b)
-        if is_tall and i + 1 == len(coefficients):  # the transpose, in rows: it is symmetric
-            x = x.swapaxes(1, 2)
-            return mx.addmm(x, x, polynomial, alpha=last, beta=last * a)
-        x = mx.addmm(x, polynomial, x, alpha=last, beta=last * a)
+        factor = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        x = _applied(factor, x, a, *((scale, is_tall) if i == last else (1.0, False)))
     return x if coefficients else scale * (x.swapaxes(1, 2) if is_tall else x)
+
+
+# What a Gram matrix has of roundings, 2^-24, may grow this much: to a hundredth of the whole.
+_MOST_GROWTH = 2.0**18
+
+
+def _by_gram_matrices(
+    x: mx.array, coefficients: tuple[Triple, ...], scale: float, is_tall: bool
+) -> mx.array:
+    """The same for long rows: all factors are polynomials of the first r = x x', and so is the next
+    x x', so that x itself is multiplied only at the end, or where roundings have grown: a
+    small singular value of r has grown by a^2 in an iteration, and its error too."""
+    identity = mx.eye(x.shape[1])
+    while coefficients:
+        gram = x @ x.swapaxes(1, 2)
+        whole, growth = None, 1.0
+        for i, (a, b, c) in enumerate(coefficients):
+            factor = a * identity + mx.addmm(gram, gram, gram, alpha=c, beta=b)
+            whole = factor if whole is None else factor @ whole
+            growth *= max(a * a, 1.0)
+            if i + 1 == len(coefficients) or growth > _MOST_GROWTH:
+                break
+            gram = factor @ gram @ factor
+        coefficients = coefficients[i + 1 :]
+        x = _applied(whole, x, 0.0, *((1.0, False) if coefficients else (scale, is_tall)))
+    return x
+
+
+def _applied(factor: mx.array, x: mx.array, a: float, scale: float, is_tall: bool) -> mx.array:
+    """scale (a + factor) x, or its transpose: the factor is symmetric."""
+    if is_tall:
+        x = x.swapaxes(1, 2)
+    left, right = (x, factor) if is_tall else (factor, x)
+    if a == 0:
+        return scale * factor @ x if not is_tall else x @ (scale * factor)
+    return mx.addmm(x, left, right, alpha=scale, beta=scale * a)
 
 
 def _normalized(x: mx.array) -> mx.array:

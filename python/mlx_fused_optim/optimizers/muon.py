@@ -73,9 +73,9 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
         nesterov (bool): Nesterov momentum. Default: ``True``.
         ns_steps (int): How often the polynomial is applied, 0 to 100. Default: ``5``.
         ns_coefficients (str or list): ``"original"``: (3.4445, -4.7750, 2.0315) each time, after which
-            singular values of 0.01 and more of the norm are within 0.68 to 1.14.
-            ``"polar_express"``: another triple each time, after five of which those from 0.001 on are
-            within 0.98 to 1.02; then (1.875, -1.25, 0.375). Or a list of triples
+            singular values of 0.003 and more of the norm are within 0.68 to 1.21.
+            ``"polar_express"``: another triple each time; those from 0.001 on are within 0.85 to
+            1.12 after five, and 0.99 to 1.01 after six, and then converge. Or a list of triples
             :math:`(a, b, c)`, of which the last goes on. Default: ``"original"``.
         ns_dtype (Dtype): float32, float16 or bfloat16, of the matrix products. Default: bfloat16 on a
             GPU, as in ``torch.optim``, and float32 on a CPU.
