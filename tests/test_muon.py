@@ -99,7 +99,8 @@ MATRICES = {name: shape for name, shape in SHAPES.items() if len(shape) > 1 and 
 def test_it_is_newton_schulz(name, steps):
     gradients = tree(1, shapes=MATRICES)
     updates = update_of(gradients, ns_coefficients=name, ns_steps=steps)
-    growth = max(math.prod(max(1.0, a) for a, _, _ in triples_of(name, min(steps, 5))), 1.0)
+    growth = math.prod(max(1.0, a) for a, _, _ in triples_of(name, min(steps, 5)))
+    growth = max(growth, *(sum(map(abs, triple)) for triple in triples_of(name, steps)), 1.0, 1.0)
     for key, g in gradients.items():
         rows, columns = g.shape[-2:]
         want = math.sqrt(max(1, rows / columns)) * newton_schulz(numbers(g), triples_of(name, steps))
@@ -193,7 +194,7 @@ def test_singular_values(name, steps, shape, dtype):
     gradients = {
         "full": u @ np.diag(np.geomspace(1, 4 * least, len(s))) @ v,
         "half": half, "tiny": 1e-30 * (u @ v), "huge": 1e30 * (u @ v), "tiny_half": 1e-30 * half,
-        "huge_half": 1e30 * half, "least": 2.0**-126 * (u @ v), "zero": np.zeros(shape),
+        "huge_half": 1e30 * half, "least": 2.0**-120 * (u @ v), "zero": np.zeros(shape),
     }  # fmt: skip
     gradients = {key: mx.array(g.astype(np.float32)) for key, g in gradients.items()}
     options = {"ns_coefficients": name, "ns_steps": steps, "ns_dtype": DTYPES[dtype]}
@@ -205,8 +206,9 @@ def test_singular_values(name, steps, shape, dtype):
             assert (values == 0).all()
             continue
         if "half" in key:
-            noise = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.7}[dtype]
-            assert (values[rank:] <= noise).all(), (key, values)
+            growth = math.prod(a for a, _, _ in triples_of(name, steps))
+            noise = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype] * growth
+            assert (values[rank:] <= min(noise, high)).all(), (key, values)
             values = values[:rank]
         if key == "full" and dtype != "float32":
             values = values[: rank + 1]  # the others are noise of half types
@@ -410,23 +412,21 @@ def test_coupled_decay_is_of_the_parameter():
 
 def test_numbers_on_schedules():
     """One step is seen by both halves: rate, decay and momentum of the step that is taken."""
-    rate, decay, momentum = (optim.linear_schedule(x, y, 4) for x, y in ((0.1, 0.02), (0.1, 0.3), (0.5, 0.9)))
+    ends = (0.1, 0.02), (0.1, 0.3), (0.5, 0.9)
+    rate, decay, momentum = (optim.linear_schedule(x, y, 4) for x, y in ends)
     for decoupled in (False, True):
         ours = optim.Muon(rate, momentum, decay, decoupled=decoupled)
         got = want = tree(0)
         v = tree_map(mx.zeros_like, got)
-        state = {"step": mx.array(0, mx.uint64), "learning_rate": mx.array(0.0)}
         for step in range(3):
             numbers_of = [x(mx.array(step)).item() for x in (rate, momentum, decay)]
             constant = optim.Muon(*numbers_of, decoupled=decoupled)
-            constant.state = {**state, **{name: {"v": x} for name, x in v.items()}}
+            constant.state.update({name: {"v": x} for name, x in v.items()})
             gradients = tree(step + 1)
             got = ours.apply_gradients(gradients, got)
             want = constant.apply_gradients(gradients, want)
             v = {name: constant.unpacked_state()[name]["v"] for name in v}
-            for name in got:
-                close = np.allclose(numbers(got[name]), numbers(want[name]), rtol=0, atol=2.0**-18)
-                assert close, name
+            assert identical(got, want)
             assert ours.learning_rate.item() == numbers_of[0]
             assert ours.momentum.item() == numbers_of[1]
             assert ours.weight_decay.item() == numbers_of[2]
@@ -458,7 +458,7 @@ def test_state_dtype(dtype):
     assert identical(got, train(optim.Muon(0.1, weight_decay=0.0), tree(0), (1,)))
     for name, g in tree(1).items():
         v = ours.unpacked_state()[name]["v"]
-        assert same(v, (np.float32(1 - 0.95) * g).astype(DTYPES[dtype])), name
+        assert same(v, (mx.array(1 - 0.95) * g).astype(DTYPES[dtype])), name
 
 
 def test_half_parameters_have_float32_moments_and_directions():
@@ -541,14 +541,16 @@ def address(array):
 
 
 def test_it_writes_in_place_where_nobody_holds_anything():
-    optimizer, parameters = optim.Muon(0.1, others=optim.AdamW(0.1)), tree(0)
-    parameters = train(optimizer, parameters, (1, 2))
-    where = []
-    for seed in (3, 4):
+    optimizer, parameters, where = optim.Muon(0.1, others=optim.AdamW(0.1)), tree(0), []
+    for seed in (1, 2, 3):
+        parameters = optimizer.apply_gradients(tree(seed), parameters)
+        mx.eval(parameters, optimizer.state)
         let_go()
-        where.append([address(x) for _, x in tree_flatten(parameters)])
-        parameters = train(optimizer, parameters, (seed,))
-    assert where[0] == where[1]
+        arenas = [optimizer.state["arenas"], optimizer.others.state["arenas"]]
+        kept = [x for key, x in tree_flatten(arenas) if "table" not in key]
+        where.append([address(x) for x in [*parameters.values(), *kept] if x.size])
+        del arenas, kept
+    assert where[0] == where[1] == where[2]
 
 
 @pytest.mark.parametrize("others", [False, True])

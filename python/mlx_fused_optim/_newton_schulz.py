@@ -143,6 +143,8 @@ def _made(
     iterate = _by_gram_matrices if through_gram else _by_products
 
     def function(stack: mx.array) -> mx.array:
+        if not coefficients:
+            return scale * _normalized(stack)
         x = _normalized(stack.swapaxes(1, 2) if is_tall else stack).astype(DTYPES[dtype])
         return iterate(x, coefficients, scale, is_tall)
 
@@ -164,7 +166,7 @@ def _by_products(
         gram = x @ x.swapaxes(1, 2)
         factor = mx.addmm(gram, gram, gram, alpha=c, beta=b)
         x = _applied(factor, x, a, *((scale, is_tall) if i == last else (1.0, False)))
-    return x if coefficients else scale * (x.swapaxes(1, 2) if is_tall else x)
+    return x
 
 
 # What a Gram matrix has of roundings, 2^-24, may grow this much: to a hundredth of the whole.
