@@ -407,7 +407,10 @@ def test_float32_has_the_bits_of_mlx(rule):
     first, gradients, slots = case.values()
     if options.rule == "muon":
         numbers["weight_decay"] = 0.0
-        first, gradients = [p.reshape(-1) for p in first], [[g.reshape(-1) for g in gs] for gs in gradients]
+        first, gradients = (
+            [p.reshape(-1) for p in first],
+            [[g.reshape(-1) for g in gs] for gs in gradients],
+        )
     (arena,) = arenas(case)
     keys = {s: s.replace("velocity", "v") for s in slots_of(options.rule, options.flags)}
     with mx.stream(mx.cpu):

@@ -396,9 +396,10 @@ NB_MODULE(_ext, m) {
       "arenas stands in the place of the parameters.");
   m.def(
       "measure_step",
-      [](const Tree& tree, const mx::array& step, const StepOptions& options, mx::StreamOrDevice s) {
-        return measure_step(tree.gradients(), step, options, s);
-      },
+      [](const Tree& tree,
+         const mx::array& step,
+         const StepOptions& options,
+         mx::StreamOrDevice s) { return measure_step(tree.gradients(), step, options, s); },
       "tree"_a,
       "step"_a,
       "options"_a,

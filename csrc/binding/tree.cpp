@@ -347,7 +347,8 @@ Tree Tree::part(const std::vector<size_t>& numbers, nb::object layout) const {
     part.gradients_.push_back(gradients_.at(number));
     part.parameters_.push_back(parameters_.at(number));
   }
-  if (!part.fits(nb::cast<const Layout&>(layout)) || part.gradients_.size() != part.specs().size()) {
+  if (!part.fits(nb::cast<const Layout&>(layout)) ||
+      part.gradients_.size() != part.specs().size()) {
     throw nb::index_error("[Tree] a part has one tensor for each of its layout.");
   }
   return part;

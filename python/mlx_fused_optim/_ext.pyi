@@ -148,7 +148,6 @@ def fused_step(
     mx.array | None,
     mx.array | None,
 ]: ...
-
 def measure_step(
     tree: Tree,
     step: mx.array,

@@ -46,7 +46,7 @@ class NewtonSchulz(NamedTuple):
     scale: str
     dtype: str | None  # by its name, which can be pickled; None: that of the device
 
-    def __call__(self, directions: list[mx.array], layout: Layout, stream: Any) -> list[mx.array]:
+    def updates(self, directions: list[mx.array], layout: Layout, stream: Any) -> list[mx.array]:
         """An update for each tensor of the layout, of its shape; ``directions`` are its arenas.
         That of what is no matrix is its direction."""
         updates: list[Any] = [None] * len(layout.tensors)
@@ -125,7 +125,7 @@ def _stacked(arena: mx.array, batch: Batch) -> mx.array:
 def scale_of(shape: tuple[int, ...], scale: str) -> float:
     """What an orthogonal matrix of this shape is multiplied with."""
     if scale == "original":
-        return max(1.0, float(shape[-2] / shape[-1])) ** 0.5  # as mlx.optimizers, of filters too
+        return math.sqrt(max(1.0, shape[-2] / shape[-1]))  # as mlx.optimizers, of filters too
     return 0.2 * math.sqrt(max(shape[0], math.prod(shape[1:])))
 
 
@@ -182,10 +182,10 @@ def _by_gram_matrices(
     identity = mx.eye(x.shape[1])
     while coefficients:
         gram = x @ x.swapaxes(1, 2)
-        whole, growth = None, 1.0
+        whole, growth = identity, 1.0
         for i, (a, b, c) in enumerate(coefficients):
             factor = a * identity + mx.addmm(gram, gram, gram, alpha=c, beta=b)
-            whole = factor if whole is None else factor @ whole
+            whole = factor @ whole if i else factor
             growth *= max(a * a, 1.0)
             if i + 1 == len(coefficients) or growth > _MOST_GROWTH:
                 break

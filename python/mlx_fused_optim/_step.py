@@ -226,9 +226,7 @@ def arranged(tree: _ext.Tree, hyper: Hyper) -> Arranged:
         first: dict[tuple[int, ...], int] = {}
         for number, (_, shape, _) in enumerate(rows):
             first.setdefault(shape, number)
-        order = sorted(
-            range(len(rows)), key=lambda i: (len(rows[i][1]) < 2, first[rows[i][1]], i)
-        )
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1]) < 2, first[rows[i][1]], i))
         found = _orders.keep(layout.key, (order, layout_of_rows([rows[i] for i in order])))
     numbers, own = found
     return Arranged(tree.part(numbers, own.made), numbers)
@@ -371,8 +369,8 @@ def take_step(
     if hyper.between is None:
         taken = take(tree, kernel_slots, flags, measured or [])
     else:
-        orthogonalize = partial(hyper.between, layout=layout, stream=stream)
-        taken = _two_passes(take, tree, kernel_slots, flags, measured or [], orthogonalize)
+        between = partial(hyper.between.updates, layout=layout, stream=stream)
+        taken = _two_passes(take, tree, kernel_slots, flags, measured or [], between)
     updated, slots, step, used, norm, skipped = taken
     slots = [slots[place] for place in hyper.rule.places]
     state = _packing.with_arenas(state, slots, layout, wanted.rule)

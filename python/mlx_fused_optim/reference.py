@@ -249,8 +249,8 @@ def muon(
     Example:
         >>> change, kept = muon(mx.eye(2), {"v": mx.zeros((2, 2))}, mx.array(1.0), mx.array(1))
         >>> mx.round(change, 2)
-        array([[0.7, 0],
-               [0, 0.7]], dtype=float32)
+        array([[1.11, 0],
+               [0, 1.11]], dtype=float32)
     """
     v = _moved(kept["v"], g, momentum)
     u = _moved(v, g, momentum) if nesterov else v

@@ -406,7 +406,7 @@ class FusedOptimizer(Optimizer):
         grad_scale: LearningRate | None,
         measured: list[mx.array] | None = None,
     ) -> Any:
-        """The step of a tree, of which ``parameters`` may have more, with a look at every option."""
+        """The step of a tree with a look at every option; ``parameters`` may have more."""
         state, hyper = self.state, self._hyper()
         learning_rate = given_rate = self._schedulers.get("learning_rate")
         if self._check_loaded_state(parameters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -56,10 +57,9 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     what has fewer moves by :math:`\eta_t u`. With :math:`u = U \Sigma V^\top`,
     :math:`\mathrm{NS}(u) = U \, p(\Sigma / \lVert u \rVert) \, V^\top` for the Frobenius
     norm and :math:`p` the polynomials :math:`x \mapsto a x + b x^3 + c x^5`, applied ``ns_steps``
-    times, which bring singular values near 1. A matrix of zeros stays one; any other direction counts,
-    however small or large, where MLX adds :math:`10^{-7}` to the norm. What is shared with all
-    optimizers is below: clipping and decay come before the momentum, and a coupled decay
-    is that of the parameter, also where it has a master.
+    times, which bring singular values near 1. A matrix of zeros stays one; any other direction
+    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm. A coupled decay is
+    that of the parameter, also where it has a master.
 
     {frame}
 
@@ -72,19 +72,20 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
             Default: ``0.01``.
         nesterov (bool): Nesterov momentum. Default: ``True``.
         ns_steps (int): How often the polynomial is applied, 0 to 100. Default: ``5``.
-        ns_coefficients (str or list): ``"original"``: (3.4445, -4.7750, 2.0315) each time, after which
-            singular values of 0.003 and more of the norm are within 0.68 to 1.21.
+        ns_coefficients (str or list): ``"original"``: (3.4445, -4.7750, 2.0315) each time, after
+            five of which singular values of 0.003 and more of the norm are within 0.68 to 1.21.
             ``"polar_express"``: another triple each time; those from 0.001 on are within 0.85 to
             1.12 after five, and 0.99 to 1.01 after six, and then converge. Or a list of triples
             :math:`(a, b, c)`, of which the last goes on. Default: ``"original"``.
-        ns_dtype (Dtype): float32, float16 or bfloat16, of the matrix products. Default: bfloat16 on a
-            GPU, as in ``torch.optim``, and float32 on a CPU.
-        scale (str): :math:`s`. ``"original"``: :math:`\sqrt{\max(1, \text{rows} / \text{columns})}`,
-            of the last two dimensions; ``"match_rms_adamw"``: :math:`0.2 \sqrt{\max(\text{rows},
-            \text{columns})}`, with which rates of AdamW fit. Default: ``"original"``.
+        ns_dtype (Dtype): float32, float16 or bfloat16, of the matrix products. Default: bfloat16
+            on a GPU, as in ``torch.optim``, and float32 on a CPU.
+        scale (str): :math:`s`. ``"original"``:
+            :math:`\sqrt{\max(1, \text{rows} / \text{columns})}`, of the last two dimensions;
+            ``"match_rms_adamw"``: :math:`0.2 \sqrt{\max(\text{rows}, \text{columns})}`, with
+            which learning rates of AdamW fit. Default: ``"original"``.
         others (FusedOptimizer): Steps other tensors, as ``optim.AdamW(1e-3)`` the embeddings and
-            norms: with its own numbers, ``groups``, ``decoupled`` and ``state_dtype``, and all other
-            options from here. It is ``optimizer.others`` from then on, and its state a
+            norms: with its own numbers, ``groups``, ``decoupled`` and ``state_dtype``, and all
+            other options from here. It is ``optimizer.others`` from then on, and its state a
             part of this one. Default: ``None``.
         others_filter (callable): Which tensors these are: ``others_filter(path, array)`` is called
             once for a set of tensors. Default: those of fewer than two dimensions.
@@ -128,6 +129,9 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     _needs_whole: ClassVar[bool] = True
 
     momentum = Number()
+    ns_coefficients: str | Sequence[Triple]
+    scale: str
+    others_filter: Callable[[str, mx.array], Any] | None
     others: FusedOptimizer | None = None
     _between: tuple[tuple[Any, ...], NewtonSchulz] | None = None
     _of_others: tuple[Options, Options, Options] | None = None
@@ -188,7 +192,7 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
 
     def _hyper(self) -> Hyper:
         given = (self.ns_steps, self.ns_coefficients, self._ns_dtype, self.scale)
-        if self._between is None or any(a is not b for a, b in zip(given, self._between[0])):
+        if self._between is None or not all(map(operator.is_, given, self._between[0])):
             self._between = given, checked_newton_schulz(self._op, *given)
         return super()._hyper()._replace(between=self._between[1])
 
@@ -205,7 +209,9 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
             return super()._take_step(tree, parameters, options, grad_scale, measured)
         parts, of_others = self._parts_of(tree), self._options_of(others)
         if options.is_measured:
-            scale = options.grad_scale if grad_scale is None else checked_scale(self._op, grad_scale)
+            scale = (
+                options.grad_scale if grad_scale is None else checked_scale(self._op, grad_scale)
+            )
             if callable(scale):  # once for all
                 grad_scale = scale = checked_scalar(self._op, "grad_scale", scale(self.step))
             measured = measured_step(self._op, tree, self.state, self._hyper(), options, scale)
@@ -252,7 +258,8 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
         in, if there is one."""
         others = self.others
         _check_others(self._op, others, self.others_filter)
-        given = self._state.get(OTHERS)
+        state: dict[str, Any] = self._state
+        given = state.get(OTHERS)
         if others is None:
             if given is not None:
                 raise ValueError(
@@ -262,13 +269,14 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
         elif given is not others._state:
             if given is not None:
                 others.state = given
-            self._state[OTHERS] = others._state
+            state[OTHERS] = others._state
         return others
 
     def _replace_state(self, state: dict[str, Any]) -> None:
         super()._replace_state(state)
         if self.others is not None:
-            self._state[OTHERS] = self.others._state
+            own: dict[str, Any] = self._state
+            own[OTHERS] = self.others._state
 
     # ---- What every optimizer has, of all tensors ---------------------------------
 
