@@ -98,7 +98,7 @@ def variants():
         for kind in (TILED, STRIDED if number % 4 == 0 else TURNED):
             yield step(kind, own, frame, dtype, state, gradients)
     # The first half of a step.
-    for dtype, kind in itertools.product((FLOAT16, FLOAT32, BFLOAT16), [TILED, TURNED, STRIDED]):
+    for dtype, kind in itertools.product((FLOAT16, BFLOAT16, FLOAT32), [TILED, TURNED, STRIDED]):
         frame = "direction groups weight_decay skip_nonfinite stochastic"
         yield step(kind, "muon momentum nesterov", frame, dtype, BFLOAT16 if dtype else FLOAT32)
     # What takes most: three slots, masters and an average, all of float32.
