@@ -284,6 +284,28 @@ NB_MODULE(_ext, m) {
       "number"_a,
       "All tensors of an arena of a layout.");
   m.def(
+      "batch_views",
+      [](const mx::array& arena,
+         std::vector<int> lengths,
+         size_t count,
+         size_t offset,
+         size_t pitch) {
+        const mx::Shape shape(lengths.begin(), lengths.end());
+        auto batch = std::make_shared<Arena>(Arena{arena.dtype(), arena.size()});
+        for (size_t i = 0; i < count; ++i) {
+          batch->tensors.push_back(static_cast<int>(i));
+          batch->shapes.push_back(shape);
+          batch->offsets.push_back(offset + i * pitch);
+        }
+        return arena_tensors(arena, batch);
+      },
+      "arena"_a,
+      "shape"_a,
+      "count"_a,
+      "offset"_a,
+      "pitch"_a,
+      "Tensors of one shape that begin ``pitch`` elements apart.");
+  m.def(
       "pack_slot",
       [](const std::vector<std::optional<mx::array>>& tensors,
          const Layout& layout,

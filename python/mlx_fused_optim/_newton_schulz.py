@@ -53,13 +53,13 @@ class NewtonSchulz(NamedTuple):
         with mx.stream(stream or mx.default_device()):
             for batch in batches_of(layout):
                 arena = directions[batch.arena]
+                place = batch.offset, batch.pitch
                 if batch.is_matrix:
                     made = self._function(batch.shape)(_stacked(arena, batch))
-                    arena, offset, pitch = made.reshape(-1), 0, batch.size
-                else:
-                    offset, pitch = batch.offset, batch.pitch
-                for i, tensor in enumerate(batch.tensors):
-                    updates[tensor] = _ext.arena_view(arena, batch.shape, offset + i * pitch)
+                    arena, place = made.reshape(-1), (0, batch.size)
+                views = _ext.batch_views(arena, batch.shape, len(batch.tensors), *place)
+                for tensor, view in zip(batch.tensors, views, strict=True):
+                    updates[tensor] = view
         return updates
 
     def _function(self, shape: tuple[int, ...]) -> Callable[[mx.array], mx.array]:
