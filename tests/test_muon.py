@@ -253,6 +253,19 @@ def test_an_arena_bounds_a_batch():
     assert max(len(b.tensors) for b in batches) == 4  # a sixteenth of 256 MiB
 
 
+@pytest.mark.parametrize("large", [1, 1 << 20])
+def test_batches_that_wait_for_each_other(monkeypatch, large):
+    """The numbers are the same, and large batches are no earlier than their turn."""
+    monkeypatch.setattr(_newton_schulz, "_LARGE", large)
+    waits = []
+    own = mx.depends
+    monkeypatch.setattr(mx, "depends", lambda *args: waits.append(args) or own(*args))
+    got = update_of(tree(1))
+    monkeypatch.undo()
+    assert len(waits) == (len(set(MATRICES.values())) - 1 if large == 1 else 0)
+    assert identical(got, update_of(tree(1)))
+
+
 # ---- mlx.optimizers.Muon --------------------------------------------------------------------
 
 ARGUMENTS = {
@@ -845,6 +858,36 @@ def test_setting_an_option_after_a_trace_warns():
     )(w)
     with pytest.warns(UserWarning, match="ns_steps was set after"):
         optimizer.ns_steps = 3
+
+
+# ---- MLX's transforms -----------------------------------------------------------------------
+
+
+def test_derivatives():
+    """Of a step, by the gradients: those of MLX's."""
+    parameters, gradients = tree(0, shapes=MATRICES), tree(1, shapes=MATRICES)
+
+    def derivative(cls):
+        def loss(g):
+            return sum(mx.sum(mx.sin(x)) for x in cls(0.1).apply_gradients(g, parameters).values())
+
+        return mx.grad(loss)(gradients)
+
+    got, want = derivative(optim.Muon), derivative(mlx.optimizers.Muon)
+    for name, x in want.items():
+        assert np.abs(numbers(x)).max() > 1e-4 or x.size == 1, name
+        # Each a sum of hundreds of products of float32, of numbers up to 500.
+        assert np.allclose(numbers(got[name]), numbers(x), rtol=1e-3, atol=1e-4), name
+
+
+def test_vectorised():
+    parameters = tree(0)
+    gradients = {k: mx.stack([tree(seed)[k] for seed in (1, 2, 3)]) for k in parameters}
+    got = mx.vmap(lambda g: optim.Muon(0.1).apply_gradients(g, parameters))(gradients)
+    for i, seed in enumerate((1, 2, 3)):
+        want = optim.Muon(0.1).apply_gradients(tree(seed), parameters)
+        for name, x in want.items():
+            assert np.allclose(numbers(got[name][i]), numbers(x), rtol=0, atol=2.0**-18), name
 
 
 # ---- Beside other parts of the package -------------------------------------------------------

@@ -37,6 +37,9 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     ),
 }
 SCALES = ("original", "match_rms_adamw")
+# Batches of so many elements wait for each other: MLX evaluates breadth first, and would have the
+# products of all of them at once. Of smaller ones that would be no harm.
+_LARGE = 1 << 20
 
 
 class NewtonSchulz(NamedTuple):
@@ -50,13 +53,17 @@ class NewtonSchulz(NamedTuple):
         """An update for each tensor of the layout, of its shape; ``directions`` are its arenas.
         That of what is no matrix is its direction."""
         updates: list[Any] = [None] * len(layout.tensors)
+        last = None
         with mx.stream(stream or mx.default_device()):
             for batch in batches_of(layout):
                 arena = directions[batch.arena]
                 place = batch.offset, batch.pitch
                 if batch.is_matrix:
-                    made = self._function(batch.shape)(_stacked(arena, batch))
-                    arena, place = made.reshape(-1), (0, batch.size)
+                    stack = _stacked(arena, batch)
+                    if last is not None and stack.size >= _LARGE:
+                        stack = mx.depends([stack], [last])[0]
+                    last = self._function(batch.shape)(stack)
+                    arena, place = last.reshape(-1), (0, batch.size)
                 views = _ext.batch_views(arena, batch.shape, len(batch.tensors), *place)
                 for tensor, view in zip(batch.tensors, views, strict=True):
                     updates[tensor] = view
