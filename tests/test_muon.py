@@ -16,7 +16,7 @@ import pytest
 from bits import DTYPES, of_mlx, same
 from mlx.nn.layers.distributed import FullyShardedModule
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_fused_optim import _newton_schulz, reference
+from mlx_fused_optim import _ext, _newton_schulz, reference
 from mlx_fused_optim._layout import layout_of_rows
 from test_bad_input import assert_refused
 from waiting import let_go
@@ -25,7 +25,7 @@ from waiting import let_go
 # filters; what is no matrix; what has no element.
 SHAPES = {
     "a": (16, 16), "b": (16, 16), "up": (64, 16), "down": (16, 64), "c": (16, 16), "odd": (5, 7),
-    "odd_too": (5, 7), "tall": (7, 3), "lora_a": (96, 4), "lora_b": (4, 96), "filter": (8, 3, 3, 4),
+    "odd_too": (5, 7), "tall": (7, 3), "lora_a": (96, 4), "lora_b": (4, 96), "filter": (8, 3, 6, 2),
     "one": (1, 1), "row": (1, 9), "norm": (16,), "bias": (5,), "scalar": (), "none": (0, 4),
 }  # fmt: skip
 # Roundings of float32, 2^-24, that lie in the direction of a singular value near 0 grow as that
@@ -693,6 +693,22 @@ def test_a_schedule_of_the_scale_is_asked_once():
     before = len(calls)
     train(optimizer, tree(0), (1,))
     assert calls[before:] == [0]
+
+
+def test_what_was_measured_for_all_has_no_norms_of_tensors():
+    tree_of = _ext.Tree({"w": mx.ones(2)}, {"w": mx.ones(2)}, "op")
+    made = _ext.Options(
+        rule=0,
+        scalars=[0.1, 0.0, 1.0, 0.0, 0.0],
+        flags=_ext.FLAGS["trust_ratio"],
+        trust_coefficient=0.1,
+        measured=[mx.ones(2), mx.array(0, mx.uint64)],
+        op="op",
+    )
+    call = lambda: _ext.fused_step(  # noqa: E731
+        tree_of, _ext.Layout(tree_of), [[]] * 6, mx.array(0, mx.uint64), made
+    )
+    assert_refused(call, "op", "trust ratio")
 
 
 @pytest.mark.parametrize("bad", ["up", "norm"])

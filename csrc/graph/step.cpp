@@ -131,6 +131,12 @@ void check(
         options.skipped->shape(),
         ".");
   }
+  if (!options.measured.empty() && options.flags & fused_math::kTrustRatio) {
+    refuse(
+        options.op,
+        "what was measured before a step has no norms of its tensors: got a trust ratio, allowed a "
+        "step that measures its own gradients.");
+  }
   if (options.flags & fused_math::kGroups) {
     const auto rows = static_cast<int>(options.groups ? options.groups->flags_of.size() : 0);
     const mx::Shape expected{rows, fused_math::kGroupNumbers};

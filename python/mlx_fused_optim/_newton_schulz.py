@@ -70,7 +70,7 @@ class NewtonSchulz(NamedTuple):
         return updates
 
     def _function(self, shape: tuple[int, ...]) -> Callable[[mx.array], mx.array]:
-        on_gpu = mx.default_device() == mx.gpu
+        on_gpu = mx.default_device().type == mx.gpu
         dtype = self.dtype or ("bfloat16" if on_gpu else "float32")
         rows, columns = shape[0], math.prod(shape[1:])
         is_long = max(rows, columns) >= 2 * min(rows, columns)

@@ -437,8 +437,9 @@ class FusedOptimizer(Optimizer):
             measured=measured,
         )
         self._take({**state, **used, **others})
-        step = prepared_step(tree, state, learning_rate, hyper, options)
-        self._prepared = _Prepared((hyper, options, given_rate), step)
+        if options is self._options:
+            step = prepared_step(tree, state, learning_rate, hyper, options)
+            self._prepared = _Prepared((hyper, options, given_rate), step)
         return updated
 
     def ema_parameters(self, dtype: mx.Dtype | None = None) -> Any:
