@@ -110,8 +110,8 @@ def test_fine_tuning(tuned, kind, name):
     assert isinstance(ours, getattr(optim, REPLACED[name]))
     assert ours._schedulers["learning_rate"].in_kernel
     assert ours.step.item() == theirs.step.item() == 3
-    # Of adapters that have no gradient yet, Muon's direction is their decay: of norms about 1e-3, to
-    # which MLX adds 1e-7.
+    # Of adapters that have no gradient yet, Muon's direction is their decay: of norms about 1e-3,
+    # to which MLX adds 1e-7.
     assert_close(got, want, 5e-6 if name == "muon" else 2e-6)
 
 
