@@ -460,12 +460,23 @@ def test_the_frame_after_the_orthogonalisation(options, dtype):
             assert identical(own, kept), name
 
 
-def test_coupled_decay_is_of_the_parameter():
-    w, g = tree(0)["a"], tree(1)["a"]
-    ours = optim.Muon(0.1, weight_decay=0.5)
-    got = ours.apply_gradients({"w": g}, {"w": w})
-    want = optim.Muon(0.1, weight_decay=0.0).apply_gradients({"w": g + 0.5 * w}, {"w": w})
-    assert identical(got, want)
+@pytest.mark.parametrize("name", ["a", "norm"])
+@pytest.mark.parametrize("kept", [{}, {"master_weights": True}, {"compensated": True}], ids=str)
+def test_coupled_decay(kept, name):
+    """Of the master, where there is one; of a vector too, whether or not a matrix is beside it."""
+    ours, bare = (optim.Muon(0.1, weight_decay=x, **kept) for x in (0.5, 0.0))
+    beside = {"up": tree(0)["up"]}
+    together = optim.Muon(0.1, weight_decay=0.5, **kept)
+    got = want = {"w": tree(0, mx.bfloat16)[name]}
+    other = {**got, **beside}
+    for seed in (1, 2, 3):
+        g = {"w": tree(seed)[name]}
+        w = bare.unpacked_state().get("w", {}).get("master", want["w"].astype(mx.float32))
+        want = bare.apply_gradients({"w": g["w"] + 0.5 * w}, want)
+        got = ours.apply_gradients(g, got)
+        other = together.apply_gradients({**g, "up": tree(seed)["up"]}, other)
+        assert identical(got, want) and same(other["w"], got["w"])
+        assert identical(ours.unpacked_state()["w"], bare.unpacked_state()["w"])
 
 
 def test_numbers_on_schedules():

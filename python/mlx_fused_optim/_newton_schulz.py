@@ -102,7 +102,11 @@ _batches: Recent[list[Batch]] = Recent(64)
 def batches_of(layout: Layout) -> list[Batch]:
     """An arena bounds what a batch takes: a sixteenth of all, or its one matrix."""
     found = _batches.find(layout.key)
-    return found or _batches.keep(layout.key, _found_batches(layout))
+    return _batches.keep(layout.key, _found_batches(layout)) if found is None else found
+
+
+def has_matrices(layout: Layout) -> bool:
+    return any(batch.is_matrix for batch in batches_of(layout))
 
 
 def _found_batches(layout: Layout) -> list[Batch]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from . import _ext, _groups, _packing
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._layout import Layout, layout_of, layout_of_rows
-from ._newton_schulz import NewtonSchulz
+from ._newton_schulz import NewtonSchulz, has_matrices
 from ._options import Options, checked_scale
 from ._paths import leaves, name_of
 from ._recent import Recent
@@ -233,7 +233,8 @@ def arranged(tree: _ext.Tree, hyper: Hyper) -> Arranged:
 
 
 # Of a step in two passes: what is the second's, and what both have.
-_OF_UPDATE = sum(_ext.FLAGS[f] for f in ("decoupled", "master_weights", "compensated", "ema"))
+_MASTERS = _ext.FLAGS["master_weights"] | _ext.FLAGS["compensated"]  # both: masters of 24 bits
+_OF_UPDATE = _MASTERS | _ext.FLAGS["decoupled"] | _ext.FLAGS["ema"]
 _OF_BOTH = sum(_ext.FLAGS[f] for f in ("groups", "skip_nonfinite", "stochastic"))
 
 
@@ -247,17 +248,23 @@ def _two_passes(
 ) -> tuple[Any, ...]:
     """What one pass gives: the first makes directions of the gradients and keeps the rule's
     slots, the second takes for gradients what ``between`` makes of them."""
-    second = _OF_UPDATE | _OF_BOTH
-    if flags & _ext.FLAGS["decoupled"]:
-        second |= _ext.FLAGS["weight_decay"]
-    first = (flags & ~second) | (flags & _OF_BOTH) | _ext.FLAGS["direction"]
+    decay, decoupled, master = map(
+        _ext.FLAGS.__getitem__, ("weight_decay", "decoupled", "master_weights")
+    )
+    second = flags & (_OF_UPDATE | _OF_BOTH | (decay if flags & decoupled else 0))
+    first = flags & ~second | flags & _OF_BOTH | _ext.FLAGS["direction"]
+    if flags & master and first & decay:  # which is that of the masters
+        first |= flags & _MASTERS
+    last = RULE_PLACES + bool(first & master)
     none: list[list[mx.array]] = [[] for _ in slots]
-    own, kept = slots[:RULE_PLACES], slots[RULE_PLACES:]
-    directions, own, _, _, *counts = take(tree, own + none[RULE_PLACES:], first, measured)
+
+    directions, own, _, _, *counts = take(tree, slots[:last] + none[last:], first, measured)
+    slots = own[:last] + slots[last:]
     measured = [] if counts[0] is None else counts
     tree = tree.with_gradients(between(directions))
-    updated, kept, step, used, *_ = take(tree, none[:RULE_PLACES] + kept, flags & second, measured)
-    return updated, own[:RULE_PLACES] + kept[RULE_PLACES:], step, used, *counts
+    kept = none[:RULE_PLACES] + slots[RULE_PLACES:]
+    updated, kept, step, used, *_ = take(tree, kept, second, measured)
+    return updated, slots[:RULE_PLACES] + kept[RULE_PLACES:], step, used, *counts
 
 
 def measured_step(
@@ -366,7 +373,7 @@ def take_step(
         return _ext.fused_step(tree, layout.made, slots, state["step"], made, stream=stream)
 
     flags = flags_of(hyper, options, scale)
-    if hyper.between is None:
+    if hyper.between is None or not has_matrices(layout):
         taken = take(tree, kernel_slots, flags, measured or [])
     else:
         between = partial(hyper.between.updates, layout=layout, stream=stream)

@@ -58,8 +58,7 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     :math:`\mathrm{NS}(u) = U \, p(\Sigma / \lVert u \rVert) \, V^\top` for the Frobenius
     norm and :math:`p` the polynomials :math:`x \mapsto a x + b x^3 + c x^5`, applied ``ns_steps``
     times, which bring singular values near 1. A matrix of zeros stays one; any other direction
-    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm. A coupled decay is
-    that of the parameter, also where it has a master.
+    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm.
 
     {frame}
 
