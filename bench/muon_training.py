@@ -80,8 +80,9 @@ TEXT = 'font-family="sans-serif" font-size="11" fill="#444"'
 
 
 def picture(runs: list[Run]) -> str:
-    """An SVG document: a curve for each."""
+    """An SVG document: a curve for each, from the first look after the beginning on."""
     steps = runs[0].losses[-1][0]
+    runs = [run._replace(losses=run.losses[1:]) for run in runs]
     values = [loss for run in runs for _, loss in run.losses]
     low, high = min(values), max(values)
     bottom = HEIGHT - BOTTOM

@@ -673,6 +673,9 @@ def test_a_predicate_says_which_these_are():
     assert (numbers(got["layers"][0]["w"]) == 0.5).all() and (numbers(got["head"]) == 0.5).all()
     assert (numbers(got["layers"][1]["w"]) > 0.5).all()
     assert set(optimizer.unpacked_state()) == {"step", "learning_rate", "layers", "others_state"}
+    optimizer.others_filter = lambda path, array: True  # another one is asked at the next step
+    got = optimizer.apply_gradients(w, w)
+    assert (numbers(got["layers"][1]["w"]) == 0.5).all()
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -700,10 +703,11 @@ def test_a_schedule_of_the_scale_is_asked_once():
         calls.append(step.item())
         return mx.array(2.0)
 
-    optimizer = optim.Muon(0.1, others=optim.AdamW(0.01), clip_norm=1.0, grad_scale=scale)
-    before = len(calls)
-    train(optimizer, tree(0), (1,))
-    assert calls[before:] == [0]
+    for options in ({}, {"clip_norm": 1.0}):
+        optimizer = optim.Muon(0.1, others=optim.AdamW(0.01), grad_scale=scale, **options)
+        before = len(calls)
+        train(optimizer, tree(0), (1,))
+        assert calls[before:] == [0]
 
 
 def test_what_was_measured_for_all_has_no_norms_of_tensors():
@@ -1065,6 +1069,10 @@ def test_states_that_do_not_fit():
     optimizer.state = with_others.state
     call = lambda: optimizer.apply_gradients(tree(1), tree(0))  # noqa: E731
     assert_refused(call, "Muon", "others_state")
+    with_others.state = [1]
+    assert_refused(lambda: with_others.apply_gradients(tree(1), tree(0)), "Muon", "list")
+    with_others.state = {**optim.Muon(0.1).state, "others_state": mx.array(1)}
+    assert_refused(lambda: with_others.apply_gradients(tree(1), tree(0)), "AdamW", "a dict")
     optimizer = optim.Muon(0.1)
     adam = optim.Adam(0.1)
     train(adam, tree(0), (1,))

@@ -15,7 +15,7 @@ from .._checks import Hyperparameter, LearningRate, checked_scalar
 from .._layout import Layout, layout_of, layout_of_rows
 from .._newton_schulz import NewtonSchulz, Triple, checked_dtype, checked_newton_schulz
 from .._options import Options, StepOptions, checked_scale
-from .._packing import OTHERS
+from .._packing import OTHERS, check_scalars
 from .._paths import name_of
 from .._recent import Recent
 from .._rules import DTYPES, UNIT, Rule, Slots
@@ -34,6 +34,7 @@ SHARED = tuple(name for name in Options._fields if name not in OWN_OF_OTHERS)
 class _Parts(NamedTuple):
     """Which tensors of a tree are whose: numbers in it, and their layouts."""
 
+    takes: Callable[[str, mx.array], Any]  # that was asked
     own: list[int]
     own_layout: Layout
     others: list[int]
@@ -207,13 +208,12 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
         if others is None:
             return super()._take_step(tree, parameters, options, grad_scale, measured)
         parts, of_others = self._parts_of(tree), self._options_of(others)
+        scale = options.grad_scale if grad_scale is None else checked_scale(self._op, grad_scale)
+        if callable(scale):  # once for all
+            grad_scale = scale = checked_scalar(self._op, "grad_scale", scale(self.step))
         if options.is_measured:
-            scale = (
-                options.grad_scale if grad_scale is None else checked_scale(self._op, grad_scale)
-            )
-            if callable(scale):  # once for all
-                grad_scale = scale = checked_scalar(self._op, "grad_scale", scale(self.step))
             measured = measured_step(self._op, tree, self.state, self._hyper(), options, scale)
+        check_scalars(others.state, others._op)
         before = dict(others.state)
         part = tree.part(parts.others, parts.others_layout.made)
         updated = others._take_step(part, parameters, of_others, grad_scale, measured)
@@ -229,19 +229,14 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
 
     def _parts_of(self, tree: _ext.Tree) -> _Parts:
         layout, takes = layout_of(tree), self.others_filter or _is_no_matrix
-        key = (layout.key, id(takes))
-        found = self._parts.find(key)
-        if found is not None:
+        found = self._parts.find(layout.key)
+        if found is not None and found.takes is takes:
             return found
-        rows = layout.tensors
-        others = [
-            number
-            for number, (row, array) in enumerate(zip(rows, tree.parameters, strict=True))
-            if takes(name_of(row[0]), array)
-        ]
-        own = [number for number in range(len(rows)) if number not in set(others)]
-        layouts = (layout_of_rows([rows[i] for i in numbers]) for numbers in (own, others))
-        return self._parts.keep(key, _Parts(own, next(layouts), others, next(layouts)))
+        rows, own, others = layout.tensors, list[int](), list[int]()
+        for number, (row, array) in enumerate(zip(rows, tree.parameters, strict=True)):
+            (others if takes(name_of(row[0]), array) else own).append(number)
+        layouts = [layout_of_rows([rows[i] for i in numbers]) for numbers in (own, others)]
+        return self._parts.keep(layout.key, _Parts(takes, own, layouts[0], others, layouts[1]))
 
     def _options_of(self, others: FusedOptimizer) -> Options:
         """Its own, and those that all tensors share."""
@@ -258,6 +253,8 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
         others = self.others
         _check_others(self._op, others, self.others_filter)
         state: dict[str, Any] = self._state
+        if not isinstance(state, dict):  # which every step refuses
+            return others
         given = state.get(OTHERS)
         if others is None:
             if given is not None:
