@@ -18,6 +18,7 @@ struct float16 {
 struct bfloat16 {
   uint16_t bits;
 };
+struct bytes; // rows of csrc/math/bytes.h
 
 #ifdef __CUDACC__ // else tests/cuda/emulation.h has them
 __device__ inline float float_of_half(uint16_t bits) {
@@ -113,8 +114,8 @@ struct Known {
 // ---- Where a block works -------------------------------------------------------------
 
 /// The tensor that this block works on: the last that begins at or before it.
-template <typename T, uint32_t capacity>
-__device__ inline const T& find_tensor(const Launch<T, capacity>& launch) {
+template <typename T, uint32_t capacity, typename Shared>
+__device__ inline const T& find_tensor(const Launch<T, capacity, Shared>& launch) {
   uint32_t low = 0;
   uint32_t high = launch.common.count - 1;
   while (low < high) {

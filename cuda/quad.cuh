@@ -3,16 +3,23 @@
 #pragma once
 
 #include "common.cuh"
+#include "math/frame.h"
 
 namespace mlx_fused_optim::cuda {
 namespace {
 
+using fused_math::is_byte_format;
 using fused_math::kBfloat16;
+using fused_math::kByteGroup;
+using fused_math::kByteRow;
+using fused_math::kByteScale;
+using fused_math::kByteSquares;
 using fused_math::kFloat16;
 using fused_math::kFloat32;
 using fused_math::kInt8;
 
-/// A word for each float32, half a word for each of a half type, a quarter for each int8.
+/// A word for each float32, half a word for each of a half type, a quarter for each int8. Of
+/// rows of bytes the codes, and the scale of the group.
 struct Quad {
   uint32_t words[kQuad];
 };
@@ -55,6 +62,22 @@ __device__ inline void load_some(Quad& quad, const uint8_t* from, int64_t stride
   }
 }
 
+/// Codes and scale. What is not aligned comes in bytes.
+template <bool whole>
+__device__ inline void load_row(Quad& quad, const uint8_t* rows, uint64_t at, uint32_t count) {
+  const uint8_t* row = rows + at / kByteGroup * kByteRow;
+  const uint8_t* codes = row + kByteScale + at % kByteGroup;
+  Quad scale = {};
+  if constexpr (whole) {
+    load_whole(quad, codes);
+    load_whole(scale, row);
+  } else if (count > 0) {
+    load_some(quad, codes, 1, count);
+    load_some(scale, row, 1, kByteScale);
+  }
+  quad.words[1] = scale.words[0];
+}
+
 /// The quad that begins at element `at`. Leaves it be where there is no array.
 template <bool whole>
 __device__ inline void load(
@@ -71,12 +94,38 @@ __device__ inline void load(
       load_some(quad, from, stride, count);
     }
   };
-  if (format == kFloat32) {
+  if (is_byte_format(format)) {
+    load_row<whole>(quad, static_cast<const uint8_t*>(data), at, count);
+  } else if (format == kFloat32) {
     load_from(static_cast<const uint32_t*>(data) + at);
   } else if (format == kInt8) {
     load_from(static_cast<const uint8_t*>(data) + at);
   } else {
     load_from(static_cast<const uint16_t*>(data) + at);
+  }
+}
+
+/// The scale with the first quad of its group.
+template <bool whole>
+__device__ inline void store_row(uint8_t* rows, uint64_t at, const Quad& quad, uint32_t count) {
+  uint8_t* row = rows + at / kByteGroup * kByteRow;
+  uint8_t* codes = row + kByteScale + at % kByteGroup;
+  const bool is_first = at % kByteGroup == 0;
+  if constexpr (whole) {
+    __stwb(reinterpret_cast<uint32_t*>(codes), quad.words[0]);
+    if (is_first) {
+      __stwb(reinterpret_cast<uint32_t*>(row), quad.words[1]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      if (k < count) {
+        codes[k] = static_cast<uint8_t>(quad.words[0] >> 8 * k);
+      }
+      if (is_first && count > 0) {
+        row[k] = static_cast<uint8_t>(quad.words[1] >> 8 * k);
+      }
+    }
   }
 }
 
@@ -88,7 +137,9 @@ __device__ inline void store(
     const Quad& quad,
     uint32_t count = kQuad) {
   auto& words = quad.words;
-  if (format == kFloat32) {
+  if (is_byte_format(format)) {
+    store_row<whole>(static_cast<uint8_t*>(data), at, quad, count);
+  } else if (format == kFloat32) {
     auto* to = static_cast<uint32_t*>(data) + at;
     if constexpr (whole) {
       __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
@@ -129,7 +180,15 @@ __device__ inline void store(
 
 __device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[kQuad]) {
   auto& words = quad.words;
-  if (format == kFloat32) {
+  if (is_byte_format(format)) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const auto byte = static_cast<uint8_t>(words[0] >> 8 * k);
+      const float code = format == kByteSquares ? static_cast<float>(byte)
+                                                : static_cast<float>(static_cast<int8_t>(byte));
+      values[k] = fused_math::byte_value(code, fused_math::bits_to_float(words[1]), format);
+    }
+  } else if (format == kFloat32) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       values[k] = fused_math::bits_to_float(words[k]);
@@ -205,6 +264,34 @@ __device__ inline void round_and_narrow(float (&values)[kQuad], uint32_t format,
     }
   }
   narrow(values, format, quad); // which rounds to float16
+}
+
+/// To codes, with the scale of the group, whose 16 threads all come here.
+__device__ inline void narrow_to_bytes(
+    uint32_t format,
+    const float (&values)[kQuad],
+    Quad& quad,
+    uint32_t position,
+    int slot,
+    fused_math::RandomKey key,
+    uint32_t flags) {
+  uint32_t peak = 0;
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    peak = max(peak, fused_math::byte_peak(values[k], format));
+  }
+#pragma unroll
+  for (uint32_t mask = 1; mask < kByteGroup / kQuad; mask *= 2) {
+    peak = max(peak, __shfl_xor_sync(~0u, peak, mask));
+  }
+  const fused_math::ByteScale scale = fused_math::byte_scale(peak, format);
+  quad = {{0, fused_math::float_to_bits(scale.scale), 0, 0}};
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    const float dither = fused_math::slot_dither<float>(position + k, slot, key, flags);
+    const float code = fused_math::byte_code(values[k], scale, dither, format);
+    quad.words[0] |= (static_cast<uint32_t>(static_cast<int32_t>(code)) & 0xff) << 8 * k;
+  }
 }
 
 } // namespace

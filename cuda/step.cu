@@ -16,6 +16,8 @@ template <>
 constexpr uint32_t kFormatOf<float16> = kFloat16;
 template <>
 constexpr uint32_t kFormatOf<bfloat16> = kBfloat16;
+template <>
+constexpr uint32_t kFormatOf<bytes> = kBytes;
 
 /// What a kernel of a step knows.
 template <typename K>
@@ -36,8 +38,10 @@ struct StepKnown {
     return has_slot(kRule, kMay, slot) || (slot == kCompensation && kMay == kGenericFlags);
   }
   static constexpr uint32_t format_of_slot(int slot) {
-    return slot_format(kHasMaster24 ? uint32_t(kMaster24) : 0, slot, kFormat, kStateFormat);
+    return slot_format(kRule, kHasMaster24 ? uint32_t(kMaster24) : 0, slot, kFormat, kStateFormat);
   }
+  /// Moments in bytes: a group is of 16 neighbours among the threads, which keep together.
+  static constexpr bool kHasBytes = kStateFormat == kBytes;
   /// Registers that a quad of everything takes.
   static constexpr uint32_t words() {
     uint32_t n = 2 * words_of(kFormat);
@@ -47,7 +51,8 @@ struct StepKnown {
     return n;
   }
   static constexpr uint32_t words_of(uint32_t format) {
-    return format == kFloat32 ? 4 : format == kInt8 ? 1 : 2;
+    // Of bytes also what coding takes.
+    return format == kFloat32 ? 4 : format == kInt8 ? 1 : is_byte_format(format) ? 5 : 2; // of bytes a scale, too
   }
   /// Quads that a thread loads before it uses one: two where registers are left. Rounding at
   /// random to float16 takes many.
@@ -59,7 +64,11 @@ struct StepKnown {
 /// A warp computes the numbers of the step, for this block's tensor: a lane each scalar,
 /// which may be a schedule's. None may be used before the next barrier.
 template <typename Known>
-__device__ void compute_numbers(const Common& common, const Tensor& tensor, StepHyper& shared) {
+__device__ void compute_numbers(
+    const StepCommon& common,
+    const StepArena& arena,
+    const Tensor& tensor,
+    StepHyper& shared) {
   __shared__ StepScalars scalars;
   if (threadIdx.x >= 32) {
     return;
@@ -78,8 +87,8 @@ __device__ void compute_numbers(const Common& common, const Tensor& tensor, Step
     return;
   }
   const uint32_t flags = is_generic(Known::kMay) ? control.flags : Known::kMay;
-  const StepHyper hyper =
-      step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
+  StepHyper hyper = step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
+  hyper.key = random_key(control.seed, step, arena.place);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }
@@ -97,17 +106,17 @@ __device__ uint64_t offset_of(const Tensor& tensor) { return uint64_t(tensor.pla
 
 /// Zeroes the gap behind the last element of a tensor; one block must do it.
 template <typename Known>
-__device__ void clear_gap(const Common& common, const Tensor& tensor) {
+__device__ void clear_gap(const StepArena& arena, const Tensor& tensor) {
   constexpr uint64_t kStep = kGranule / (Known::kFormat == kFloat32 ? 4 : 2);
   const uint64_t gap = (kStep - tensor.size % kStep) % kStep;
   if (threadIdx.x < gap) {
     const Quad zero = {};
     const uint64_t at = offset_of(tensor) + tensor.size + threadIdx.x;
-    store<false>(common.parameters_out, Known::kOutFormat, at, zero, 1);
+    store<false>(arena.parameters_out, Known::kOutFormat, at, zero, 1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (Known::may_have(slot) && common.slots[slot].out) {
-        store<false>(common.slots[slot].out, Known::format_of_slot(slot), at, zero, 1);
+      if (Known::may_have(slot) && arena.slots[slot].out) {
+        store<false>(arena.slots[slot].out, Known::format_of_slot(slot), at, zero, 1);
       }
     }
   }
@@ -115,7 +124,8 @@ __device__ void clear_gap(const Common& common, const Tensor& tensor) {
 
 /// Blocks that a multiprocessor is to hold at once: what is on its way from memory for
 /// all of them takes as long as the way. A register more a thread would be one too many.
-constexpr uint32_t kTiledBlocks = 4;
+template <typename K>
+constexpr uint32_t kTiledBlocks = StepKnown<K>::words() > 24 ? 3 : 4;
 
 // ---- Contiguous tensors, and gradients that are matrices ----------------------------
 
@@ -175,14 +185,14 @@ __device__ uint32_t count_of(const Way& way, uint32_t n) {
 template <typename Known, bool whole>
 __device__ void load(
     Quads& quads,
-    const Common& common,
+    const StepArena& arena,
     const Matrix& tensor,
     uint64_t at,
     uint32_t count) {
   load<whole>(quads.parameter, tensor.parameter, Known::kFormat, at - offset_of(tensor), 1, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    const void* data = common.slots[slot].data;
+    const void* data = arena.slots[slot].data;
     quads.slots[slot] = {};
     if (Known::may_have(slot) && data) {
       load<whole>(quads.slots[slot], data, Known::format_of_slot(slot), at, 1, count);
@@ -191,11 +201,11 @@ __device__ void load(
 }
 
 template <typename Known, bool whole>
-__device__ void store(const Quads& quads, const Common& common, uint64_t at, uint32_t count) {
-  store<whole>(common.parameters_out, Known::kOutFormat, at, quads.parameter, count);
+__device__ void store(const Quads& quads, const StepArena& arena, uint64_t at, uint32_t count) {
+  store<whole>(arena.parameters_out, Known::kOutFormat, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    void* out = common.slots[slot].out;
+    void* out = arena.slots[slot].out;
     if (Known::may_have(slot) && out) {
       store<whole>(out, Known::format_of_slot(slot), at, quads.slots[slot], count);
     }
@@ -207,7 +217,7 @@ template <typename Known>
 constexpr bool kRoundsParameterLast =
     !(Known::kMay & (kMaster | kCompensated | kStochastic | kAverage));
 template <typename Known>
-constexpr bool kRoundsStateLast = !(Known::kMay & kStochastic);
+constexpr bool kRoundsStateLast = !(Known::kMay & kStochastic) && !Known::kHasBytes;
 
 template <bool rounds>
 __device__ void narrow_to(uint32_t format, float (&values)[kQuad], Quad& quad) {
@@ -263,7 +273,18 @@ __device__ void update(
   narrow_to<kRoundsParameterLast<Known>>(Known::kOutFormat, p, quads.parameter);
 #pragma unroll
   for (int slot = 0; slot < kRuleSlots; ++slot) {
-    narrow_to<kRoundsStateLast<Known>>(state_format, slots[slot], quads.slots[slot]);
+    if constexpr (!Known::kHasBytes) {
+      narrow_to<kRoundsStateLast<Known>>(state_format, slots[slot], quads.slots[slot]);
+    } else if (has_slot(Known::kRule, flags, slot)) { // else to the bit
+      narrow_to_bytes(
+          Known::format_of_slot(slot),
+          slots[slot],
+          quads.slots[slot],
+          position,
+          slot,
+          hyper.key,
+          flags);
+    }
   }
 #pragma unroll
   for (int slot = kRuleSlots; slot < kSlots; ++slot) {
@@ -282,23 +303,25 @@ __device__ void update(
   update<Known>(quads, gradients, position, hyper, tensor);
 }
 
-template <typename K, uint32_t capacity>
-__device__ void run(const Launch<Tiled, capacity>& launch) {
+template <typename K, uint32_t capacity, typename Shared>
+__device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kInFlight = Known::kInFlight;
   __shared__ StepHyper shared;
-  const Common& common = launch.common;
   const Tiled& tensor = find_tensor(launch);
-  compute_numbers<Known>(common, tensor, shared);
-  const bool wide_arenas = common.aligned && (tensor.wide & kWideArenas);
+  const StepArena& arena = launch.common.arenas[tensor.arena];
+  compute_numbers<Known>(launch.common, arena, tensor, shared);
+  const bool aligned = launch.common.aligned >> tensor.arena & 1;
+  const uint32_t wide = tensor.wide & ~(aligned ? 0u : uint32_t(kWideArenas));
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
   bool is_first = true;
+  uint32_t turns = kPasses / kInFlight; // with bytes all threads take all of them
 #pragma unroll 1
   do {
     Quads quads[kInFlight];
     const bool whole = way.whole >= kInFlight;
-    if (whole && (tensor.wide & kWideGradient)) {
+    if (whole && (wide & kWideGradient)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         load<true>(
@@ -319,16 +342,15 @@ __device__ void run(const Launch<Tiled, capacity>& launch) {
             count_of(way, n));
       }
     }
-    if (whole && wide_arenas) {
+    if (whole && (wide & kWideArenas)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        load<Known, true>(quads[n], common, tensor, way.at + n * step_of(tensor), kQuad);
+        load<Known, true>(quads[n], arena, tensor, way.at + n * step_of(tensor), kQuad);
       }
     } else {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        load<Known, false>(
-            quads[n], common, tensor, way.at + n * step_of(tensor), count_of(way, n));
+        load<Known, false>(quads[n], arena, tensor, way.at + n * step_of(tensor), count_of(way, n));
       }
     }
     if (is_first) { // all warps but the one that computes have loaded by now
@@ -343,24 +365,24 @@ __device__ void run(const Launch<Tiled, capacity>& launch) {
         update<Known>(quads[n], position, hyper, tensor);
       }
     }
-    if (whole && wide_arenas) {
+    if (whole && (wide & kWideArenas)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        store<Known, true>(quads[n], common, way.at + n * step_of(tensor), kQuad);
+        store<Known, true>(quads[n], arena, way.at + n * step_of(tensor), kQuad);
       }
     } else {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
-        store<Known, false>(quads[n], common, way.at + n * step_of(tensor), count_of(way, n));
+        store<Known, false>(quads[n], arena, way.at + n * step_of(tensor), count_of(way, n));
       }
     }
     way.at += kInFlight * step_of(tensor);
     way.gradient += kInFlight * gradient_step_of(tensor);
     way.quads -= min(way.quads, kInFlight);
     way.whole -= min(way.whole, kInFlight);
-  } while (way.quads != 0);
+  } while (Known::kHasBytes ? --turns != 0 : way.quads != 0);
   if (blockIdx.x == tensor.first_block) {
-    clear_gap<Known>(common, tensor);
+    clear_gap<Known>(arena, tensor);
   }
 }
 
@@ -372,16 +394,17 @@ constexpr uint32_t kTurnedBlocks = StepKnown<K>::words() <= 12 ? 2 : 1;
 
 /// A square of the gradient, read along its rows and used along the parameter's. One more
 /// column spreads a column of the square over the banks of shared memory.
-template <typename K, uint32_t capacity>
-__device__ void run(const Launch<Turned, capacity>& launch) {
+template <typename K, uint32_t capacity, typename Shared>
+__device__ void run(const Launch<Turned, capacity, Shared>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kPerLine = kSquare / kQuad; // threads on a line of the square
   constexpr uint32_t kLines = kSquareThreads / kPerLine; // lines at a time
   constexpr uint32_t kSteps = kSquare / kLines;
   __shared__ float turned[kSquare][kSquare + 1];
   __shared__ StepHyper shared;
-  const Common& common = launch.common;
   const Turned& tensor = find_tensor(launch);
+  const StepArena& arena = launch.common.arenas[tensor.arena];
+  const bool aligned = launch.common.aligned >> tensor.arena & 1;
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   const uint32_t along = threadIdx.x % kPerLine * kQuad;
   const uint32_t line = threadIdx.x / kPerLine;
@@ -392,7 +415,7 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
   const uint64_t row = uint64_t(square / squares_in_row) * kSquare;
   const uint32_t column = square % squares_in_row * kSquare;
 
-  Quads quads[kSteps];
+  Quads quads[kSteps] = {};
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
@@ -406,15 +429,15 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
     const uint32_t j = line + k * kLines;
     if (row + j < rows && column + along < columns) {
       const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
-      if (common.aligned) {
-        load<Known, true>(quads[k], common, tensor, at, kQuad);
+      if (aligned) {
+        load<Known, true>(quads[k], arena, tensor, at, kQuad);
       } else {
-        load<Known, false>(quads[k], common, tensor, at, kQuad);
+        load<Known, false>(quads[k], arena, tensor, at, kQuad);
       }
     }
   }
   // While they are under way: few of these large blocks run at once.
-  compute_numbers<Known>(common, tensor, shared);
+  compute_numbers<Known>(launch.common, arena, tensor, shared);
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     float gradients[kQuad];
@@ -429,25 +452,26 @@ __device__ void run(const Launch<Turned, capacity>& launch) {
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
-    if (row + j < rows && column + along < columns) {
-      const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
+    const bool inside = row + j < rows && column + along < columns;
+    const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
+    // What was loaded is stored to the bit where the step is skipped. With bytes a warp keeps
+    // together.
+    if (hyper.apply && (inside || Known::kHasBytes)) {
       float gradients[kQuad];
 #pragma unroll
       for (uint32_t w = 0; w < kQuad; ++w) {
         gradients[w] = turned[along + w][j];
       }
-      if (hyper.apply) { // else what was loaded is stored, to the bit
-        update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
-      }
-      if (common.aligned) {
-        store<Known, true>(quads[k], common, at, kQuad);
-      } else {
-        store<Known, false>(quads[k], common, at, kQuad);
-      }
+      update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
+    }
+    if (inside && aligned) {
+      store<Known, true>(quads[k], arena, at, kQuad);
+    } else if (inside) {
+      store<Known, false>(quads[k], arena, at, kQuad);
     }
   }
   if (square == 0) {
-    clear_gap<Known>(common, tensor);
+    clear_gap<Known>(arena, tensor);
   }
 }
 
@@ -457,9 +481,9 @@ template <typename K>
 __device__ void run(const Launch<Strided>& launch) {
   using Known = StepKnown<K>;
   __shared__ StepHyper shared;
-  const Common& common = launch.common;
   const Strided& tensor = find_tensor(launch);
-  compute_numbers<Known>(common, tensor, shared);
+  const StepArena& arena = launch.common.arenas[tensor.arena];
+  compute_numbers<Known>(launch.common, arena, tensor, shared);
   __syncthreads();
   const StepHyper hyper = shared;
   const uint64_t begin = uint64_t(blockIdx.x - tensor.first_block) * kTile;
@@ -478,14 +502,15 @@ __device__ void run(const Launch<Strided>& launch) {
         1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const SlotArena& arena = common.slots[slot];
-      if (Known::may_have(slot) && arena.data) {
+      const void* data = arena.slots[slot].data;
+      const SlotWay& way = tensor.ways[slot];
+      if (Known::may_have(slot) && data) {
         load<false>(
             quads.slots[slot],
-            arena.data,
+            data,
             Known::format_of_slot(slot),
-            int64_t(at / arena.columns) * arena.row_stride +
-                int64_t(at % arena.columns) * arena.column_stride,
+            int64_t(at / way.columns) * way.row_stride +
+                int64_t(at % way.columns) * way.column_stride,
             1,
             1);
       }
@@ -493,10 +518,10 @@ __device__ void run(const Launch<Strided>& launch) {
     if (hyper.apply) { // four of which three are zeros: simple, and seldom
       update<Known>(quads, static_cast<uint32_t>(at), hyper, tensor);
     }
-    store<Known, false>(quads, common, at, 1);
+    store<Known, false>(quads, arena, at, 1);
   }
   if (begin == 0) {
-    clear_gap<Known>(common, tensor);
+    clear_gap<Known>(arena, tensor);
   }
 }
 

@@ -24,5 +24,6 @@ template <typename T>
 
 #define INSTANTIATE(name, ...) \
   template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+INSTANTIATE("pack_1", pack_elements<uint8_t>)
 INSTANTIATE("pack_2", pack_elements<uint16_t>)
 INSTANTIATE("pack_4", pack_elements<uint32_t>)

@@ -3,6 +3,7 @@
 // blocks contain b. One function for all rules: function constants say what a step has
 // and what is in its memory, so that Metal compiles the combinations in use and none is
 // written out here. This file joins the others.
+#include "byte_quads.h"
 #include "math/frame.h"
 #include "measure.metal"
 #include "pack.metal"
@@ -25,7 +26,7 @@ inline bool keeps(int slot) { return has_slot(step_rule, step_flags, slot); }
 inline uint32_t out_format() { return parameter_out_format(step_flags, parameter_format); }
 
 inline uint32_t format_of_slot(int slot) {
-  return slot_format(step_flags, slot, parameter_format, state_format);
+  return slot_format(step_rule, step_flags, slot, parameter_format, state_format);
 }
 
 /// The update of the tensors in `table`. Its other buffers are bytes, read by their formats,
@@ -87,8 +88,9 @@ inline uint32_t format_of_slot(int slot) {
 
   for (uint32_t pass = 0; pass < kPasses; ++pass) {
     const Piece piece = piece_of_thread(tensor, block, pass, lane, lanes);
-    if (piece.count == 0) {
-      break; // later passes lie further on
+    // Later passes lie further on; but with bytes all threads of a group go on together.
+    if (piece.count == 0 && state_format != kBytes) {
+      break;
     }
     const uint32_t count = piece.count;
     const bool wide = count == kQuad && (tensor.wide & kWideArena);
@@ -98,11 +100,17 @@ inline uint32_t format_of_slot(int slot) {
     const float4 g = load_quad_of(
         gradient_format, gradients, piece.gradient, tensor.column_stride, count, wide_gradient);
     float4 kept[kSlots];
+    ByteQuad bytes[kRuleSlots];
     UNROLLED for (int slot = 0; slot < kSlots; ++slot) {
       kept[slot] = float4(0.0f);
       if (keeps(slot)) {
         device const char* from = buffer_of(buffers, slot_place(step_rule, step_flags, slot));
-        kept[slot] = load_quad_of(format_of_slot(slot), from, at, 1, count, wide);
+        if (is_byte_format(format_of_slot(slot))) {
+          bytes[slot] = load_bytes(format_of_slot(slot), from, at, count, wide);
+          kept[slot] = values_of_bytes(format_of_slot(slot), bytes[slot]);
+        } else {
+          kept[slot] = load_quad_of(format_of_slot(slot), from, at, 1, count, wide);
+        }
       }
     }
     UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
@@ -132,7 +140,16 @@ inline uint32_t format_of_slot(int slot) {
     UNROLLED for (int slot = 0; slot < kSlots; ++slot) {
       if (keeps(slot)) {
         device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);
-        store_quad_of(format_of_slot(slot), to, at, kept[slot], count, wide);
+        const uint32_t format = format_of_slot(slot);
+        if (!is_byte_format(format)) {
+          store_quad_of(format, to, at, kept[slot], count, wide);
+        } else {
+          if (hyper.apply && has_slot(step_rule, flags, slot)) { // else to the bit
+            bytes[slot] =
+                bytes_of_values(format, kept[slot], count, uint32_t(at), slot, hyper.key, flags);
+          }
+          store_bytes(format, to, at, bytes[slot], count, wide);
+        }
       }
     }
   }
@@ -146,7 +163,11 @@ inline uint32_t format_of_slot(int slot) {
       UNROLLED for (int slot = 0; slot < kSlots; ++slot) {
         if (keeps(slot)) {
           device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);
-          store_quad_of(format_of_slot(slot), to, at, zero, 1, false);
+          if (is_byte_format(format_of_slot(slot))) {
+            clear_bytes(to, at);
+          } else {
+            store_quad_of(format_of_slot(slot), to, at, zero, 1, false);
+          }
         }
       }
     }

@@ -8,9 +8,11 @@ import functools
 
 import mlx.core as mx
 import numpy as np
+from byte_references import BYTE_FORMATS, as_rows, of_rows
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-NAMED = {**DTYPES, "int8": mx.int8}  # of what a state keeps
+# Of what a state keeps; rows of bytes are their own bits.
+NAMED = {**DTYPES, "int8": mx.int8, "bytes": mx.uint8, "squares": mx.uint8}
 
 # Distance from 1 to the next number, and the smallest positive number.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -23,8 +25,10 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 numbers rounded to ``dtype``, to nearest even, as bits (uint32 or uint16);
-    int8 is of integers."""
+    int8 is of integers, and numbers in a row become rows of bytes."""
     values = np.asarray(values, np.float32)
+    if dtype in BYTE_FORMATS:
+        return as_rows(values, dtype)
     if dtype == "int8":
         return values.astype(np.int8).view(np.uint8)
     if dtype == "float32":
@@ -38,7 +42,10 @@ def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def widened(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Bits of ``dtype`` as the float32 numbers that they stand for; exact."""
+    """Bits of ``dtype`` as the float32 numbers that they stand for; exact. Of rows of bytes
+    whole groups, flat."""
+    if dtype in BYTE_FORMATS:
+        return of_rows(bits, dtype)
     if dtype == "float32":
         return bits.view(np.float32)
     if dtype == "int8":
@@ -68,7 +75,7 @@ def keeps_subnormals() -> bool:
 
 def one_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
     """The same numbers with one pattern for NaN: its sign and payload are nobody's promise."""
-    if dtype == "int8":
+    if bits.dtype == np.uint8:
         return bits
     nan = narrowed(np.float32(np.nan), dtype).astype(bits.dtype)
     return np.where(np.isnan(widened(bits, dtype)), nan, bits)

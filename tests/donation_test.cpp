@@ -11,14 +11,20 @@
 
 namespace mlx_fused_optim {
 
-// As sgd.cpp and layout.cpp have them, for a plan with parameters, momentum and a step.
-StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays)
-    : parameters(arrays.data()), whole(plan.whole), slots{} {
+// As step.cpp and layout.cpp have them, for a plan with parameters, momentum and a step.
+StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array*)
+    : parameters(arrays), whole(plan.whole), slots{} {
   slots[fused_math::Sgd::kVelocity] = &arrays[plan.parameter_inputs()];
 }
-StepOutputs::StepOutputs(const StepPlan&, std::vector<mx::array>& arrays)
+StepOutputs::StepOutputs(const StepPlan&, mx::array* arrays)
     : parameters(&arrays[0]), slots{}, step(&arrays[2]), used(nullptr) {
   slots[fused_math::Sgd::kVelocity] = &arrays[1];
+}
+std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) const {
+  return {StepInputs(plans[0], arrays.data())};
+}
+std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const {
+  return {StepOutputs(plans[0], arrays.data())};
 }
 mx::Shape arena_shape(const Arena& arena) { return {int(arena.size)}; }
 
@@ -58,7 +64,7 @@ mx::array memory(Owner owner, int which) {
 
 /// A step of two tensors of 64 elements, and its graph before it is evaluated.
 struct Step {
-  StepPlan plan{.kept = {.parameter = mx::float32, .state = mx::float32}};
+  StepNode node{{StepPlan{.kept = {.parameter = mx::float32, .state = mx::float32}}}, {}};
   std::vector<mx::array> inputs, outputs;
 
   Step(Owner parameters, Owner momentum, bool whole) {
@@ -67,8 +73,8 @@ struct Step {
     arena->tensors = {0, 1};
     arena->offsets = {0, 64};
     arena->size = 128;
-    plan.arena = arena;
-    plan.whole = whole;
+    node.plans[0].arena = arena;
+    node.plans[0].whole = whole;
     auto flat = memory(parameters, 0);
     for (int i = 0; i < 2 && !whole; ++i) {
       mx::array view({64}, mx::float32, nullptr, {});
@@ -102,7 +108,7 @@ void test_borrowed_memory_is_not_written() {
     for (auto parameters : {mlx, somebody}) {
       for (auto momentum : {mlx, somebody}) {
         Step step(parameters, momentum, whole);
-        set_outputs(step.plan, step.inputs, step.outputs, allocate);
+        set_outputs(step.node, step.inputs, step.outputs, allocate);
         require(step.is_in_place(0, 0) == (parameters == mlx), "parameters");
         require(step.is_in_place(1, whole ? 1 : 2) == (momentum == mlx), "momentum");
       }
@@ -115,7 +121,7 @@ void test_a_failed_allocation_leaves_everything_as_it_was() {
   const auto number = step.inputs.size();
   bool has_thrown = false;
   try {
-    set_outputs(step.plan, step.inputs, step.outputs, [](size_t) -> mx::allocator::Data {
+    set_outputs(step.node, step.inputs, step.outputs, [](size_t) -> mx::allocator::Data {
       throw std::bad_alloc(); // for the step counter, when all else is in place
     });
   } catch (const std::bad_alloc&) {

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
+from byte_references import BYTE_FORMATS
 from full_references import arenas_of
 from full_step import FRAME_SLOTS, Full, Group, State, full_step
 from rules import RULES, SIGNED
@@ -61,6 +62,7 @@ OWN: dict[str, Full] = {
     "bias_correction": Full("adam", bias_correction=True),
     "amsgrad": Full("adam", amsgrad=True),
     "groups_amsgrad": Full("adam", amsgrad=True, bias_correction=True, groups=GROUPS),
+    "squares_8bit": Full("rmsprop", state_dtype="8bit"),
     "corrected_amsgrad": Full("adam", bias_correction=True, amsgrad=True),
 }
 # With any rule.
@@ -85,12 +87,16 @@ ALONE: dict[str, dict[str, Any]] = {
     "state_float32": {"state_dtype": "float32"},
     "state_float16": {"state_dtype": "float16"},
     "state_bfloat16": {"state_dtype": "bfloat16"},
+    "state_8bit": {"state_dtype": "8bit"},
+    "state_8bit_stochastic": {"state_dtype": "8bit", "stochastic": True, "seed": 3},
+    "state_8bit_skip": {"state_dtype": "8bit", "skip_nonfinite": True},
     "direction": {"weight_decay": 0.01, "direction": True},
     "direction_frame": {
         "weight_decay": 0.01, "maximize": True, "grad_scale": 3.0, "clip_value": 0.7,
         "clip_norm": 1.3, "skip_nonfinite": True, "groups": GROUPS, "stochastic": True, "seed": 7,
         "state_dtype": "bfloat16", "direction": True,
     },
+    "direction_8bit": {"weight_decay": 0.01, "state_dtype": "8bit", "direction": True},
 }  # fmt: skip
 
 
@@ -137,6 +143,8 @@ class FullCase:
 
         def placed(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> np.ndarray:
             values = np.float32(scale) * draw(shape)
+            if self.options.state_dtype == "8bit":  # beside which others are large
+                values.reshape(-1)[::7] *= np.float32(2.0**-20)
             if self.layout == "broadcast":
                 values = np.broadcast_to(values[:1], shape).copy()
             return narrowed(values, dtype)
@@ -170,6 +178,11 @@ class FullCase:
                         # Within a rounding of the parameter; every fifth was set by somebody.
                         near = near * (1 + np.float32(2**-13) * values.astype(np.float32))
                         values = np.where(np.arange(values.size) % 5 == 2, values, near)
+                    if dtype in BYTE_FORMATS:  # groups of many sizes, and some of zeros
+                        groups = np.repeat(random.integers(-24, 8, values.size // 64 + 1), 64)
+                        values = np.ldexp(values, groups[: values.size])
+                        values = np.where(groups[: values.size] % 7 == 0, 0, values)
+                        values[::11] *= np.float32(2.0**-20)  # beside which others are large
                     flat[offset : offset + values.size] = values
                 slots[f"{slot}.{number}"] = narrowed(flat, dtype)
         return parameters, gradients, slots
@@ -273,7 +286,7 @@ CHOICES: dict[str, Sequence[Any]] = {
         {"momentum": 0.9, "dampening": 0.3, "bias_correction": True},
         {"momentum": 0.9, "nesterov": True, "bias_correction": True, "amsgrad": True},
     ),
-    "state_dtype": (None, *DTYPES),
+    "state_dtype": (None, *DTYPES, "8bit"),
     "weight_decay": ({}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "decoupled": True}),
     "maximize": (False, True),
     "grad_scale": (None, 3.0),
@@ -367,7 +380,12 @@ def _cases() -> list[FullCase]:
     randomly = replace(everything, master_weights=False, state_dtype=None)
     adam = replace(randomly, rule="adam", bias_correction=True, amsgrad=True)
     short = replace(everything, master_weights="24bit")
-    large = {"everything": everything, "randomly": randomly, "adam": adam, "short": short}
+    # Without a skip, infinities and NaN go into bytes.
+    eight = replace(adam, state_dtype="8bit", skip_nonfinite=False, clip_norm=None)
+    large = {
+        "everything": everything, "randomly": randomly, "adam": adam, "short": short,
+        "eight": eight,
+    }  # fmt: skip
     for title, options in large.items():
         large = FullCase(f"{title}_large", options, ("bfloat16",), "bfloat16", shapes=LARGE)
         cases.append(large)
@@ -375,6 +393,14 @@ def _cases() -> list[FullCase]:
     # Enough for ties, and for parameters that are powers of two.
     short = Full(weight_decay=0.01, master_weights="24bit")
     cases.append(FullCase("large_master24", short, ("bfloat16",), "float32", shapes=LARGE))
+    for rule, largest in (("sgd", 1e30), ("adam", 1e18)):  # whose squares float32 knows
+        bad = Full(rule, momentum=0.9, state_dtype="8bit")
+        for dtype in DTYPES:
+            cases.append(FullCase(f"{rule}_8bit_bad", bad, (dtype,), "float32", bad=1))
+        for scale in (1e-30, 1e-12, 1e12, largest):
+            cases.append(
+                FullCase(f"{rule}_8bit_{scale:g}", bad, ("float32",), "float32", scale=scale)
+            )
     measured = Full(clip_norm=1.3, trust_coefficient=0.003)
     cases.append(
         FullCase("long", measured, ("bfloat16",), "bfloat16", shapes=LONG, steps=1,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import rules
 from bits import EPSILON, TINIEST, narrowed, widened
+from byte_references import BYTE_FORMATS, GROUP, ByteMistake, as_rows, coding_error
 from full_step import FRAME_SLOTS, Full
 from rules import RULES, RuleMistake
 
@@ -50,6 +51,31 @@ def arenas_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[
             hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
         arenas.append(Arena(dtype, tensors, offsets, size, hashed))
     return arenas
+
+
+Element = dict[str, np.ndarray]
+"""Of one tensor: 'parameter' and its slots, as bits."""
+
+
+def part_of(whole: np.ndarray, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The bits of a tensor in those of an arena; of rows of bytes its own rows."""
+    size = math.prod(shape)
+    if dtype in BYTE_FORMATS:
+        return whole[offset // GROUP : offset // GROUP + -(-size // GROUP)]
+    return whole[offset : offset + size].reshape(shape)
+
+
+def numbers_in(
+    element: Element, options: Full, dtype: str, out: str | None = None
+) -> dict[str, np.ndarray]:
+    """The float32 numbers of a tensor, of everything that is kept of it."""
+    shape = element["parameter"].shape
+    found = {}
+    for name, bits in element.items():
+        kind = (out or dtype) if name == "parameter" else options.slot_dtype(name, dtype)
+        values = widened(bits, kind)
+        found[name] = values[: math.prod(shape)].reshape(shape) if kind in BYTE_FORMATS else values
+    return found
 
 
 # ---- Rounding ------------------------------------------------------------------------
@@ -278,7 +304,7 @@ def _clipped_by_value(g: np.ndarray, options: Full) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Mistake(RuleMistake):
+class Mistake(RuleMistake, ByteMistake):
     """And of the frame."""
 
     gradient_not_negated: bool = False
@@ -409,10 +435,6 @@ class Place(NamedTuple):
     fingerprint: int
 
 
-Element = dict[str, np.ndarray]
-"""Of one tensor: 'parameter' and its slots, as bits."""
-
-
 def full_step_float32(
     options: Full,
     dtype: str,
@@ -431,10 +453,7 @@ def full_step_float32(
     own = numbers_of(options, place.tensor, used, place.step + 1, wrong, nudged=nudged)
     has = own.flags.__contains__
     with np.errstate(all="ignore"):
-        numbers = {
-            name: widened(bits, dtype if name == "parameter" else options.slot_dtype(name, dtype))
-            for name, bits in old.items()
-        }
+        numbers = numbers_in(old, options, dtype)
         before = numbers["parameter"]
         w = before
         if options.has_master24 and "master" in old:
@@ -497,9 +516,14 @@ def full_step_float32(
                 word = random if place_of == 0 else mix32(random.astype(np.uint64))
                 bits = (word if place_of == 2 else word >> 16).astype(np.uint32)
             value = after.get(slot, numbers[slot])  # a group may be without
-            if wrong.slots_in_the_parameters_dtype:
+            if wrong.slots_in_the_parameters_dtype and name not in BYTE_FORMATS:
                 value = round_to_nearest(value, dtype)
-            new[slot] = narrowed(stored(value, name, bits), name) if slot in after else old[slot]
+            if slot not in after:
+                new[slot] = old[slot]
+            elif name in BYTE_FORMATS:
+                new[slot] = as_rows(value, name, bits, wrong)
+            else:
+                new[slot] = narrowed(stored(value, name, bits), name)
         if options.direction:  # in float32; no case has anything of the frame's
             new["parameter"] = narrowed(change, "float32")
             return {name: bits.reshape(old[name].shape) for name, bits in new.items()}
@@ -625,6 +649,10 @@ class Bounded:
         """To nearest within half of the distance of two numbers, at random within it."""
         if dtype == "float32":
             return self
+        if dtype in BYTE_FORMATS:
+            return Bounded(
+                self.value, self.error + coding_error(self.value, self.error, dtype, at_random)
+            )
         part = 1.0 if at_random else 0.5
         epsilon, tiniest = {**EPSILON, "float24": 2.0**-15}, {**TINIEST, "float24": 2.0**-141}
         return self.rounded(part * epsilon[dtype], part * tiniest[dtype])
@@ -641,12 +669,7 @@ def full_step_float64(
 ) -> dict[str, Bounded]:
     """Of one tensor: 'parameter' and its slots; 'sum' instead of a compensation or the byte of
     a master, what the parameter is together with it."""
-    numbers = {
-        name: Bounded(
-            widened(bits, dtype if name == "parameter" else options.slot_dtype(name, dtype))
-        )
-        for name, bits in old.items()
-    }
+    numbers = {name: Bounded(x) for name, x in numbers_in(old, options, dtype).items()}
     if options.skip_nonfinite and not measured[1]:
         if "compensation" in numbers:
             left = numbers.pop("compensation")

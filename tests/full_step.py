@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from bits import DTYPES, NAMED, dtype_name
-from rules import RULES, slots_of
+from bits import DTYPES, dtype_name, narrowed, to_mlx
+from byte_references import BYTE_FORMATS
+from rules import RULES, SIGNED, slots_of
 
+STATE_DTYPES = {None: None, **DTYPES, "8bit": mx.uint8}
 # What the frame keeps of an element, behind the rule's own (rules.py).
 FRAME_SLOTS = ("master", "compensation", "average")
 RULE_PLACES = 3
@@ -144,6 +146,8 @@ class Full:
         if slot == "average":
             return None if self.ema_decay is None else "float32"
         has = slot in slots_of(self.rule, self.flags)
+        if has and self.state_dtype == "8bit":
+            return "bytes" if slot in SIGNED else "squares"
         return self.state_dtype or dtype if has else None
 
 
@@ -167,7 +171,7 @@ def layout_of(parameters: Sequence[mx.array]) -> Any:
 def first_state(options: Full, parameters: Sequence[mx.array], step: int = 0) -> State:
     """Zeros, and masters and averages of the parameters."""
     slots: list[list[mx.array]] = [[] for _ in options.places]
-    for dtype, shape, tensors, offsets in layout_of(parameters).arenas:
+    for dtype, shape, tensors, offsets, _ in layout_of(parameters).arenas:
         for number, slot in enumerate(options.places):
             name = options.slot_dtype(slot, dtype_name(dtype))
             if name is None:
@@ -177,7 +181,8 @@ def first_state(options: Full, parameters: Sequence[mx.array], step: int = 0) ->
                 for tensor, offset in zip(tensors, offsets, strict=True):
                     values = np.array(parameters[tensor].astype(mx.float32)).reshape(-1)
                     flat[offset : offset + values.size] = values
-            slots[number].append(mx.array(flat).astype(NAMED[name]).reshape(shape))
+            bits = to_mlx(narrowed(flat, name), name)
+            slots[number].append(bits if name in BYTE_FORMATS else bits.reshape(shape))
     # From NumPy: MLX takes no number above 2^63 - 1.
     return State(slots, mx.array(np.array(step, np.uint64)), mx.array(0, mx.uint64))
 
@@ -226,7 +231,7 @@ def full_step(
             trust_coefficient=options.trust_coefficient or 0.0,
             ema_decay=options.ema_decay or 0.0,
             seed=options.seed,
-            state_dtype=DTYPES[options.state_dtype] if options.state_dtype else None,
+            state_dtype=STATE_DTYPES[options.state_dtype],
             groups=groups,
             group_numbers=numbers,
             skipped=state.skipped,

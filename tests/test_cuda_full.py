@@ -50,6 +50,9 @@ OPTIONS = {
     "compensated": replace(MOMENTUM, compensated=True, weight_decay=0.01),
     "masters of 24 bits": replace(MOMENTUM, master_weights="24bit", weight_decay=0.01),
     "all, 24 bits": replace(NESTEROV, **{**ALL, "master_weights": "24bit"}),
+    "bytes": replace(MOMENTUM, state_dtype="8bit", weight_decay=0.01),
+    "bytes, all": replace(NESTEROV, **{**ALL, "state_dtype": "8bit"}),
+    "bytes, 24 bits": replace(MOMENTUM, **AT_RANDOM, state_dtype="8bit", master_weights="24bit"),
     "stochastic": replace(MOMENTUM, weight_decay=0.01, **AT_RANDOM),
     "stochastic, masters": replace(MOMENTUM, master_weights=True, **AT_RANDOM),
     "averaged": Full(**AVERAGE),
@@ -62,7 +65,7 @@ OPTIONS = {
 # What is kept of each element, in every way that takes different code.
 KERNELS = [
     "clipped by norm", "masters", "masters of 24 bits", "compensated", "stochastic", "all",
-    "all, compensated",
+    "all, compensated", "bytes", "bytes, all",
 ]  # fmt: skip
 
 RULES = {
@@ -126,6 +129,11 @@ def in_turn(number, dtype):
     return gradients[number % 4], states[number % 5]
 
 
+def with_state(options, state_dtype):
+    """Bytes stay."""
+    return replace(options, state_dtype=options.state_dtype or state_dtype)
+
+
 def flat_tensors(dtype, gradient_dtype):
     parameters = [random((n,), dtype, n) for n in SIZES]
     gradients = [random((n,), gradient_dtype, 1000 + n) for n in SIZES]
@@ -137,7 +145,7 @@ def test_every_option_has_the_bits_of_the_cpu(name, dtype):
     number = list(OPTIONS).index(name) + DTYPES.index(dtype)
     for gradient_dtype, state_dtype in ((dtype, None), in_turn(number, dtype)):
         parameters, gradients = flat_tensors(dtype, gradient_dtype)
-        options = replace(OPTIONS[name], state_dtype=state_dtype)
+        options = with_state(OPTIONS[name], state_dtype)
         assert_devices_agree(parameters, gradients, options)
 
 
@@ -181,7 +189,7 @@ def test_every_pair_of_dtypes_that_is_not_contiguous(dtype, gradient_dtype):
 @named(KERNELS)
 def test_arrays_that_are_not_contiguous(name, dtype):
     for state_dtype in (None, "float32") if dtype != mx.float32 else (None,):
-        assert_any_way_to_lie(dtype, dtype, replace(OPTIONS[name], state_dtype=state_dtype))
+        assert_any_way_to_lie(dtype, dtype, with_state(OPTIONS[name], state_dtype))
 
 
 @named([*KERNELS, *RULES])

@@ -530,6 +530,24 @@ def test_state_dtype(dtype):
         assert same(v, (mx.array(1 - 0.95) * g).astype(DTYPES[dtype])), name
 
 
+def test_moments_in_bytes():
+    """Of what is large enough; the direction of a step comes of the moment before it is one."""
+    shapes = {"a": (64, 64), "b": (64, 128), "up": (16, 16), "norm": (16,)}
+    ours = optim.Muon(0.1, state_dtype="8bit")
+    got = train(ours, tree(0, shapes=shapes), (1,))
+    assert identical(got, train(optim.Muon(0.1), tree(0, shapes=shapes), (1,)))
+    (entry,) = ours.state["arenas"].values()
+    assert sorted(str(a.dtype) for a in entry["v"]) == ["mlx.core.float32", "mlx.core.uint8"]
+    got = train(ours, got, (2, 3))
+    want = train(optim.Muon(0.1), tree(0, shapes=shapes), (1, 2, 3))
+    for name, x in want.items():
+        # A moment errs by less than a fiftieth of the largest of its group; in two updates.
+        error = np.linalg.norm(numbers(got[name]) - numbers(x))
+        moved = np.linalg.norm(numbers(x) - numbers(tree(0, shapes=shapes)[name]))
+        assert error <= 0.04 * moved, name
+        assert (error > 0) == (name in "ab"), name
+
+
 def test_half_parameters_have_float32_moments_and_directions():
     """Gradients that a float16 direction would lose."""
     shapes = {"w": (8, 8), "b": (8,)}

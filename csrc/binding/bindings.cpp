@@ -12,6 +12,7 @@
 
 #include "binding/prepared.h"
 #include "binding/tree.h"
+#include "composed/bytes.h"
 #include "composed/switch.h"
 #include "graph/errors.h"
 #include "graph/step.h"
@@ -58,7 +59,7 @@ std::string path_text(nb::handle keys) {
   return path;
 }
 
-Layout layout_from_rows(nb::list rows) {
+Layout layout_from_rows(nb::list rows, size_t least_of_bytes) {
   std::vector<TensorSpec> specs;
   for (auto item : rows) {
     auto row = nb::cast<nb::tuple>(item);
@@ -68,7 +69,7 @@ Layout layout_from_rows(nb::list rows) {
     }
     specs.push_back({path_text(row[0]), shape, nb::cast<mx::Dtype>(row[2])});
   }
-  return make_layout(std::move(specs));
+  return make_layout(std::move(specs), least_of_bytes);
 }
 
 nb::list layout_rows(const Layout& layout) {
@@ -84,7 +85,11 @@ nb::list layout_arenas(const Layout& layout) {
   for (auto& arena : layout.arenas) {
     arenas.append(
         nb::make_tuple(
-            arena->dtype, shape_tuple(arena_shape(*arena)), arena->tensors, arena->offsets));
+            arena->dtype,
+            shape_tuple(arena_shape(*arena)),
+            arena->tensors,
+            arena->offsets,
+            arena->is_small));
   }
   return arenas;
 }
@@ -120,6 +125,10 @@ nb::tuple step_of_tree(
       result.used,
       measured[0],
       measured[1]);
+}
+
+uint32_t byte_format(bool is_unsigned) {
+  return is_unsigned ? fused_math::kByteSquares : fused_math::kBytes;
 }
 
 nb::dict flags() {
@@ -159,6 +168,11 @@ nb::list rule_rows() {
       flags[flag.name] = flag.bit;
     }
     row["flags"] = flags;
+    nb::list is_unsigned;
+    for (int slot = 0; slot < static_cast<int>(rule.slots.size()); ++slot) {
+      is_unsigned.append(fused_math::Rules::is_unsigned(nb::len(rows), slot));
+    }
+    row["is_unsigned"] = is_unsigned;
     rows.append(row);
   }
   return rows;
@@ -244,17 +258,25 @@ NB_MODULE(_ext, m) {
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/graph/layout.h.")
       .def(
           "__init__",
-          [](Layout* self, const Tree& tree) { new (self) Layout(make_layout(tree.specs())); })
+          [](Layout* self, const Tree& tree, size_t least_of_bytes) {
+            new (self) Layout(make_layout(tree.specs(), least_of_bytes));
+          },
+          "tree"_a,
+          "least_of_bytes"_a = 0)
       .def(
           "__init__",
-          [](Layout* self, nb::list rows) { new (self) Layout(layout_from_rows(rows)); })
+          [](Layout* self, nb::list rows, size_t least_of_bytes) {
+            new (self) Layout(layout_from_rows(rows, least_of_bytes));
+          },
+          "rows"_a,
+          "least_of_bytes"_a = 0)
       .def_prop_ro(
           "fingerprint", [](const Layout& layout) { return fingerprint_text(layout.fingerprint); })
       .def_prop_ro("tensors", &layout_rows, "``[(path, shape, dtype), ...]``")
       .def_prop_ro(
           "arenas",
           &layout_arenas,
-          "``[(dtype, shape, tensor numbers, offsets in elements), ...]``");
+          "``[(dtype, shape, tensor numbers, offsets in elements, whether they are small), ...]``");
 
   m.def("is_tracing", &is_tracing, "Whether a function is being traced.");
   m.def(
@@ -323,6 +345,27 @@ NB_MODULE(_ext, m) {
       "dtype"_a.none(),
       "The way back, in new memory: zeros where a tensor is None; without a dtype, that which\n"
       "all of them can be promoted to.");
+
+  m.attr("BYTE_GROUP") = int(fused_math::kByteGroup);
+  m.attr("BYTE_ROW") = int(fused_math::kByteRow);
+  m.def(
+      "as_bytes",
+      [](const mx::array& x, bool is_unsigned) {
+        return as_bytes_composed(x, byte_format(is_unsigned), {}, {});
+      },
+      "x"_a,
+      "is_unsigned"_a,
+      "Rows of bytes of float32 numbers: see csrc/math/bytes.h.");
+  m.def(
+      "of_bytes",
+      [](const mx::array& rows, std::vector<int> lengths, bool is_unsigned) {
+        const mx::Shape shape(lengths.begin(), lengths.end());
+        return of_bytes_composed(rows, shape, byte_format(is_unsigned), {});
+      },
+      "rows"_a,
+      "shape"_a,
+      "is_unsigned"_a,
+      "The way back, of as many numbers as the shape has.");
 
   nb::class_<StepGroups>(m, "Groups", "Tensors that differ from the others: see csrc/graph/step.h.")
       .def(

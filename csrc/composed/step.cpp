@@ -2,6 +2,7 @@
 // are those of csrc/math/rules.
 #include <bit>
 
+#include "composed/bytes.h"
 #include "composed/operators.h"
 #include "composed/rounding.h"
 #include "composed/step.h"
@@ -18,6 +19,16 @@ mx::array pack(const std::vector<mx::array>& tensors, const Arena& arena, mx::St
   return mx::reshape(pack_arena(tensors, arena.offsets, arena.size, s), arena_shape(arena), s);
 }
 
+/// Likewise, of rows of bytes.
+mx::array pack_rows(const std::vector<mx::array>& tensors, const Arena& arena, mx::Stream s) {
+  std::vector<size_t> offsets;
+  for (auto offset : arena.offsets) {
+    offsets.push_back(offset / kByteGroup * kByteRow);
+  }
+  const int rows = static_cast<int>(arena.size / kByteGroup), row = kByteRow;
+  return mx::reshape(pack_arena(tensors, offsets, size_t(rows) * row, s), {rows, row}, s);
+}
+
 /// The numbers of a step, as scalars.
 struct Numbers {
   RuleNumbers<Composed> rule;
@@ -28,7 +39,7 @@ struct Numbers {
 class ComposedStep {
  public:
   ComposedStep(const StepPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
-      : s(s), plan_(plan), control_(plan.control), in_(plan, inputs) {}
+      : s(s), plan_(plan), control_(plan.control), in_(plan, inputs.data()) {}
 
   std::vector<mx::array> outputs() const;
 
@@ -58,6 +69,9 @@ class ComposedStep {
   /// Rounded and stored: at random with the low bits of `random`, else to nearest.
   Composed stored(const Composed& x, mx::Dtype dtype, const Random& random) const;
   Composed stored_slot(const Composed& x, int slot, Random random) const;
+  /// What the state has of tensor `i`, as it is stored; and a slot of the rule as a number.
+  Composed slot_of(int slot, size_t i) const;
+  Composed wide_slot(const Composed& stored, int slot, size_t i) const;
   Composed nearest(const Composed& x, mx::Dtype dtype) const {
     return of(nearest_composed(x.array, dtype, s));
   }
@@ -177,7 +191,27 @@ Composed ComposedStep::stored_slot(const Composed& x, int slot, Random random) c
   if (random && slot < 2) {
     random = mx::right_shift(*random, mx::array(16u, mx::uint32), s);
   }
-  return stored(x, plan_.kept.state, random);
+  const uint32_t format = plan_.kept.format(slot);
+  return is_byte_format(format) ? of(as_bytes_composed(x.array, format, random, s))
+                                : stored(x, dtype_of(format), random);
+}
+
+Composed ComposedStep::slot_of(int slot, size_t i) const {
+  auto& arena = *plan_.arena;
+  auto& kept = *in_.slots[slot];
+  if (!is_byte_format(plan_.kept.format(slot))) {
+    return of(composed_tensor(kept, arena.shapes[i], arena.offsets[i], s));
+  }
+  const size_t first = arena.offsets[i] / kByteGroup;
+  const size_t count = (element_count(arena.shapes[i]) + kByteGroup - 1) / kByteGroup;
+  return of(mx::slice(kept, {int(first), 0}, {int(first + count), int(kByteRow)}, s));
+}
+
+Composed ComposedStep::wide_slot(const Composed& stored, int slot, size_t i) const {
+  const uint32_t format = plan_.kept.format(slot);
+  return is_byte_format(format)
+      ? of(of_bytes_composed(stored.array, plan_.arena->shapes[i], format, s))
+      : wide(stored);
 }
 
 ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
@@ -187,7 +221,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   std::array<std::optional<Composed>, kSlots> old;
   for (int slot = 0; slot < kSlots; ++slot) {
     if (in_.slots[slot]) {
-      old[slot] = of(composed_tensor(*in_.slots[slot], arena.shapes[i], arena.offsets[i], s));
+      old[slot] = slot_of(slot, i);
     }
   }
 
@@ -208,7 +242,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   RuleSlots<Composed> wide_slots;
   for (int slot = 0; slot < kRuleSlots; ++slot) {
     if (old[slot]) {
-      wide_slots.of[slot] = wide(*old[slot]);
+      wide_slots.of[slot] = wide_slot(*old[slot], slot, i);
     }
   }
   auto numbers = n.rule;
@@ -288,7 +322,8 @@ std::vector<mx::array> ComposedStep::outputs() const {
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (plan_.has(slot)) {
-      outputs.push_back(pack(slots[slot], *plan_.arena, s));
+      const bool is_bytes = is_byte_format(plan_.kept.format(slot));
+      outputs.push_back((is_bytes ? pack_rows : pack)(slots[slot], *plan_.arena, s));
     }
   }
   if (plan_.writes_step) {
@@ -318,7 +353,7 @@ ComposedOperation composed_operation(const StepPlan& plan, mx::Stream s) {
   };
   for (int slot = 0; slot < kSlots; ++slot) {
     if (plan.has(slot)) {
-      if (plan.slot_dtype(slot) == mx::int8) {
+      if (mx::issubdtype(plan.slot_dtype(slot), mx::integer)) {
         inputs.push_back(in);
         gives_integer(out);
       }
@@ -395,11 +430,18 @@ std::vector<mx::array> step_composed(
   return ComposedStep(plan, inputs, s).outputs();
 }
 
+const StepPlan& FusedStep::traced_plan() const {
+  // While anything is traced, fused_step gives each arena a node with its gradients as inputs.
+  // A node from before a trace has no input that is differentiated or vectorised, and is not
+  // asked: what a trace captures of it is evaluated as it is.
+  return node_.plans[0];
+}
+
 std::vector<mx::array> FusedStep::jvp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& tangents,
     const std::vector<int>& argnums) {
-  return composed_jvp(composed_operation(plan_, stream()), primals, tangents, argnums);
+  return composed_jvp(composed_operation(traced_plan(), stream()), primals, tangents, argnums);
 }
 
 std::vector<mx::array> FusedStep::vjp(
@@ -407,13 +449,14 @@ std::vector<mx::array> FusedStep::vjp(
     const std::vector<mx::array>& cotangents,
     const std::vector<int>& argnums,
     const std::vector<mx::array>&) {
-  return composed_vjp(composed_operation(plan_, stream()), primals, cotangents, argnums);
+  return composed_vjp(composed_operation(traced_plan(), stream()), primals, cotangents, argnums);
 }
 
 std::pair<std::vector<mx::array>, std::vector<int>> FusedStep::vmap(
     const std::vector<mx::array>& inputs,
     const std::vector<int>& axes) {
-  return composed_vmap(composed_operation(plan_, stream()), inputs, axes, plan_.output_shapes());
+  return composed_vmap(
+      composed_operation(traced_plan(), stream()), inputs, axes, traced_plan().output_shapes());
 }
 
 } // namespace mlx_fused_optim

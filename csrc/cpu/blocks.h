@@ -93,6 +93,24 @@ typedef float Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VectorBits __attribute__((vector_size(kVectorBytes)));
 constexpr size_t kWidth = kVectorBytes / sizeof(float);
 
+/// Of neighbours, the positions.
+template <typename T>
+typename fused_math::Bits<T>::type positions(uint32_t first);
+template <>
+inline uint32_t positions<float>(uint32_t first) {
+  return first;
+}
+
+template <typename T>
+__attribute__((always_inline)) inline void load(T& value, const float* from, size_t i) {
+  memcpy(&value, from + i, sizeof(T));
+}
+
+template <typename T>
+__attribute__((always_inline)) inline void store(float* to, size_t i, const T& value) {
+  memcpy(to + i, &value, sizeof(T));
+}
+
 } // namespace
 } // namespace mlx_fused_optim::cpu
 
@@ -124,3 +142,18 @@ struct Bits<mlx_fused_optim::cpu::Vector> {
 };
 
 } // namespace fused_math
+
+namespace mlx_fused_optim::cpu {
+namespace {
+
+template <>
+inline VectorBits positions<Vector>(uint32_t first) {
+  VectorBits result;
+  for (uint32_t i = 0; i < kWidth; ++i) {
+    result[i] = first + i;
+  }
+  return result;
+}
+
+} // namespace
+} // namespace mlx_fused_optim::cpu

@@ -1,6 +1,7 @@
 // The CPU kernel of a step: the loop over a block is csrc/math's element on vectors. Each
 // build of this file has its own instruction set, which ISA names.
 #include "cpu/blocks.h"
+#include "cpu/bytes.h"
 
 namespace mlx_fused_optim::cpu {
 namespace {
@@ -24,31 +25,6 @@ struct Block {
   float* slots_out[kSlots];
   uint32_t position; // of its first element in the arena
 };
-
-template <typename T>
-typename fused_math::Bits<T>::type positions(uint32_t first);
-template <>
-inline uint32_t positions<float>(uint32_t first) {
-  return first;
-}
-template <>
-inline VectorBits positions<Vector>(uint32_t first) {
-  VectorBits result;
-  for (uint32_t i = 0; i < kWidth; ++i) {
-    result[i] = first + i;
-  }
-  return result;
-}
-
-template <typename T>
-__attribute__((always_inline)) inline void load(T& value, const float* from, size_t i) {
-  memcpy(&value, from + i, sizeof(T));
-}
-
-template <typename T>
-__attribute__((always_inline)) inline void store(float* to, size_t i, const T& value) {
-  memcpy(to + i, &value, sizeof(T));
-}
 
 /// Whether there is an array for a slot. Of a plain step its form says so, where this is
 /// compiled; a tensor of another one may be without what the arena has.
@@ -218,7 +194,8 @@ void KERNEL(update)(
     for (int slot = 0; slot < kSlots; ++slot) {
       auto& source = arenas.slots[slot];
       if (source.data) {
-        block.slots[slot] = read(source, at, n, slots[slot]);
+        block.slots[slot] = is_bytes(source.type) ? read_bytes(source, at, n, slots[slot])
+                                                  : read(source, at, n, slots[slot]);
         block.slots_out[slot] = place(source.type, arenas.slots_out[slot], at, slots[slot]);
       }
     }
@@ -231,8 +208,16 @@ void KERNEL(update)(
     }
     for (int slot = 0; slot < kSlots; ++slot) {
       auto& source = arenas.slots[slot];
-      if (source.data && source.type != Type::float32) {
-        write(source.type, arenas.slots_out[slot], at, n, block.slots_out[slot]);
+      if (!source.data || source.type == Type::float32) {
+        continue;
+      }
+      void* out = arenas.slots_out[slot];
+      if (!is_bytes(source.type)) {
+        write(source.type, out, at, n, block.slots_out[slot]);
+      } else if (hyper.apply && fused_math::has_slot(form.rule, form.flags, slot)) {
+        write_bytes(source.type, out, at, n, slots[slot], slot, hyper.key, form.flags);
+      } else { // to the bit
+        copy_rows(source.data, out, at, n);
       }
     }
   }

@@ -11,7 +11,8 @@
 
 namespace mlx_fused_optim::cpu {
 
-enum class Type : uint8_t { float32, float16, bfloat16, int8 };
+/// fused_math::Format.
+enum class Type : uint8_t { float32, float16, bfloat16, int8, bytes, byte_squares };
 
 /// How to find the elements of an array that is not contiguous.
 struct Strided {
@@ -54,7 +55,8 @@ struct Form {
 
 /// The kernels for one instruction set.
 struct Kernels {
-  /// Updates the elements [begin, end) of a tensor.
+  /// Updates the elements [begin, end) of a tensor, which are whole groups of bytes.h but for
+  /// its last one.
   void (*update)(
       const Arenas& arenas,
       const Tensor& tensor,

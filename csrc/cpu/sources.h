@@ -32,6 +32,12 @@ class Sources {
     return {a.data<void>(), &s.form, type_of(a.dtype())};
   }
 
+  /// An arena of the state. Rows of bytes are in a row.
+  Source arena(const mx::array& a, uint32_t format) {
+    const auto type = static_cast<Type>(format);
+    return fused_math::is_byte_format(format) ? Source{a.data<void>(), nullptr, type} : of(a);
+  }
+
   /// An array that fills memory, in the order of memory.
   static Source flat(const mx::array& a, size_t first = 0) {
     return {a.data<char>() + first * a.itemsize(), nullptr, type_of(a.dtype())};

@@ -21,6 +21,9 @@ using fused_math::StepHyper;
 // Elements a thread must have to be worth waking: about 30 us of memory traffic.
 constexpr size_t kGrain = 32768;
 
+/// Groups that hold as many elements.
+size_t units(size_t elements, size_t group) { return (elements + group - 1) / group; }
+
 /// A tensor's share, and where its own numbers come from.
 struct TaskTensor : cpu::Tensor {
   uint32_t flags;
@@ -85,7 +88,7 @@ Task::Task(const StepPlan& plan, const StepInputs& in, const StepOutputs& out)
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
-      arenas.slots[slot] = sources.of(*in.slots[slot]);
+      arenas.slots[slot] = sources.arena(*in.slots[slot], plan.kept.format(slot));
       arenas.slots_out[slot] = out.slots[slot]->data<void>();
       clear_gaps(*plan.arena, out.slots[slot], *in.slots[slot]);
     }
@@ -96,12 +99,16 @@ void Task::clear_gaps(const Arena& arena, mx::array* output, const mx::array& in
   if (output->data_shared_ptr() == input.data_shared_ptr()) {
     return;
   }
-  const size_t itemsize = output->itemsize();
+  // Rows of bytes: a group that is not whole is written whole.
+  using namespace fused_math;
+  const bool is_bytes = output->dtype() == mx::uint8;
+  const size_t unit = is_bytes ? size_t(kByteGroup) : 1;
+  const size_t bytes = is_bytes ? size_t(kByteRow) : output->itemsize();
   for (size_t i = 0; i < ends.size(); ++i) {
-    const size_t end = arena.offsets[i] + ends[i] - (i ? ends[i - 1] : 0);
-    const size_t next = i + 1 < ends.size() ? arena.offsets[i + 1] : arena.size;
+    const size_t end = units(arena.offsets[i] + ends[i] - (i ? ends[i - 1] : 0), unit);
+    const size_t next = (i + 1 < ends.size() ? arena.offsets[i + 1] : arena.size) / unit;
     if (next > end) {
-      gaps.emplace_back(output->data<char>() + end * itemsize, (next - end) * itemsize);
+      gaps.emplace_back(output->data<char>() + end * bytes, (next - end) * bytes);
     }
   }
 }
@@ -120,13 +127,19 @@ void Task::run() const {
   if (ends.empty()) {
     return;
   }
+  // Two threads do not share a group of bytes: both end at the next one.
+  auto rounded = [](size_t elements) {
+    return units(elements, fused_math::kByteGroup) * fused_math::kByteGroup;
+  };
   cpu::parallel_for(ends.back(), kGrain, [&](size_t begin, size_t end) {
     size_t t = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (; begin < end; ++t) {
       const size_t first = t ? ends[t - 1] : 0;
       const size_t last = std::min(end, ends[t]);
-      if (last > begin) {
-        update(tensors[t], begin - first, last - first, hyper);
+      const size_t from = rounded(begin - first);
+      const size_t to = std::min(rounded(last - first), ends[t] - first);
+      if (to > from) {
+        update(tensors[t], from, to, hyper);
       }
       begin = last;
     }
@@ -155,12 +168,15 @@ void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const Step
 } // namespace
 
 void FusedStep::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  set_outputs(plan_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
-  StepInputs in(plan_, inputs);
-  StepOutputs out(plan_, outputs);
-  auto task = std::make_shared<const Task>(plan_, in, out);
+  set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
+  const auto in = node_.inputs(inputs);
+  const auto out = node_.outputs(outputs);
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  encoder.dispatch([task] { task->run(); });
+  for (size_t p = 0; p < in.size(); ++p) {
+    auto task = std::make_shared<const Task>(node_.plans[p], in[p], out[p]);
+    encoder.dispatch([task] { task->run(); });
+  }
+  encoder.add_temporaries(node_.gradients);
 }
 
 void EvaluateSchedule::eval_cpu(const std::vector<mx::array>& inputs, mx::array& output) {

@@ -15,10 +15,10 @@ using Allocate = std::function<mx::allocator::Data(size_t bytes)>;
 
 /// A step to evaluate, and what the backend needs the extension for.
 struct Step {
-  const StepPlan& plan;
-  const StepInputs& inputs;
+  const StepNode& node;
+  const std::vector<StepInputs>& inputs; // by plan, as the outputs
   /// To be called once everything else that can fail on these inputs has been done.
-  std::function<StepOutputs(const Allocate&)> set_outputs;
+  std::function<std::vector<StepOutputs>(const Allocate&)> set_outputs;
   mx::Stream stream;
 };
 

@@ -46,7 +46,15 @@ void add_matrix(
 
 } // namespace
 
-void Batches::add(
+void Batches::begin_arena(const SlotWays& ways) {
+  ++arenas_;
+  ways_ = ways;
+  slots_contiguous_ = std::all_of(ways.begin(), ways.end(), [](const SlotWay& way) {
+    return way.columns == kContiguousWay.columns && way.row_stride == kContiguousWay.row_stride;
+  });
+}
+
+bool Batches::add(
     int dimensions,
     const int32_t* shape,
     const Member& member,
@@ -54,8 +62,23 @@ void Batches::add(
     const Source& gradient) {
   const uint64_t size = element_count(dimensions, shape);
   if (size == 0) {
-    return;
+    return true;
   }
+  const bool flat = gradient.contiguous && parameter.contiguous;
+  const auto c = flat ? Collapsed{} : collapse(dimensions, shape, parameter, gradient);
+  const auto m = form_of(c, size);
+  const bool is_matrix = parameter.contiguous && slots_contiguous_ && c.dimensions <= 2 && fits(m);
+  const bool wide_arenas =
+      m.columns % kQuad == 0 && is_aligned(parameter.data, kQuad * size_of(type_));
+  const bool aligned = is_aligned(gradient.data, kQuad * size_of(gradient.type));
+  const bool is_turned = is_matrix && c.dimensions == 2 && m.row_stride == 1 && wide_arenas &&
+      aligned && m.rows % kQuad == 0 && m.column_stride % kQuad == 0;
+  const bool has_whole_groups =
+      is_matrix && (c.dimensions < 2 || (is_turned && m.columns % fused_math::kByteGroup == 0));
+  if (has_bytes_ && !has_whole_groups) {
+    return false;
+  }
+
   gradients |= bit_of(gradient.type);
   const Tensor tensor{
       parameter.data,
@@ -66,24 +89,18 @@ void Batches::add(
       member.number,
       static_cast<uint16_t>(member.group),
       static_cast<uint16_t>(member.flags),
-      gradient.type};
-  const bool flat = gradient.contiguous && parameter.contiguous;
-  const auto c = flat ? Collapsed{} : collapse(dimensions, shape, parameter, gradient);
-  const auto m = form_of(c, size);
-  if (!parameter.contiguous || !slots_contiguous_ || c.dimensions > 2 || !fits(m)) {
+      gradient.type,
+      arenas_ - 1};
+  if (!is_matrix) {
     auto& any = append(strided, tensor, divide_up(size, kTile));
     set_dimensions(any, flat ? collapse(dimensions, shape, parameter, gradient) : c);
-    return;
+    std::copy(ways_.begin(), ways_.end(), any.ways);
+    return true;
   }
-
-  const bool wide_arenas =
-      m.columns % kQuad == 0 && is_aligned(parameter.data, kQuad * size_of(type_));
-  const bool aligned = is_aligned(gradient.data, kQuad * size_of(gradient.type));
-  if (c.dimensions == 2 && m.row_stride == 1 && wide_arenas && aligned && m.rows % kQuad == 0 &&
-      m.column_stride % kQuad == 0) {
+  if (is_turned) {
     const uint64_t squares = divide_up(m.rows, kSquare) * divide_up(m.columns, kSquare);
     add_matrix(turned, tensor, squares, m, kWideArenas | kWideGradient);
-    return;
+    return true;
   }
   const bool wide_gradient =
       aligned && m.column_stride == 1 && m.columns % kQuad == 0 && m.row_stride % kQuad == 0;
@@ -94,6 +111,7 @@ void Batches::add(
       tiles,
       m,
       (wide_arenas ? uint32_t(kWideArenas) : 0) | (wide_gradient ? uint32_t(kWideGradient) : 0));
+  return true;
 }
 
 } // namespace mlx_fused_optim::cuda

@@ -2,6 +2,8 @@
 // few launches as hold them. No CUDA and no MLX here: tested without a GPU.
 #pragma once
 
+#include <array>
+
 #include "cuda/packing.h"
 
 namespace mlx_fused_optim::cuda {
@@ -14,13 +16,21 @@ struct Member {
   uint32_t flags;
 };
 
+/// How an arena's slots lie.
+using SlotWays = std::array<SlotWay, fused_math::kSlots>;
+
 class Batches {
  public:
-  /// `slots_contiguous`: an arena that is not sends all tensors the strided way.
-  Batches(Type type, bool slots_contiguous) : type_(type), slots_contiguous_(slots_contiguous) {}
+  Batches(Type type, bool has_bytes) : type_(type), has_bytes_(has_bytes) {}
 
-  /// Adds a tensor. Throws std::invalid_argument where no kernel can read it.
-  void add(
+  /// What is added from here on is of the next arena. One with a slot that is not contiguous
+  /// sends all its tensors the strided way.
+  void begin_arena(const SlotWays& ways);
+
+  /// Adds a tensor. Throws std::invalid_argument where no kernel can read it. False where it
+  /// has moments in bytes and their groups are in no row of threads: its parameter and its
+  /// gradient have to be contiguous then.
+  bool add(
       int dimensions,
       const int32_t* shape,
       const Member& member,
@@ -46,7 +56,10 @@ class Batches {
 
  private:
   Type type_;
-  bool slots_contiguous_;
+  bool has_bytes_;
+  uint32_t arenas_ = 0;
+  SlotWays ways_;
+  bool slots_contiguous_ = true;
 };
 
 } // namespace mlx_fused_optim::cuda

@@ -57,7 +57,7 @@ void launch(
   encoder.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, pointers);
 }
 
-/// The kernels that launches of one kind take: for any number of tensors, and for kFew of them.
+/// The kernels that launches of one kind take: for any number of tensors, and for few (is_few).
 struct KernelPair {
   CUfunction many = nullptr;
   CUfunction few = nullptr;
@@ -72,9 +72,9 @@ KernelPair kernels_for(
     int device) {
   KernelPair kernels;
   for (auto& batch : batches) {
-    const bool is_few = batch->arguments.common.count <= kFew;
-    auto& function = is_few ? kernels.few : kernels.many;
-    function = function ? function : kernel(is_few ? few : many, device);
+    const bool takes_few = is_few(batch->arguments);
+    auto& function = takes_few ? kernels.few : kernels.many;
+    function = function ? function : kernel(takes_few ? few : many, device);
   }
   return kernels;
 }
@@ -90,10 +90,15 @@ void launch_batches(
     typename T::Shared& common,
     After after) {
   for (auto& batch : batches) {
-    common.count = batch->arguments.common.count;
-    batch->arguments.common = common;
-    const auto kernel = common.count <= kFew ? kernels.few : kernels.many;
-    launch(encoder, kernel, batch->blocks, threads, batch->arguments);
+    auto& arguments = batch->arguments;
+    common.count = arguments.common.count;
+    arguments.common = common;
+    if (!is_few(arguments)) {
+      launch(encoder, kernels.many, batch->blocks, threads, arguments);
+    } else if constexpr (std::is_base_of_v<Matrix, T>) {
+      auto few = few_of(arguments);
+      launch(encoder, kernels.few, batch->blocks, threads, few);
+    }
     after();
   }
 }

@@ -9,10 +9,10 @@
 
 namespace mlx_fused_optim::cuda {
 
-enum class Type : uint32_t { float32, float16, bfloat16, int8 };
+enum class Type : uint32_t { float32, float16, bfloat16, int8, bytes };
 
 constexpr size_t size_of(Type type) {
-  return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2;
+  return type == Type::float32 ? 4 : type == Type::float16 || type == Type::bfloat16 ? 2 : 1;
 }
 
 /// Types in a set, a bit each.
@@ -43,14 +43,27 @@ constexpr uint32_t kSquareThreads = 512;
 constexpr uint32_t kGranule = 256;
 
 /// What the state keeps of every element: an arena before and after the step. Null
-/// where the step has none. Element e of one that is not contiguous lies at
-/// e / columns * row_stride + e % columns * column_stride.
+/// where the step has none.
 struct SlotArena {
   const void* data;
   void* out;
+};
+
+/// How such an arena lies before the step: element e at
+/// e / columns * row_stride + e % columns * column_stride.
+struct SlotWay {
   uint64_t columns;
   int64_t row_stride;
   int64_t column_stride;
+};
+constexpr SlotWay kContiguousWay = {1, 1, 0};
+
+/// An arena of a launch. Outputs may be the memory of the inputs: element i is read and
+/// written by one thread, in this order.
+struct StepArena {
+  void* parameters_out;
+  uint64_t place; // of its random bits, see fused_math::random_key
+  SlotArena slots[fused_math::kSlots];
 };
 
 /// In a kernel's place for StepFlags: it knows none of them, but takes those of its tensors.
@@ -59,9 +72,12 @@ constexpr uint32_t kGenericMaster24Flags = ~0u;
 constexpr uint32_t kGenericFlags = ~0u ^ 1u << 30;
 constexpr bool is_generic(uint32_t flags) { return flags >> 31; }
 
-/// What all tensors of a step share. Outputs may be the memory of the inputs:
-/// element i is read and written by one thread, in this order.
-struct Common {
+/// Arenas that a launch may have, and one of few tensors.
+constexpr uint32_t kArenas = 16;
+constexpr uint32_t kFewArenas = 4;
+
+/// What all tensors of a step share. An arena's place in `control` is of none of them.
+struct StepCommon {
   fused_math::StepControl control;
   const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
@@ -69,10 +85,12 @@ struct Common {
   const float* groups; // rows of kGroupNumbers; null without groups
   uint64_t* step_out; // null but in one launch of a step
   float* used_out;
-  void* parameters_out; // the arena
-  SlotArena slots[fused_math::kSlots];
-  uint32_t aligned; // all arenas start at multiples of 16 bytes
+  uint32_t aligned; // a bit each arena: it and its slots start at multiples of 16 bytes
   uint32_t count; // of tensors
+};
+template <uint32_t number>
+struct Common : StepCommon {
+  StepArena arenas[number];
 };
 
 /// Places in an arena are multiples of this (elements), see kGranule.
@@ -80,7 +98,7 @@ constexpr uint32_t kPlace = 64;
 
 /// What every tensor has. Small: hundreds are to fit the arguments of one launch.
 struct Tensor {
-  using Shared = Common;
+  using Shared = Common<kArenas>;
   const void* parameter;
   const void* gradient;
   uint64_t size; // elements
@@ -90,6 +108,7 @@ struct Tensor {
   uint16_t group;
   uint16_t flags; // its own StepFlags
   Type gradient_type;
+  uint32_t arena; // of the launch
 };
 
 enum Wide : uint32_t {
@@ -111,7 +130,7 @@ struct Tiled : Matrix {};
 /// One whose gradient has a row_stride of 1, and everything is a multiple of kQuad.
 struct Turned : Matrix {};
 
-/// Parameter and gradient lie in any way.
+/// Parameter, gradient and slots lie in any way.
 constexpr int kMaxDimensions = 10;
 template <typename Base>
 struct AnyWay : Base {
@@ -120,35 +139,37 @@ struct AnyWay : Base {
   int64_t parameter_strides[kMaxDimensions]; // elements
   int64_t gradient_strides[kMaxDimensions];
 };
-using Strided = AnyWay<Tensor>;
+struct Strided : AnyWay<Tensor> {
+  SlotWay ways[fused_math::kSlots];
+};
 
 /// The arguments of one launch: as many tensors as 32764 bytes hold, which is
 /// what a kernel may be given by value from sm_70 on.
 constexpr size_t kArgumentBytes = 32764;
 template <typename T>
 constexpr uint32_t kMost = (kArgumentBytes - sizeof(typename T::Shared)) / sizeof(T);
-template <typename T, uint32_t capacity = kMost<T>>
+template <typename T, uint32_t capacity = kMost<T>, typename Shared = typename T::Shared>
 struct Launch {
-  using Shared = typename T::Shared;
   static constexpr uint32_t kCapacity = capacity;
   Shared common;
   T tensors[kCapacity];
 };
 
 /// Kernels for few tensors declare less: the driver copies what is declared, several
-/// times (20 to 45 us a launch, docs/cuda.md). They read the same struct. The usual arena is
-/// a sixteenth of a model: 28 tensors of 448.
+/// times (20 to 45 us a launch, docs/cuda.md). An arena that waits for its gradients is alone,
+/// and usually a sixteenth of a model: 28 tensors of 448.
 constexpr uint32_t kFew = 32;
 template <typename T>
-using FewLaunch = Launch<T, kFew>;
+using FewLaunch = Launch<T, kFew, Common<kFewArenas>>;
 static_assert(sizeof(Launch<Tiled>) <= kArgumentBytes && Launch<Tiled>::kCapacity >= 448);
-static_assert(sizeof(FewLaunch<Tiled>) <= 8192);
+static_assert(sizeof(FewLaunch<Tiled>) <= 5120);
 static_assert(sizeof(Launch<Strided>) <= kArgumentBytes);
 static_assert(
     static_cast<uint32_t>(Type::float32) == fused_math::kFloat32 &&
     static_cast<uint32_t>(Type::float16) == fused_math::kFloat16 &&
     static_cast<uint32_t>(Type::bfloat16) == fused_math::kBfloat16 &&
-    static_cast<uint32_t>(Type::int8) == fused_math::kInt8);
+    static_cast<uint32_t>(Type::int8) == fused_math::kInt8 &&
+    static_cast<uint32_t>(Type::bytes) == fused_math::kBytes);
 static_assert(fused_math::kMeasureNorm <= 0xffff, "a tensor's flags have 16 bits");
 
 /// The arguments of the kernel that evaluates a schedule.

@@ -56,10 +56,10 @@ const Backend& backend() {
 
 void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto set = [&](const cuda::Allocate& allocate) {
-    set_outputs(plan_, inputs, outputs, allocate);
-    return StepOutputs(plan_, outputs);
+    set_outputs(node_, inputs, outputs, allocate);
+    return node_.outputs(outputs);
   };
-  cuda::backend().step({plan_, StepInputs(plan_, inputs), set, stream()});
+  cuda::backend().step({node_, node_.inputs(inputs), set, stream()});
 }
 
 void MeasureGradients::eval_gpu(

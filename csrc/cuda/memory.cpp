@@ -110,4 +110,15 @@ mx::allocator::Data allocate(size_t bytes, mx::Stream stream) {
   refuse_memory(bytes);
 }
 
+mx::array contiguous_copy(const mx::array& a, mx::Stream stream) {
+  static thread_local std::unordered_map<int, std::shared_ptr<mx::Primitive>> primitives;
+  auto& primitive = primitives[stream.index];
+  if (!primitive) {
+    primitive = mx::contiguous(mx::array({0.0f}), false, stream).primitive_ptr();
+  }
+  std::vector<mx::array> outputs = {mx::array(a.shape(), a.dtype(), primitive, {})};
+  primitive->eval_gpu({a}, outputs);
+  return outputs[0];
+}
+
 } // namespace mlx_fused_optim::cuda

@@ -16,14 +16,18 @@ namespace {
 /// and move to fresh ones. Waits, but only where nothing else is to be done.
 void let_go_of_finished_work(
     mx::cu::CommandEncoder& encoder,
-    const StepPlan& plan,
-    const StepInputs& in) {
+    const std::vector<StepPlan>& plans,
+    const std::vector<StepInputs>& inputs) {
   auto uses = [](const mx::array& a) {
     return static_cast<size_t>(a.data_shared_ptr().use_count());
   };
-  bool held = plan.tensor_count() > 0 && uses(in.parameters[0]) > plan.parameter_inputs();
-  for (auto* slot : in.slots) {
-    held |= slot && uses(*slot) > 1;
+  bool held = false;
+  for (size_t p = 0; p < plans.size(); ++p) {
+    auto& in = inputs[p];
+    held |= plans[p].tensor_count() > 0 && uses(in.parameters[0]) > plans[p].parameter_inputs();
+    for (auto* slot : in.slots) {
+      held |= slot && uses(*slot) > 1;
+    }
   }
   if (held && has_nothing_to_do(encoder)) {
     encoder.synchronize();
@@ -44,33 +48,56 @@ void prefetch(const mx::array* arrays, size_t i, size_t n) {
   }
 }
 
-bool slots_contiguous(const StepInputs& in) {
-  for (auto* slot : in.slots) {
-    if (slot && !slot->flags().row_contiguous) {
-      return false;
-    }
+SlotWays slot_ways(const StepInputs& in) {
+  SlotWays ways;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    auto* a = in.slots[slot];
+    const bool contiguous = !a || a->flags().row_contiguous;
+    ways[slot] = contiguous ? kContiguousWay
+                            : SlotWay{
+                                  static_cast<uint64_t>(a->shape(-1)),
+                                  a->ndim() == 1 ? 0 : a->strides(0),
+                                  a->strides(-1)};
   }
-  return true;
+  return ways;
 }
 
 /// The tensors, sorted and packed. Throws std::invalid_argument where no kernel can read one.
-Batches batches_of(const StepPlan& plan, const StepInputs& in) {
-  Batches batches(type_of(plan.arena->dtype), slots_contiguous(in));
-  for (size_t i = 0; i < plan.tensor_count(); ++i) {
-    prefetch(in.parameters, i, plan.parameter_inputs());
-    prefetch(in.gradients, i, plan.tensor_count());
-    auto& shape = plan.arena->shapes[i];
-    batches.add(
-        shape.size(),
-        shape.data(),
-        {plan.arena->offsets[i],
-         static_cast<uint32_t>(plan.arena->tensors[i]),
-         plan.group(i),
-         plan.tensor_flags(i)},
-        source(in.parameter(i), plan.parameter_begin(i)),
-        source(in.gradients[i]));
+/// Of what has to be contiguous, `copies` are read.
+Batches batches_of(
+    const std::vector<StepPlan>& plans,
+    const std::vector<StepInputs>& inputs,
+    std::vector<mx::array>& copies,
+    mx::Stream stream) {
+  Batches batches(type_of(plans[0].arena->dtype), plans[0].kept.has_bytes());
+  auto contiguous = [&](const mx::array& a, size_t begin) {
+    return a.flags().row_contiguous
+        ? source(a, begin)
+        : source(copies.emplace_back(contiguous_copy(a, stream)), begin);
+  };
+  for (size_t p = 0; p < plans.size(); ++p) {
+    auto& plan = plans[p];
+    auto& in = inputs[p];
+    batches.begin_arena(slot_ways(in));
+    for (size_t i = 0; i < plan.tensor_count(); ++i) {
+      prefetch(in.parameters, i, plan.parameter_inputs());
+      prefetch(in.gradients, i, plan.tensor_count());
+      auto& shape = plan.arena->shapes[i];
+      const Member member{
+          plan.arena->offsets[i],
+          static_cast<uint32_t>(plan.arena->tensors[i]),
+          plan.group(i),
+          plan.tensor_flags(i)};
+      auto add = [&](const Source& parameter, const Source& gradient) {
+        return batches.add(shape.size(), shape.data(), member, parameter, gradient);
+      };
+      const size_t begin = plan.parameter_begin(i);
+      if (!add(source(in.parameter(i), begin), source(in.gradients[i]))) {
+        add(contiguous(in.parameter(i), begin), contiguous(in.gradients[i], 0));
+      }
+    }
   }
-  if (batches.launches() == 0 && plan.writes_step) {
+  if (batches.launches() == 0 && plans[0].writes_step) {
     batches.add_nothing();
   }
   return batches;
@@ -89,7 +116,7 @@ StepKernels kernels_of(const StepPlan& plan, const Batches& batches, int device)
         plan.control.rule,
         type,
         // Where there is no slot of the rule, its type makes no kernel of its own.
-        plan.has(0) ? type_of(plan.kept.state) : type,
+        plan.has(0) ? static_cast<Type>(plan.kept.state_format) : type,
         batches.gradients,
         plan.flags() & ~fused_math::kMeasureNorm,
         parts_of(plan.control)};
@@ -100,33 +127,41 @@ StepKernels kernels_of(const StepPlan& plan, const Batches& batches, int device)
       kernels_for(batches.strided, variant(Kind::strided), variant(Kind::strided), device)};
 }
 
-SlotArena slot_arena(const mx::array& in, const mx::array& out) {
-  SlotArena arena{};
-  arena.data = mx::gpu_ptr<void>(in);
-  arena.out = mx::gpu_ptr<void>(out);
-  arena.columns = in.shape(-1);
-  arena.row_stride = in.ndim() == 1 ? 0 : in.strides(0);
-  arena.column_stride = in.strides(-1);
+StepArena step_arena(const StepPlan& plan, const StepInputs& in, const StepOutputs& out) {
+  StepArena arena{};
+  arena.parameters_out = pointer<void>(out.parameters);
+  arena.place = plan.control.place;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    arena.slots[slot] = {pointer<void>(in.slots[slot]), pointer<void>(out.slots[slot])};
+  }
   return arena;
 }
 
-Common common_arguments(const StepPlan& plan, const StepInputs& in, const StepOutputs& out) {
-  Common common{};
-  common.control = plan.control;
-  common.step = pointer<uint64_t>(in.step);
-  common.given = pointer<float>(in.given);
-  common.measured = pointer<float>(in.measured);
-  common.groups = pointer<float>(in.groups);
-  common.step_out = pointer<uint64_t>(out.step);
-  common.used_out = pointer<float>(out.used);
-  common.parameters_out = pointer<void>(out.parameters);
-  common.aligned = is_aligned(common.parameters_out, 16);
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (in.slots[slot]) {
-      auto& arena = common.slots[slot];
-      arena = slot_arena(*in.slots[slot], *out.slots[slot]);
-      common.aligned &= is_aligned(arena.data, 16) && is_aligned(arena.out, 16);
-    }
+bool arena_is_aligned(const StepArena& arena) {
+  bool all = is_aligned(arena.parameters_out, 16);
+  for (auto& slot : arena.slots) {
+    all &= is_aligned(slot.data, 16) && is_aligned(slot.out, 16);
+  }
+  return all;
+}
+
+static_assert(kMostArenas <= kArenas);
+
+Common<kArenas> common_arguments(
+    const std::vector<StepPlan>& plans,
+    const std::vector<StepInputs>& in,
+    const std::vector<StepOutputs>& out) {
+  Common<kArenas> common{};
+  common.control = plans[0].control;
+  common.step = pointer<uint64_t>(in[0].step);
+  common.given = pointer<float>(in[0].given);
+  common.measured = pointer<float>(in[0].measured);
+  common.groups = pointer<float>(in[0].groups);
+  common.step_out = pointer<uint64_t>(out[0].step);
+  common.used_out = pointer<float>(out[0].used);
+  for (size_t p = 0; p < plans.size(); ++p) {
+    common.arenas[p] = step_arena(plans[p], in[p], out[p]);
+    common.aligned |= uint32_t(arena_is_aligned(common.arenas[p])) << p;
   }
   return common;
 }
@@ -134,24 +169,35 @@ Common common_arguments(const StepPlan& plan, const StepInputs& in, const StepOu
 } // namespace
 
 void step(const Step& step) {
-  auto& plan = step.plan;
+  auto& plans = step.node.plans;
   auto& in = step.inputs;
   auto& encoder = mx::cu::get_command_encoder(step.stream);
   encoder.device().make_current();
   const int device = encoder.device().cuda_device();
-  const auto batches = batches_of(plan, in);
-  const auto kernels = kernels_of(plan, batches, device);
+  let_go_of_finished_work(encoder, plans, in);
+  std::vector<mx::array> copies;
+  const auto batches = batches_of(plans, in, copies, step.stream);
+  const auto kernels = kernels_of(plans[0], batches, device);
 
-  let_go_of_finished_work(encoder, plan, in);
   const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
-  set_inputs(encoder, in.parameters, plan.parameter_inputs() + plan.tensor_count());
-  set_inputs(encoder, {in.step, in.given, in.measured, in.groups});
-  set_outputs(encoder, {out.parameters, out.step, out.used});
-  for (int slot = 0; slot < kSlots; ++slot) {
-    set_inputs(encoder, {in.slots[slot]});
-    set_outputs(encoder, {out.slots[slot]});
+  for (size_t p = 0; p < plans.size(); ++p) {
+    set_inputs(encoder, in[p].parameters, plans[p].parameter_inputs());
+    set_inputs(encoder, in[p].gradients, plans[p].tensor_count());
+    set_outputs(encoder, {out[p].parameters, out[p].step, out[p].used});
+    for (int slot = 0; slot < kSlots; ++slot) {
+      set_inputs(encoder, {in[p].slots[slot]});
+      set_outputs(encoder, {out[p].slots[slot]});
+    }
   }
-  auto common = common_arguments(plan, in, out);
+  set_inputs(encoder, {in[0].step, in[0].given, in[0].measured, in[0].groups});
+  for (auto& gradient : step.node.gradients) {
+    encoder.add_temporary(gradient);
+  }
+  set_inputs(encoder, copies.data(), copies.size());
+  for (auto& copy : copies) {
+    encoder.add_temporary(copy);
+  }
+  auto common = common_arguments(plans, in, out);
   auto counted = [&] { common.step_out = nullptr; }; // by the first launch
   side_by_side(encoder, batches.launches(), [&] {
     launch_batches(encoder, kernels.tiled, kThreads, batches.tiled, common, counted);

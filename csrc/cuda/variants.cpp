@@ -17,8 +17,8 @@ struct EntryPoint {
 
 /// By Kind.
 constexpr EntryPoint kEntryPoints[] = {
-    {"step_tiled", "Launch<Tiled>", "kThreads, kTiledBlocks"},
-    {"step_tiled_few", "FewLaunch<Tiled>", "kThreads, kTiledBlocks"},
+    {"step_tiled", "Launch<Tiled>", "kThreads, kTiledBlocks<%s>"},
+    {"step_tiled_few", "FewLaunch<Tiled>", "kThreads, kTiledBlocks<%s>"},
     {"step_turned", "Launch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
     {"step_turned_few", "FewLaunch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
     {"step_strided", "Launch<Strided>", "kThreads"},
@@ -29,7 +29,7 @@ constexpr EntryPoint kEntryPoints[] = {
     {"evaluate_schedule", "ScheduleLaunch", "kThreads"},
 };
 
-constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16", "int8"};
+constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16", "int8", "bytes"};
 
 const EntryPoint& entry_point(Kind kind) { return kEntryPoints[static_cast<int>(kind)]; }
 const char* name_of(Type type) { return kTypeNames[static_cast<int>(type)]; }

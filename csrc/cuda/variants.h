@@ -10,7 +10,7 @@
 namespace mlx_fused_optim::cuda {
 
 enum class Kind : uint32_t {
-  tiled, // "few" in its name: for up to kFew tensors, as the next
+  tiled, // "few" in its name: for FewLaunch, as the next
   tiled_few,
   turned,
   turned_few,

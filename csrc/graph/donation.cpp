@@ -83,7 +83,8 @@ void set_output(
     mx::array& output,
     const mx::array& input,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  if (input.is_donatable() && input.flags().row_contiguous) {
+  // In rows of bytes are numbers of four.
+  if (input.is_donatable() && input.flags().row_contiguous && input.offset() % 4 == 0) {
     output.copy_shared_buffer(input);
   } else {
     output.set_data(allocate(output.nbytes()));
@@ -102,11 +103,9 @@ void restore(std::vector<mx::array>& outputs, const std::vector<mx::array>& inpu
 
 void give_memory(
     const StepPlan& plan,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
+    const StepInputs& in,
+    const StepOutputs& out,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  StepInputs in(plan, inputs);
-  StepOutputs out(plan, outputs);
   if (out.parameters && plan.flags() & fused_math::kDirection) {
     out.parameters->set_data(allocate(out.parameters->nbytes())); // the parameters are read again
   } else if (out.parameters && plan.whole) {
@@ -154,7 +153,7 @@ std::optional<mx::array> whole_arena(const Arena& arena, const std::vector<mx::a
 }
 
 void set_outputs(
-    const StepPlan& plan,
+    const StepNode& node,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
@@ -168,7 +167,11 @@ void set_outputs(
   }
 
   try {
-    give_memory(plan, inputs, outputs, allocate);
+    const auto in = node.inputs(inputs);
+    const auto out = node.outputs(outputs);
+    for (size_t p = 0; p < in.size(); ++p) {
+      give_memory(node.plans[p], in[p], out[p], allocate);
+    }
   } catch (...) { // no memory left
     restore(outputs, inputs);
     throw;

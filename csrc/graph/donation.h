@@ -15,7 +15,7 @@ std::optional<mx::array> whole_arena(
     const Arena& arena,
     const std::vector<mx::array>& parameters); // of the layout
 
-/// Gives every output of a step its memory: that of the inputs where nobody else
+/// Gives every output of a node its memory: that of the inputs where nobody else
 /// can ever look at it again, else fresh from `allocate`. Shared by all backends.
 ///
 /// - Momentum, and each other slot, is one array: MLX's own test for donation serves.
@@ -25,7 +25,7 @@ std::optional<mx::array> whole_arena(
 /// - The step counter and the learning rate, where the kernel writes them, are always
 ///   fresh: other dispatches of the same step still read the old counter.
 void set_outputs(
-    const StepPlan& plan,
+    const StepNode& node,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate);

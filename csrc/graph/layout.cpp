@@ -67,7 +67,7 @@ static size_t padded_size(const TensorSpec& spec) {
   return (element_count(spec.shape) + granule - 1) / granule * granule;
 }
 
-Layout make_layout(std::vector<TensorSpec> tensors) {
+Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes) {
   size_t bytes = 0;
   for (auto& spec : tensors) {
     bytes += padded_size(spec) * spec.dtype.size();
@@ -78,16 +78,18 @@ Layout make_layout(std::vector<TensorSpec> tensors) {
   for (size_t t = 0; t < tensors.size(); ++t) {
     auto& spec = tensors[t];
     const size_t size = padded_size(spec);
+    const bool is_small = element_count(spec.shape) < least_of_bytes;
 
-    // Only the latest arena of a dtype can have room: tensors keep their order.
+    // Only the latest arena of a kind can have room: tensors keep their order.
     Arena* arena = nullptr;
     for (auto& candidate : arenas) {
-      if (candidate.dtype == spec.dtype) {
+      if (candidate.dtype == spec.dtype && candidate.is_small == is_small) {
         arena = &candidate;
       }
     }
     if (!arena || (arena->size > 0 && (arena->size + size) * spec.dtype.size() > limit)) {
       arena = &arenas.emplace_back(Arena{spec.dtype});
+      arena->is_small = is_small;
     }
     arena->tensors.push_back(t);
     arena->shapes.push_back(spec.shape);

@@ -55,6 +55,7 @@ struct Arena {
   std::vector<mx::Shape> shapes = {}; // of each of `tensors`
   std::vector<size_t> offsets = {}; // elements, likewise
   uint64_t fingerprint = 0; // of its tensors
+  bool is_small = false; // its tensors have no moments in bytes
 };
 
 struct Layout {
@@ -87,7 +88,8 @@ class Fingerprint {
 /// As states have it, in their keys.
 std::string fingerprint_text(uint64_t number);
 
-/// Assigns every tensor to an arena of its dtype, in order.
-Layout make_layout(std::vector<TensorSpec> tensors);
+/// Assigns every tensor to an arena of its dtype, in order. Those of fewer elements than
+/// `least_of_bytes` have arenas of their own.
+Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes = 0);
 
 } // namespace mlx_fused_optim

@@ -8,18 +8,13 @@
 #include "graph/errors.h"
 #include "graph/measure.h"
 #include "graph/rules.h"
+#include "graph/tracing.h"
 
 #include "mlx/transforms.h"
 
 namespace mlx_fused_optim {
 
 namespace {
-
-uint32_t format_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? fused_math::kFloat32
-      : dtype == mx::float16  ? fused_math::kFloat16
-                              : fused_math::kBfloat16;
-}
 
 /// The flags that dtypes have a use for: float32 loses nothing that a master, a
 /// compensation or rounding at random could keep.
@@ -33,22 +28,26 @@ uint32_t flags_for(mx::Dtype parameter, mx::Dtype state, uint32_t flags) {
 }
 
 ArenaSlots slots_of(const Arena& arena, const StepOptions& options) {
-  const auto state = options.state_dtype.value_or(arena.dtype);
+  auto state = options.state_dtype.value_or(arena.dtype);
+  if (arena.is_small && state == mx::uint8) {
+    state = mx::float32;
+  }
   const auto flags = flags_for(arena.dtype, state, options.flags);
-  return {options.rule, flags, arena.dtype, state, !arena.tensors.empty()};
+  return {options.rule, flags, format_of(arena.dtype), format_of(state), !arena.tensors.empty()};
 }
 
 StepPlan make_plan(
     std::shared_ptr<const Arena> arena,
     const StepOptions& options,
     const StepControl& control,
-    bool whole) {
+    bool whole,
+    bool waits) {
   const auto kept = slots_of(*arena, options);
-  StepPlan plan{std::move(arena), options.groups, control, kept, false, whole};
+  StepPlan plan{std::move(arena), options.groups, control, kept, false, whole, waits};
   plan.control.flags = kept.flags;
   plan.control.place = plan.arena->fingerprint;
-  plan.control.parameter_format = format_of(kept.parameter);
-  plan.control.state_format = format_of(kept.state);
+  plan.control.parameter_format = kept.parameter_format;
+  plan.control.state_format = kept.state_format;
   return plan;
 }
 
@@ -60,7 +59,7 @@ void check_slots(const Layout& layout, const StepSlots& slots, const StepOptions
       if (!kept.has(slot)) {
         continue;
       }
-      const auto shape = arena_shape(*arena);
+      const auto shape = kept.shape(*arena, slot);
       const auto dtype = kept.dtype(slot);
       if (count < slots[slot].size()) {
         auto& array = slots[slot][count];
@@ -229,18 +228,109 @@ std::vector<mx::array> measure(
   return measure_gradients(plan, inputs, stream);
 }
 
+/// What is kept beside moments in bytes, as the kernels read it. A step's own output is in a row.
+mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
+  const bool is_known = rows.is_available() && !rows.is_tracer();
+  const bool is_own =
+      rows.has_primitive() && dynamic_cast<const FusedStep*>(&rows.primitive()) != nullptr;
+  return (is_known ? rows.flags().row_contiguous : is_own) ? rows
+                                                           : mx::contiguous(rows, false, stream);
+}
+
+/// A node to be, and its inputs.
+struct Gathered {
+  StepNode node;
+  std::vector<mx::array> inputs;
+  size_t bytes = 0; // of parameters
+  bool is_open = false; // it waits for nothing
+
+  /// Whether another arena joins those that are there.
+  bool takes(const Arena& arena) const {
+    const size_t more = arena.size * arena.dtype.size();
+    return is_open && !node.plans.empty() && node.plans.size() < kMostArenas &&
+        node.plans[0].arena->dtype == arena.dtype &&
+        node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit;
+  }
+};
+
+bool are_available(const std::vector<mx::array>& arrays, const std::vector<int>& tensors) {
+  return std::all_of(
+      tensors.begin(), tensors.end(), [&](int t) { return arrays[t].is_available(); });
+}
+
+/// Makes the node, and puts its outputs where they belong.
+void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
+  if (gathered.node.plans.empty()) {
+    return;
+  }
+  const auto step = std::make_shared<FusedStep>(stream, std::move(gathered.node));
+  const auto& plans = step->node().plans;
+  auto outputs = composed_is_asked_for()
+      ? step_composed(plans[0], gathered.inputs, stream)
+      : mx::array::make_arrays(
+            step->node().output_shapes(), step->node().output_dtypes(), step, gathered.inputs);
+  auto* next = outputs.data();
+  for (auto& plan : plans) {
+    const StepOutputs out(plan, next);
+    next = out.end;
+    if (out.parameters && plan.flags() & fused_math::kDirection) {
+      result.parameters.push_back(*out.parameters);
+    } else if (out.parameters) {
+      auto views = arena_tensors(*out.parameters, plan.arena, stream);
+      for (size_t i = 0; i < views.size(); ++i) {
+        result.parameters[plan.arena->tensors[i]] = std::move(views[i]);
+      }
+    }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (out.slots[slot]) {
+        result.slots[slot].push_back(*out.slots[slot]);
+      }
+    }
+    if (plan.writes_step) {
+      result.next = *out.step;
+      result.used = *out.used;
+    }
+  }
+}
+
 } // namespace
 
-StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays)
-    : parameters(arrays.data()),
+mx::Dtype dtype_of(uint32_t format) {
+  using namespace fused_math;
+  return format == kFloat32       ? mx::float32
+      : format == kFloat16        ? mx::float16
+      : format == kBfloat16       ? mx::bfloat16
+      : format == uint32_t(kInt8) ? mx::int8
+                                  : mx::uint8;
+}
+
+uint32_t format_of(mx::Dtype dtype) {
+  using namespace fused_math;
+  return dtype == mx::float32 ? kFloat32
+      : dtype == mx::float16  ? kFloat16
+      : dtype == mx::bfloat16 ? kBfloat16
+      : dtype == mx::int8     ? kInt8
+                              : kBytes;
+}
+
+mx::Dtype ArenaSlots::dtype(int slot) const { return dtype_of(format(slot)); }
+
+mx::Shape ArenaSlots::shape(const Arena& arena, int slot) const {
+  using namespace fused_math;
+  return is_byte_format(format(slot)) ? mx::Shape{int(arena.size / kByteGroup), int(kByteRow)}
+                                      : arena_shape(arena);
+}
+
+StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* held)
+    : parameters(arrays),
       whole(plan.whole),
-      gradients(arrays.data() + plan.parameter_inputs()),
+      gradients(plan.waits ? arrays + plan.parameter_inputs() : held),
       slots{},
       step(nullptr),
       given(nullptr),
       measured(nullptr),
       groups(nullptr) {
-  auto* next = gradients + plan.tensor_count();
+  auto* next = arrays + plan.parameter_inputs() + (plan.waits ? plan.tensor_count() : 0);
   for (int slot = 0; slot < kSlots; ++slot) {
     slots[slot] = plan.has(slot) ? next++ : nullptr;
   }
@@ -248,11 +338,11 @@ StepInputs::StepInputs(const StepPlan& plan, const std::vector<mx::array>& array
   given = plan.control.given ? next++ : nullptr;
   measured = plan.is_measured() ? next++ : nullptr;
   groups = plan.flags() & fused_math::kGroups ? next++ : nullptr;
+  end = next;
 }
 
-StepOutputs::StepOutputs(const StepPlan& plan, std::vector<mx::array>& arrays)
+StepOutputs::StepOutputs(const StepPlan& plan, mx::array* next)
     : parameters(nullptr), slots{}, step(nullptr), used(nullptr) {
-  auto* next = arrays.data();
   if (plan.tensor_count() > 0) {
     parameters = next++;
   }
@@ -263,6 +353,45 @@ StepOutputs::StepOutputs(const StepPlan& plan, std::vector<mx::array>& arrays)
     step = next++;
     used = next++;
   }
+  end = next;
+}
+
+std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) const {
+  std::vector<StepInputs> all;
+  auto* next = arrays.data();
+  auto* held = gradients.data();
+  for (auto& plan : plans) {
+    next = all.emplace_back(plan, next, held).end;
+    held += plan.waits ? 0 : plan.tensor_count();
+  }
+  return all;
+}
+
+std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const {
+  std::vector<StepOutputs> all;
+  auto* next = arrays.data();
+  for (auto& plan : plans) {
+    next = all.emplace_back(plan, next).end;
+  }
+  return all;
+}
+
+std::vector<mx::Shape> StepNode::output_shapes() const {
+  std::vector<mx::Shape> shapes;
+  for (auto& plan : plans) {
+    const auto more = plan.output_shapes();
+    shapes.insert(shapes.end(), more.begin(), more.end());
+  }
+  return shapes;
+}
+
+std::vector<mx::Dtype> StepNode::output_dtypes() const {
+  std::vector<mx::Dtype> dtypes;
+  for (auto& plan : plans) {
+    const auto more = plan.output_dtypes();
+    dtypes.insert(dtypes.end(), more.begin(), more.end());
+  }
+  return dtypes;
 }
 
 bool StepPlan::reads_step() const {
@@ -278,7 +407,7 @@ std::vector<mx::Shape> StepPlan::output_shapes() const {
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (has(slot)) {
-      shapes.push_back(arena_shape(*arena));
+      shapes.push_back(kept.shape(*arena, slot));
     }
   }
   if (writes_step) {
@@ -315,13 +444,10 @@ StepResult fused_step(
     mx::StreamOrDevice s) {
   check(layout, slots, step, options);
   auto stream = mx::to_stream(s);
-  const bool composed = composed_is_asked_for();
   const auto [control, given] = make_control(options, step, stream);
 
-  const bool gives_directions = options.flags & fused_math::kDirection;
-
   StepResult result;
-  if (!gives_directions) {
+  if (!(options.flags & fused_math::kDirection)) {
     result.parameters = parameters; // each is replaced below
   }
   if (options.flags & fused_math::kMeasuredFlags) {
@@ -333,19 +459,31 @@ StepResult fused_step(
   // With no tensor at all, an empty arena still evaluates schedules.
   static const auto no_tensors = std::make_shared<const Arena>(Arena{mx::float32});
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
+  // A trace may evaluate a node again, with other arrays, and transform it.
+  const bool is_eager = !composed_is_asked_for() && !is_tracing();
   std::array<size_t, kSlots> used_slots{};
+  Gathered gathered;
   for (size_t a = 0; a < arenas; ++a) {
     const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
+    const auto& tensors = arena->tensors;
     const auto whole = whole_arena(*arena, parameters);
-    auto plan = make_plan(arena, options, control, whole.has_value());
+    const bool waits = !is_eager || !are_available(gradients, tensors);
+    auto plan = make_plan(arena, options, control, whole.has_value(), waits);
     plan.writes_step = a == 0 && plan.reads_step();
     if (plan.output_shapes().empty()) {
       continue;
     }
-    const auto& tensors = arena->tensors;
+    const bool is_open =
+        !waits && (whole || (tensors.size() == 1 && are_available(parameters, tensors)));
+    if (!(is_open && gathered.takes(*arena))) {
+      finish(std::move(gathered), result, stream);
+      gathered = {};
+    }
+    gathered.is_open = is_open;
+    gathered.bytes += arena->size * arena->dtype.size();
 
-    std::vector<mx::array> inputs;
-    inputs.reserve(2 * tensors.size() + kSlots + 4);
+    auto& inputs = gathered.inputs;
+    inputs.reserve(inputs.size() + 2 * tensors.size() + kSlots + 4);
     if (whole) {
       inputs.push_back(*whole);
     } else {
@@ -353,12 +491,14 @@ StepResult fused_step(
         inputs.push_back(parameters[t]);
       }
     }
+    auto& to = waits ? inputs : gathered.node.gradients;
     for (int t : tensors) {
-      inputs.push_back(gradients[t]);
+      to.push_back(gradients[t]);
     }
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
-        inputs.push_back(slots[slot][used_slots[slot]++]);
+        const auto& kept = slots[slot][used_slots[slot]++];
+        inputs.push_back(plan.kept.has_bytes() ? in_a_row(kept, stream) : kept);
       }
     }
     if (plan.reads_step()) {
@@ -371,32 +511,9 @@ StepResult fused_step(
     if (plan.flags() & fused_math::kGroups) {
       inputs.push_back(*options.group_numbers);
     }
-
-    auto outputs = composed ? step_composed(plan, inputs, stream)
-                            : mx::array::make_arrays(
-                                  plan.output_shapes(),
-                                  plan.output_dtypes(),
-                                  std::make_shared<FusedStep>(stream, plan),
-                                  inputs);
-    StepOutputs out(plan, outputs);
-    if (out.parameters && gives_directions) {
-      result.parameters.push_back(*out.parameters);
-    } else if (out.parameters) {
-      auto views = arena_tensors(*out.parameters, plan.arena, stream);
-      for (size_t i = 0; i < tensors.size(); ++i) {
-        result.parameters[tensors[i]] = std::move(views[i]);
-      }
-    }
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (out.slots[slot]) {
-        result.slots[slot].push_back(*out.slots[slot]);
-      }
-    }
-    if (plan.writes_step) {
-      result.next = *out.step;
-      result.used = *out.used;
-    }
+    gathered.node.plans.push_back(std::move(plan));
   }
+  finish(std::move(gathered), result, stream);
   if (!result.next) {
     result.next = next_counter(step, stream);
   }
@@ -433,24 +550,28 @@ std::vector<mx::array> arena_tensors(
 std::vector<mx::Shape> FusedStep::output_shapes(const std::vector<mx::array>& inputs) {
   // A shapeless compiled graph calls this with new inputs. The arena was laid
   // out for the shapes of the trace, so only the batch may have changed.
-  auto check = [&](size_t input, size_t tensor) {
-    if (inputs[input].shape() != plan_.arena->shapes[tensor]) {
+  auto check = [&](const mx::array& input, const mx::Shape& traced) {
+    if (input.shape() != traced) {
       refuse(
           "fused_step",
           "a shapeless compiled step cannot change the shapes of its parameters: got ",
-          inputs[input].shape(),
+          input.shape(),
           ", traced with ",
-          plan_.arena->shapes[tensor],
+          traced,
           ".");
     }
   };
-  for (size_t i = 0; i < plan_.tensor_count(); ++i) {
-    if (!plan_.whole) {
-      check(i, i);
+  const auto in = node_.inputs(inputs);
+  for (size_t p = 0; p < in.size(); ++p) {
+    auto& plan = node_.plans[p];
+    for (size_t i = 0; i < plan.tensor_count(); ++i) {
+      if (!plan.whole) {
+        check(in[p].parameters[i], plan.arena->shapes[i]);
+      }
+      check(in[p].gradients[i], plan.arena->shapes[i]);
     }
-    check(plan_.parameter_inputs() + i, i);
   }
-  return plan_.output_shapes();
+  return node_.output_shapes();
 }
 
 } // namespace mlx_fused_optim

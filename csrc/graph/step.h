@@ -27,19 +27,23 @@ struct StepGroups {
 struct ArenaSlots {
   uint32_t rule;
   uint32_t flags; // those that its dtype has a use for
-  mx::Dtype parameter;
-  mx::Dtype state; // of the rule's slots
+  uint32_t parameter_format; // fused_math::Format
+  uint32_t state_format; // likewise, of the rule's slots
   bool has_tensors;
 
   bool has(int slot) const { return has_tensors && fused_math::has_slot(rule, flags, slot); }
-  mx::Dtype dtype(int slot) const {
-    using namespace fused_math;
-    return slot < kRuleSlots                        ? state
-        : slot == kCompensation                     ? parameter
-        : slot == kMasterCopy && is_master24(flags) ? mx::int8
-                                                    : mx::float32;
+  uint32_t format(int slot) const {
+    return fused_math::slot_format(rule, flags, slot, parameter_format, state_format);
   }
+  bool has_bytes() const { return has(0) && state_format == fused_math::kBytes; }
+  mx::Dtype dtype(int slot) const;
+  /// That of the arena, or rows of bytes.
+  mx::Shape shape(const Arena& arena, int slot) const;
 };
+
+/// As arrays have them: moments in bytes are rows of uint8.
+mx::Dtype dtype_of(uint32_t format);
+uint32_t format_of(mx::Dtype dtype);
 
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.
@@ -50,6 +54,7 @@ struct StepPlan {
   ArenaSlots kept;
   bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
+  bool waits; // for its gradients, which are inputs; else the node holds them
 
   size_t tensor_count() const { return arena->tensors.size(); }
   size_t parameter_inputs() const { return whole ? 1 : tensor_count(); }
@@ -76,12 +81,13 @@ struct StepPlan {
   std::vector<mx::Dtype> output_dtypes() const;
 };
 
-/// Names for the positions in a primitive's inputs and outputs:
-/// inputs  = parameters... (or one arena), gradients..., [slots...], [step], [given scalars],
+/// Names for the positions in what a primitive has of inputs and outputs for a plan:
+/// inputs  = parameters... (or one arena), [gradients...], [slots...], [step], [given scalars],
 ///           [measured], [group numbers]
 /// outputs = [parameter arena, slots...], [step, used scalars]
+/// The next plan's begin at `end`. `gradients` are those that the node holds, if it does.
 struct StepInputs {
-  StepInputs(const StepPlan& plan, const std::vector<mx::array>& arrays);
+  StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* gradients = nullptr);
   /// The array with the arena's tensor `i`; a whole arena has it at parameter_begin(i).
   const mx::array& parameter(size_t i) const { return parameters[whole ? 0 : i]; }
   const mx::array* parameters;
@@ -92,13 +98,15 @@ struct StepInputs {
   const mx::array* given; // float32, see StepControl; null when nothing is given
   const mx::array* measured; // float32, see StepMeasured; null without kMeasuredFlags
   const mx::array* groups; // float32 {groups, kGroupNumbers}; null without kGroups
+  const mx::array* end;
 };
 struct StepOutputs {
-  StepOutputs(const StepPlan& plan, std::vector<mx::array>& arrays);
+  StepOutputs(const StepPlan& plan, mx::array* arrays);
   mx::array* parameters; // null when the arena has no tensors
   std::array<mx::array*, kSlots> slots;
   mx::array* step; // null unless plan.writes_step
   mx::array* used; // likewise; float32 {kScalars}
+  mx::array* end;
 };
 
 /// A number of the step: a constant or a schedule, or an array that has it.
@@ -160,10 +168,33 @@ std::vector<mx::array> measure_step(
     const StepOptions& options,
     mx::StreamOrDevice s = {});
 
-/// The step of one arena. Evaluation is in csrc/{cpu,metal,cuda}/step.cpp.
+/// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits
+/// them with each; and all are to fit the arguments of a CUDA launch.
+constexpr size_t kMostArenas = 16;
+
+/// What a node does, arena by arena, and the gradients that it holds.
+struct StepNode {
+  std::vector<StepPlan> plans; // of arenas of one dtype; the first may write the step
+  std::vector<mx::array> gradients; // of those that do not wait for theirs
+
+  /// The names for each plan.
+  std::vector<StepInputs> inputs(const std::vector<mx::array>& arrays) const;
+  std::vector<StepOutputs> outputs(std::vector<mx::array>& arrays) const;
+  std::vector<mx::Shape> output_shapes() const;
+  std::vector<mx::Dtype> output_dtypes() const;
+};
+
+/// The step of one arena, or of several that wait for nothing: then it takes the device one
+/// launch. Evaluation is in csrc/{cpu,metal,cuda}/step.cpp.
+///
+/// Gradients that are there are no inputs of the graph but the primitive's own: each output has
+/// a copy of all inputs, and several arenas have dozens of outputs. Nothing writes to gradients,
+/// and what is there needs no order; but their memory is the backend's to hold until the device
+/// is done, as MLX holds that of inputs.
 class FusedStep : public mx::Primitive {
  public:
-  FusedStep(mx::Stream stream, StepPlan plan) : mx::Primitive(stream), plan_(std::move(plan)) {}
+  FusedStep(mx::Stream stream, StepNode node) : mx::Primitive(stream), node_(std::move(node)) {}
+  const StepNode& node() const { return node_; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -185,7 +216,10 @@ class FusedStep : public mx::Primitive {
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
  private:
-  StepPlan plan_;
+  /// The only one, of a node that is transformed: see the definition.
+  const StepPlan& traced_plan() const;
+
+  StepNode node_;
 };
 
 /// A tensor of a flat arena, without a copy; in MLX's operations where those are asked for.

@@ -11,6 +11,7 @@
 // frame with nothing in it.
 #pragma once
 
+#include "bytes.h"
 #include "norm.h"
 #include "rounding.h"
 #include "rules.h"
@@ -83,13 +84,16 @@ MATH_FN constexpr bool has_slot(uint32_t rule, uint32_t flags, int slot) {
                               : (flags & kAverage) != 0;
 }
 
-/// The format of a slot.
+/// The format of a slot. Of the rule's, kBytes says that each is one or the other in bytes.
 MATH_FN constexpr uint32_t slot_format(
+    uint32_t rule,
     uint32_t flags,
     int slot,
     uint32_t parameter_format,
     uint32_t state_format) {
-  return slot < kRuleSlots                        ? state_format
+  return slot < kRuleSlots
+      ? (state_format == kBytes && Rules::is_unsigned(rule, slot) ? uint32_t(kByteSquares)
+                                                                  : state_format)
       : slot == kCompensation                     ? parameter_format
       : slot == kMasterCopy && is_master24(flags) ? uint32_t(kInt8)
                                                   : uint32_t(kFloat32);
@@ -129,7 +133,7 @@ struct StepControl {
   uint32_t scheduled;
   uint32_t rule; // its place in Rules
   uint32_t parameter_format; // Format
-  uint32_t state_format; // Format, of the rule's slots
+  uint32_t state_format; // likewise, of the rule's slots
   uint32_t reserved;
   uint64_t seed; // of rounding at random
   uint64_t place; // likewise: the arena
@@ -407,16 +411,24 @@ struct StepElements {
 };
 using StepElement = StepElements<float>;
 
-/// A number of the rule, as it is stored. Each of them has 16 random bits of its own; the
-/// parameter has the low ones of `random`.
+/// A number of the rule, as it is stored. Each of them has 16 random bits of its own, those at
+/// the end of what slot_random gives; the parameter has the low ones of `random`.
+template <typename U>
+MATH_FN U slot_random(U random, int slot) {
+  const U more = slot == 0 ? random : mix32(random);
+  return slot == 2 ? more : more >> 16;
+}
 template <typename T>
 MATH_FN T
 stored_slot(T x, int slot, typename Bits<T>::type random, uint32_t flags, uint32_t format) {
-  if (!(flags & kStochastic)) {
-    return round_nearest(x, format);
-  }
-  const typename Bits<T>::type more = slot == 0 ? random : mix32(random);
-  return round_random(x, format, slot == 2 ? more : more >> 16);
+  return flags & kStochastic ? round_random(x, format, slot_random(random, slot))
+                             : round_nearest(x, format);
+}
+/// Of what is stored as bytes, with which step_element has nothing to do: what comes to a
+/// number before it is rounded to a code.
+template <typename T>
+MATH_FN T slot_dither(typename Bits<T>::type position, int slot, RandomKey key, uint32_t flags) {
+  return flags & kStochastic ? byte_dither<T>(slot_random(random_bits(position, key), slot)) : T();
 }
 
 /// One element of a step, rounded to the formats of its memory: what comes out is

@@ -12,6 +12,8 @@ enum Format : uint32_t {
   kFloat16 = 1,
   kBfloat16 = 2,
   kInt8 = 3, // -128 to 127; only of numbers that are such integers
+  kBytes = 4, // of bytes.h: a byte and its share of a scale, as the next
+  kByteSquares = 5,
 };
 
 /// What there is no operator for: the bits of a float, roots and quotients. The CPU kernel
@@ -26,6 +28,21 @@ struct Bits<float> {
   MATH_MEMBER float root(float x) { return sqrt_float(x); }
   MATH_MEMBER float quotient(float a, float b) { return divide_float(a, b); }
 };
+
+template <typename T>
+MATH_FN T root(T x) {
+  return Bits<T>::root(x);
+}
+
+template <typename T>
+MATH_FN T quotient(T a, T b) {
+  return Bits<T>::quotient(a, b);
+}
+
+template <typename C, typename T>
+MATH_FN T choose(C condition, T a, T b) {
+  return condition ? a : b;
+}
 
 template <typename T>
 MATH_FN T magnitude_of(T x) {
@@ -98,17 +115,18 @@ MATH_FN T random_float16(T x, typename Bits<T>::type random) {
   return as_float16<T>(Bits<T>::of(x), magnitude + (random & 0x1fffu), subnormal, 0x47800000u);
 }
 
+/// To one of the halves; nothing else is rounded here.
 template <typename T>
 MATH_FN T round_nearest(T x, uint32_t format) {
-  return format == kFloat32 ? x : format == kFloat16 ? nearest_float16(x) : nearest_bfloat16(x);
+  return format == kFloat16 ? nearest_float16(x) : format == kBfloat16 ? nearest_bfloat16(x) : x;
 }
 
 /// `random` has 16 bits that count.
 template <typename T>
 MATH_FN T round_random(T x, uint32_t format, typename Bits<T>::type random) {
-  return format == kFloat32 ? x
-      : format == kFloat16  ? random_float16(x, random)
-                            : random_bfloat16(x, random);
+  return format == kFloat16 ? random_float16(x, random)
+      : format == kBfloat16 ? random_bfloat16(x, random)
+                            : x;
 }
 
 // ---- A master in 24 bits -------------------------------------------------------

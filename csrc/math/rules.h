@@ -18,6 +18,7 @@ struct RuleList { // none is left: no such rule
   MATH_MEMBER constexpr uint32_t flags(uint32_t) { return 0; }
   MATH_MEMBER constexpr int slots(uint32_t, uint32_t) { return 0; }
   MATH_MEMBER constexpr bool is_bias_corrected(uint32_t, uint32_t) { return false; }
+  MATH_MEMBER constexpr bool is_unsigned(uint32_t, int) { return false; }
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(uint32_t, T, RuleSlots<T> slots, RuleNumbers<N>, uint32_t) {
     return {T(), slots};
@@ -40,6 +41,11 @@ struct RuleList<First, Others...> {
   /// Whether its numbers depend on how many steps there were.
   MATH_MEMBER constexpr bool is_bias_corrected(uint32_t rule, uint32_t flags) {
     return rule == 0 ? (flags & First::kCorrection) != 0 : Rest::is_bias_corrected(rule - 1, flags);
+  }
+  /// Whether the numbers of a slot have no sign.
+  MATH_MEMBER constexpr bool is_unsigned(uint32_t rule, int slot) {
+    return rule == 0 ? (uint32_t(First::kUnsigned) >> slot & 1) != 0
+                     : Rest::is_unsigned(rule - 1, slot);
   }
   template <typename T, typename N>
   MATH_MEMBER RuleStep<T> step(

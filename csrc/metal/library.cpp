@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "graph/step.h"
 #include "metal_source.h" // generated: csrc/math and metal/ joined
 #include "table.h"
 
@@ -96,11 +97,6 @@ size_t threads_for(MTL::ComputePipelineState* kernel) {
         "MLX operations.");
   }
   return std::min<size_t>(kMostThreads, most / kSimdWidth * kSimdWidth);
-}
-
-uint32_t format_of(mx::Dtype dtype) {
-  using namespace fused_math;
-  return dtype == mx::float32 ? kFloat32 : dtype == mx::float16 ? kFloat16 : kBfloat16;
 }
 
 } // namespace mlx_fused_optim::metal

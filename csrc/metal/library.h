@@ -29,7 +29,4 @@ uint32_t tile_columns();
 /// How many threads a threadgroup of it has. Throws where a GPU has too few.
 size_t threads_for(MTL::ComputePipelineState* kernel);
 
-/// As a fused_math::Format.
-uint32_t format_of(mx::Dtype dtype);
-
 } // namespace mlx_fused_optim::metal

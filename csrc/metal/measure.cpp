@@ -60,7 +60,7 @@ std::vector<ChunkDispatch> make_dispatches(
     array.begin = a.offset();
     array.first_chunk = first_chunks[i];
     array.wide = a.offset() % (kQuad * a.itemsize()) == 0;
-    array.format = metal::format_of(a.dtype());
+    array.format = format_of(a.dtype());
     array.is_gradient = i < plan.gradient_count;
     if (dispatches.empty() || !dispatches.back().add(array, a, chunks_a_block)) {
       dispatches.emplace_back().add(array, a, chunks_a_block);

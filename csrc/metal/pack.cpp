@@ -19,7 +19,8 @@ void dispatch_elements(
 const mx::array& Packer::packed(const mx::array& a) {
   auto& copy = copies_.emplace_back(a.shape(), a.dtype(), nullptr, std::vector<mx::array>{});
   copy.set_data(mx::allocator::malloc(copy.nbytes()));
-  auto* kernel = metal::kernel(device_, a.itemsize() == 4 ? "pack_4" : "pack_2");
+  const size_t size = a.itemsize();
+  auto* kernel = metal::kernel(device_, size == 4 ? "pack_4" : size == 2 ? "pack_2" : "pack_1");
   encoder_.set_compute_pipeline_state(kernel);
   encoder_.set_input_array(a, 0);
   encoder_.set_output_array(copy, 1);

@@ -37,6 +37,9 @@ struct StepKernels {
 };
 
 StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const StepInputs& in) {
+  if (plan.kept.has_bytes()) {
+    groups.tile_columns = std::max<uint32_t>(groups.tile_columns, fused_math::kByteGroup);
+  }
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
     const auto gradient = in.gradients[i].dtype();
     auto*& kernel = step[gradient.val()];
@@ -62,12 +65,22 @@ struct Readable {
     for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
       parameters.push_back(flat(in.parameters[i]));
     }
+    // A group of bytes is in a row of a gradient that is a matrix.
+    const bool is_bytes = plan.kept.has_bytes();
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       auto& gradient = in.gradients[i];
-      gradients.push_back(&packer.readable(gradient, metal::matrix_view(gradient).has_value()));
+      const auto view = metal::matrix_view(gradient);
+      const bool is_readable = view && (!is_bytes || view->columns % fused_math::kByteGroup == 0);
+      gradients.push_back(&packer.readable(gradient, is_readable));
     }
     for (int slot = 0; slot < kSlots; ++slot) {
-      slots[slot] = in.slots[slot] ? flat(*in.slots[slot]) : nullptr;
+      if (auto* kept = in.slots[slot]) {
+        const bool has_scales = fused_math::is_byte_format(plan.kept.format(slot));
+        const bool is_aligned = !has_scales || kept->offset() % fused_math::kByteScale == 0;
+        slots[slot] = &packer.readable(*kept, metal::is_contiguous(*kept) && is_aligned);
+      } else {
+        slots[slot] = nullptr;
+      }
     }
   }
 
@@ -152,37 +165,58 @@ void bind_buffers(
   dispatch.sources.bind(encoder, kFirstBuffer + first, kBuffers - first);
 }
 
-} // namespace
-
-void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& device = mx::metal::device(stream().device);
-  StepInputs in(plan_, inputs);
-  StepOutputs out(plan_, outputs);
-  // Kernels first: if they do not compile, nothing has changed.
-  const StepKernels kernels(device, plan_, in);
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  metal::Packer packer(device, encoder, inputs.size());
-  const Readable readable(packer, encoder, plan_, in);
-  set_outputs(plan_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
-
-  // They write disjoint parts of one arena: side by side, not one after another.
-  auto together = encoder.start_concurrent();
-  for (auto& dispatch : dispatches_of(plan_, in, out, readable, kernels.groups)) {
+void encode(
+    CommandEncoder& encoder,
+    const StepPlan& plan,
+    const StepKernels& kernels,
+    const StepInputs& in,
+    const Readable& readable,
+    const StepOutputs& out) {
+  for (auto& dispatch : dispatches_of(plan, in, out, readable, kernels.groups)) {
     encoder.set_compute_pipeline_state(kernels.step.at(dispatch.gradient_dtype.val()));
-    bind_numbers(encoder, plan_.control, in);
+    bind_numbers(encoder, plan.control, in);
     encoder.set_bytes(dispatch.table, kTableBuffer);
-    bind_buffers(encoder, plan_, dispatch, in, readable, out);
+    bind_buffers(encoder, plan, dispatch, in, readable, out);
     encoder.dispatch_threadgroups(
         MTL::Size(dispatch.blocks, 1, 1), MTL::Size(kernels.groups.threads, 1, 1));
   }
   if (kernels.finish) {
     encoder.set_compute_pipeline_state(kernels.finish);
-    bind_numbers(encoder, plan_.control, in);
+    bind_numbers(encoder, plan.control, in);
     bind_optional(encoder, in.measured, kMeasuredBuffer);
     encoder.set_output_array(*out.step, kStepOutBuffer);
     encoder.set_output_array(*out.used, kUsedOutBuffer);
     const MTL::Size size(fused_math::kScalars, 1, 1); // a thread each scalar
     encoder.dispatch_threads(size, size);
+  }
+}
+
+} // namespace
+
+void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto& device = mx::metal::device(stream().device);
+  const auto in = node_.inputs(inputs);
+  // Kernels first: if they do not compile, nothing has changed.
+  std::vector<StepKernels> kernels;
+  for (size_t p = 0; p < in.size(); ++p) {
+    kernels.emplace_back(device, node_.plans[p], in[p]);
+  }
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  metal::Packer packer(device, encoder, inputs.size() + node_.gradients.size());
+  std::vector<Readable> readable;
+  for (size_t p = 0; p < in.size(); ++p) {
+    readable.emplace_back(packer, encoder, node_.plans[p], in[p]);
+  }
+  set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
+  const auto out = node_.outputs(outputs);
+  for (auto& gradient : node_.gradients) {
+    encoder.add_temporary(gradient);
+  }
+
+  // They write disjoint parts of their arenas: side by side, not one after another.
+  auto together = encoder.start_concurrent();
+  for (size_t p = 0; p < in.size(); ++p) {
+    encode(encoder, node_.plans[p], kernels[p], in[p], readable[p], out[p]);
   }
 }
 

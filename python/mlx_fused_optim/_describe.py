@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from . import _packing
+from ._bytes import BYTES, Bytes
 from ._paths import name_of
 from ._rules import all_slots
 
@@ -62,7 +63,10 @@ def describe(state: dict[str, Any]) -> str:
 
 
 def _dtype(kept: _packing.Kept, slot: str) -> str:
-    return str(kept[slot].dtype).rpartition(".")[2] if slot in kept else ""
+    if slot not in kept:
+        return ""
+    value = kept[slot]
+    return BYTES if isinstance(value, Bytes) else str(value.dtype).rpartition(".")[2]
 
 
 def _value(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -12,6 +13,20 @@ from ._options import dtype_name
 from ._paths import Path, name_of
 from ._recent import Recent
 from ._rules import DTYPES
+
+
+class ArenaRow(NamedTuple):
+    """An arena: its dtype, shape, tensors by number and where each begins (elements)."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    tensors: list[int]
+    offsets: list[int]
+    is_small: bool  # of tensors that have no moments in bytes
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 class Layout:
@@ -30,13 +45,13 @@ class Layout:
         return {path: shape for path, shape, _ in self.tensors}
 
     @cached_property
-    def arenas(self) -> list[tuple[mx.Dtype, tuple[int, ...], list[int], list[int]]]:
-        return self.made.arenas
+    def arenas(self) -> list[ArenaRow]:
+        return [ArenaRow(*row) for row in self.made.arenas]
 
     @cached_property
     def halves(self) -> list[int]:
         """The numbers of the arenas of half types."""
-        return [i for i, (dtype, *_) in enumerate(self.arenas) if dtype != mx.float32]
+        return [i for i, arena in enumerate(self.arenas) if arena.dtype != mx.float32]
 
     def __str__(self) -> str:
         names = [f"'{name_of(path)}'" for path, _, _ in self.tensors]
@@ -47,16 +62,23 @@ class Layout:
 _layouts: Recent[Layout] = Recent(64)
 
 
-def layout_of(tree: _ext.Tree) -> Layout:
-    key = f"layout_{tree.fingerprint}"
-    return _layouts.find(key) or _layouts.keep(key, Layout(key, _ext.Layout(tree)))
+def layout_of(tree: _ext.Tree, least_of_bytes: int = 0) -> Layout:
+    """Of a tree of arrays. Tensors of fewer elements than ``least_of_bytes`` lie apart."""
+    key = _key(tree.fingerprint, least_of_bytes)
+    return _layouts.find(key) or _layouts.keep(key, Layout(key, _ext.Layout(tree, least_of_bytes)))
 
 
-def layout_of_rows(rows: list[tuple[Path, tuple[int, ...], mx.Dtype]]) -> Layout:
-    made = _ext.Layout(rows)
-    # The prefix keeps tree_unflatten from taking a number for a list index.
-    key = f"layout_{made.fingerprint}"
+def layout_of_rows(
+    rows: list[tuple[Path, tuple[int, ...], mx.Dtype]], least_of_bytes: int = 0
+) -> Layout:
+    made = _ext.Layout(rows, least_of_bytes)
+    key = _key(made.fingerprint, least_of_bytes)
     return _layouts.find(key) or _layouts.keep(key, Layout(key, made))
+
+
+def _key(fingerprint: str, least_of_bytes: int) -> str:
+    # The prefix keeps tree_unflatten from taking a number for a list index.
+    return f"layout_{fingerprint}" + (f"_{least_of_bytes}" if least_of_bytes else "")
 
 
 def described(value: Any) -> str:
@@ -83,7 +105,9 @@ def _decoded(key: str, table: Any, op: str) -> Layout:
 
     try:
         rows = json.loads(bytes(table.tolist()))
-        layout = layout_of_rows([(path, tuple(shape), DTYPES[name]) for path, shape, name in rows])
+        least = int(key.split("_")[2]) if key.count("_") == 2 else 0
+        rows = [(path, tuple(shape), DTYPES[name]) for path, shape, name in rows]
+        layout = layout_of_rows(rows, least)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"[{op}] the table of tensors in state['arenas'] cannot be read: got "

@@ -111,8 +111,8 @@ def has_matrices(layout: Layout) -> bool:
 
 def _found_batches(layout: Layout) -> list[Batch]:
     batches: list[Batch] = []
-    for number, (_, _, tensors, offsets) in enumerate(layout.arenas):
-        for tensor, offset in zip(tensors, offsets, strict=True):
+    for number, arena in enumerate(layout.arenas):
+        for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
             shape = layout.tensors[tensor][1]
             last = batches[-1] if batches else None
             if last and (last.arena, last.shape) == (number, shape):

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import mlx.core as mx
 
 from . import _ext
+from ._bytes import BYTES, LEAST_SIZE
 from ._checks import (
     LearningRate,
     checked_flag,
@@ -35,7 +36,8 @@ def dtype_name(dtype: mx.Dtype) -> str:
 class StepOptions(TypedDict, total=False):
     """The keyword arguments that every optimizer and every function takes."""
 
-    state_dtype: mx.Dtype | None
+    state_dtype: mx.Dtype | Literal["8bit"] | None
+    min_8bit_size: int
     master_weights: bool | Literal["24bit"]
     rounding: str
     compensated: bool
@@ -97,9 +99,14 @@ PARTS = {
         ValueError, TypeError: An option makes no sense; at a step: trees, shapes, dtypes,
             groups or state do not fit. Nothing has been changed then.""",
 }
-WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule keeps.
+WORDS = """state_dtype (Dtype or str): float32, float16 or bfloat16, of what the rule keeps.
             Default: {state_dtype}. Not float16 for a second moment: with ``beta2`` 0.999
             one of gradients below 5e-3 stays 0, and steps are up to 30 times too large.
+            ``"8bit"``: a byte each, and a float32 scale for 64 neighbours; steps are computed
+            in float32, and what they keep is within 1/127 of its group's
+            largest magnitude, mostly far closer.
+        min_8bit_size (int): Tensors of fewer elements keep float32 with ``"8bit"``.
+            Default: ``4096``.
         master_weights (bool or str): Keep a float32 copy of every parameter of a half type and
             update that; the parameter is its rounding. 4 bytes a parameter. A parameter that
             is set from outside replaces its master. With ``"24bit"`` a bfloat16 parameter
@@ -149,7 +156,8 @@ WORDS = """state_dtype (Dtype): float32, float16 or bfloat16, of what the rule k
 
 
 class _Fields(NamedTuple):
-    state_dtype: mx.Dtype | None = None
+    state_dtype: mx.Dtype | Literal["8bit"] | None = None
+    min_8bit_size: int = LEAST_SIZE
     master_weights: bool | Literal["24bit"] = False
     rounding: str = "nearest"
     compensated: bool = False
@@ -171,7 +179,8 @@ class Options(_Fields):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled with the name of a dtype, which itself cannot be."""
         dtype, *others = self
-        return _copied, (dtype and dtype_name(dtype), *others)
+        name = dtype_name(dtype) if isinstance(dtype, mx.Dtype) else dtype
+        return _copied, (name, *others)
 
     @cached_property
     def flags(self) -> int:
@@ -195,6 +204,11 @@ class Options(_Fields):
         return sum(_ext.FLAGS[name] for name, is_on in present.items() if is_on)
 
     @property
+    def least_of_bytes(self) -> int:
+        """Tensors of fewer elements have arenas of their own; 0 where nothing is in bytes."""
+        return self.min_8bit_size if self.state_dtype == BYTES else 0
+
+    @property
     def has_master24(self) -> bool:
         return self.master_weights == MASTER24
 
@@ -216,18 +230,20 @@ class Options(_Fields):
         return tuple(name for name, is_on in kept.items() if is_on)
 
 
-def _copied(dtype: str | None, *others: Any) -> Options:
-    return Options(DTYPES[dtype] if dtype else None, *others)
+def _copied(dtype: Any, *others: Any) -> Options:
+    return Options(DTYPES.get(dtype, dtype), *others)
 
 
 def checked_options(op: str, rule: Rule, **options: Any) -> Options:
     """Options that make sense, or ValueError or TypeError."""
     given = Options(**options)
     dtype = given.state_dtype
-    if dtype is not None and dtype not in DTYPES.values():
+    if dtype is not None and (
+        dtype != BYTES if isinstance(dtype, str) else dtype not in DTYPES.values()
+    ):
         raise ValueError(
-            f"[{op}] state_dtype is unknown: got {dtype}, allowed None, "
-            f"{', '.join('mlx.core.' + name for name in DTYPES)}."
+            f"[{op}] state_dtype is unknown: got {dtype!r}, allowed None, "
+            f"{', '.join('mlx.core.' + name for name in DTYPES)}, '{BYTES}'."
         )
     master_weights = _checked_masters(op, given.master_weights)
     compensated = checked_flag(op, "compensated", given.compensated)
@@ -252,6 +268,9 @@ def checked_options(op: str, rule: Rule, **options: Any) -> Options:
         trust_coefficient = checked_positive(op, "trust_coefficient", trust_coefficient)
     return Options(
         state_dtype=dtype,
+        min_8bit_size=as_integer(
+            op, "min_8bit_size", given.min_8bit_size, at_least=0, at_most=2**63 - 1
+        ),
         master_weights=master_weights,
         rounding=as_choice(op, "rounding", given.rounding, ("nearest", "stochastic")),
         compensated=compensated,

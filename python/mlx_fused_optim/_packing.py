@@ -20,14 +20,15 @@ Dicts and lists there are **loose**: what somebody has put in as ``mlx.optimizer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
 from . import _ext
-from ._layout import Layout, described, encoded, layout_of_rows, layout_of_table
+from ._bytes import DTYPE, Bytes, joined_rows, numbers_of, rows_shape, split_rows
+from ._layout import ArenaRow, Layout, described, encoded, layout_of_rows, layout_of_table
 from ._masters import byte_of, master_of
 from ._paths import Path, built, leaves, name_of
 from ._rules import DTYPES, Slot, Slots
@@ -36,7 +37,7 @@ State = dict[str, Any]
 # Where a state has that of a second optimizer, which steps the other tensors.
 OTHERS = "others_state"
 # What a state keeps of one tensor, by the name of the slot.
-Kept = dict[str, mx.array]
+Kept = dict[str, mx.array | Bytes]
 
 
 def arena_numbers(slot: Slot, layout: Layout) -> Iterable[int]:
@@ -52,9 +53,11 @@ class Wanted(NamedTuple):
     own_dtype: mx.Dtype | None = None  # of the rule's own slots
     master_dtype: mx.Dtype | None = None
 
-    def dtype(self, slot: Slot, parameter: mx.Dtype) -> mx.Dtype:
+    def dtype(self, slot: Slot, arena: ArenaRow) -> mx.Dtype:
         chosen = self.master_dtype if slot.name == "master" else self.own_dtype
-        return (chosen if slot.dtypes else None) or slot.dtype or parameter
+        if arena.is_small and chosen is not None and chosen == DTYPE:
+            chosen = mx.float32
+        return (chosen if slot.dtypes else None) or slot.dtype or arena.dtype
 
 
 def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[list[mx.array]] | None:
@@ -74,7 +77,7 @@ def arenas_of(state: State, layout: Layout, wanted: Wanted, op: str) -> list[lis
         if slot.dtypes:
             for number, arena in zip(numbers, arenas, strict=False):
                 # One that no slot can have is refused by the step.
-                if arena.dtype != wanted.dtype(slot, layout.arenas[number][0]):
+                if arena.dtype != wanted.dtype(slot, layout.arenas[number]):
                     if arena.dtype in slot.dtypes:
                         return None
         found.append(arenas)
@@ -185,7 +188,8 @@ def averages(states: Iterable[tuple[State, Slots]], dtype: mx.Dtype | None, op: 
         dtypes = _dtypes(_layouts(state, rule, op))
         for path, kept in everything(state, rule, op).items():
             if "ema" in kept:
-                flat.append((path, kept["ema"].astype(dtype or dtypes.get(path, mx.float32))))
+                average = numbers_of(kept["ema"])
+                flat.append((path, average.astype(dtype or dtypes.get(path, mx.float32))))
     if not flat:
         raise ValueError(
             f"[{op}] the state has no moving average: got none, allowed a state of steps with "
@@ -414,9 +418,9 @@ def _layout(key: str, entry: Any, rule: Slots, op: str) -> Layout:
                 f"arrays, allowed a list of {len(numbers)}."
             )
         for number, arena in zip(numbers, arenas, strict=True):
-            parameter, shape, _, _ = layout.arenas[number]
-            slot = rule[name]
-            allowed = slot.dtypes or (slot.dtype or parameter,)
+            row, slot = layout.arenas[number], rule[name]
+            allowed = slot.dtypes or (slot.dtype or row.dtype,)
+            shape = rows_shape(row.elements) if arena.dtype == DTYPE else row.shape
             if arena.dtype not in allowed or arena.shape != shape:
                 dtypes = " or ".join(map(str, allowed))
                 raise ValueError(
@@ -459,8 +463,12 @@ def _found(
         for name, slot in rule.items():
             arenas = state["arenas"][key].get(name, ())
             for number, arena in zip(arena_numbers(slot, layout), arenas, strict=False):
-                views = _ext.arena_views(mx.contiguous(arena), layout.made, number)
-                for tensor, view in zip(layout.arenas[number][2], views, strict=True):
+                views: Sequence[mx.array | Bytes] = (
+                    split_rows(arena, layout, number, slot.is_unsigned)
+                    if arena.dtype == DTYPE
+                    else _ext.arena_views(mx.contiguous(arena), layout.made, number)
+                )
+                for tensor, view in zip(layout.arenas[number].tensors, views, strict=True):
                     found[layout.tensors[tensor][0]][name] = view
     for path, kept in loose.items():
         found.setdefault(path, {}).update(kept)
@@ -473,11 +481,12 @@ def everything(state: State, rule: Slots, op: str) -> dict[Path, Kept]:
 
 def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots, op: str) -> State:
     """Entries of tensors that are not in the step: one for each set of slots."""
-    sets: dict[tuple[bool | str, ...], dict[Path, Kept]] = {}
+    # Masters of 24 bits, and moments in bytes, are apart from wide ones.
+    sets: dict[tuple[tuple[str, bool], ...], dict[Path, Kept]] = {}
     for path, kept in found.items():
         if kept:
-            is_byte = "master" in kept and kept["master"].dtype == mx.int8
-            sets.setdefault((is_byte, *sorted(kept)), {})[path] = kept
+            is_narrow = {name: x.dtype in (mx.int8, DTYPE) for name, x in kept.items()}
+            sets.setdefault(tuple(sorted(is_narrow.items())), {})[path] = kept
     entries = {}
     for names, tensors in sets.items():
         rows = []
@@ -486,7 +495,7 @@ def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots, op
             _check_shapes(kept, path, shape, op)
             rows.append((path, shape, dtypes.get(path) or _dtype_of(kept, rule)))
         layout = layout_of_rows(rows)
-        slots = [slot for name, slot in rule.items() if name in names]
+        slots = [slot for name, slot in rule.items() if name in dict(names)]
         entry = _entry(layout, slots, Wanted(rule, ()), list(tensors.values()), [])
         if entry:
             entries[layout.key] = entry
@@ -495,7 +504,7 @@ def _left(found: dict[Path, Kept], dtypes: dict[Path, mx.Dtype], rule: Slots, op
 
 def _dtype_of(kept: Kept, rule: Slots) -> mx.Dtype:
     """Of a parameter that nobody has seen, as far as what is kept of it tells."""
-    halves = [value.dtype for value in kept.values() if value.dtype != mx.float32]
+    halves = [x.dtype for x in kept.values() if x.dtype in (mx.float16, mx.bfloat16)]
     is_half = any(rule[name].of_halves for name in kept)
     return halves[0] if halves else mx.bfloat16 if is_half else mx.float32
 
@@ -508,30 +517,35 @@ def _entry(
     for slot in slots:
         arenas = []
         for number in arena_numbers(slot, layout):
-            parameter, _, tensors, _ = layout.arenas[number]
+            row = layout.arenas[number]
+            values = [kept[tensor].get(slot.name) for tensor in row.tensors]
             # What only lasts keeps the dtype it has.
             is_kept = slot.name in wanted.slots or not slot.dtypes
-            dtype = wanted.dtype(slot, parameter) if is_kept else None
-            values = [kept[tensor].get(slot.name) for tensor in tensors]
+            dtype = wanted.dtype(slot, row) if is_kept else None
+            is_in_bytes = all(isinstance(value, Bytes) for value in values)
+            if is_in_bytes if dtype is None else dtype == DTYPE:
+                arenas.append(joined_rows(values, layout, number, slot.is_unsigned))
+                continue
+            numbers = [None if value is None else numbers_of(value) for value in values]
             if slot.begins_at_weights and parameters:
                 # The master is the weights where there is one.
-                own = [kept[t].get("master") if "master" in wanted.slots else None for t in tensors]
+                with_master = "master" in wanted.slots
                 begin = [
-                    _master_as(master, parameters[t], dtype or mx.float32)
-                    for master, t in zip(own, tensors, strict=True)
+                    _master_as(kept[t].get("master") if with_master else None, parameters[t], dtype)
+                    for t in row.tensors
                 ]
                 is_master = slot.name == "master"
-                values = [
-                    first if value is None or is_master else value
-                    for value, first in zip(values, begin, strict=True)
+                numbers = [
+                    first if number is None or is_master else number
+                    for number, first in zip(numbers, begin, strict=True)
                 ]
-            arenas.append(_ext.pack_slot(values, layout.made, number, dtype))
+            arenas.append(_ext.pack_slot(numbers, layout.made, number, dtype))
         if arenas:
             entry[slot.name] = arenas
     return {"table": encoded(layout), **entry} if entry else {}
 
 
-def _master_as(master: mx.array | None, parameter: mx.array, dtype: mx.Dtype) -> mx.array | None:
+def _master_as(master: Any, parameter: mx.array, dtype: mx.Dtype | None) -> mx.array | None:
     """The master in this dtype, or as it begins; None for zeros."""
     if master is None:
         return None if dtype == mx.int8 else parameter
@@ -574,7 +588,7 @@ def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: 
 def _as_tree(tensors: dict[Path, Kept], rule: Slots, op: str) -> State:
     """By path, as mlx.optimizers nests it."""
     items = (
-        ((*path, rule[name].key), value)
+        ((*path, rule[name].key), numbers_of(value))
         for path, kept in tensors.items()
         for name, value in kept.items()
     )

@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
+from ._bytes import DTYPE
 from ._checks import checked_number
 from .schedules._checks import LARGEST_FLOAT32
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+# What a rule's own slots may have: numbers, or rows of bytes.
+OWN_DTYPES = (*DTYPES.values(), DTYPE)
 
 
 class Slot(NamedTuple):
@@ -26,6 +31,7 @@ class Slot(NamedTuple):
     of_halves: bool = False  # only half types lose what it could keep
     begins_at_weights: bool = False  # instead of zeros
     lasts: bool = False  # through steps that do not keep it; the others would no longer be true
+    is_unsigned: bool = False  # in bytes, its format is that of numbers without a sign
 
 
 class Range(NamedTuple):
@@ -107,8 +113,8 @@ class Rule:
         # Of half parameters: below float32 a second moment does not decay.
         self.state_dtype = state_dtype
         own = [
-            Slot(slot, keys.get(slot, slot), dtypes=tuple(DTYPES.values()), lasts=True)
-            for slot in row["slots"]
+            Slot(slot, keys.get(slot, slot), dtypes=OWN_DTYPES, lasts=True, is_unsigned=is_unsigned)
+            for slot, is_unsigned in zip(row["slots"], row["is_unsigned"], strict=True)
         ]
         self.own_slots = tuple(slot.name for slot in own)
         self.slots = Slots(*own, *FRAME_SLOTS, together=self.kept(0))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext, _groups, _packing
+from ._bytes import DTYPE
 from ._checks import Hyperparameter, LearningRate, checked_scalar
 from ._layout import Layout, layout_of, layout_of_rows
 from ._newton_schulz import NewtonSchulz, has_matrices
@@ -51,6 +52,12 @@ def checked_hyper(
     return Hyper(rule, scalars, bits)
 
 
+def kernel_dtype(hyper: Hyper, options: Options) -> mx.Dtype | None:
+    """Of the rule's own slots; None for each parameter's."""
+    dtype = options.state_dtype
+    return DTYPE if isinstance(dtype, str) else dtype or hyper.rule.state_dtype
+
+
 def wanted_slots(hyper: Hyper, options: Options) -> _packing.Wanted:
     """What the state keeps for these options."""
     rule = hyper.rule
@@ -58,7 +65,7 @@ def wanted_slots(hyper: Hyper, options: Options) -> _packing.Wanted:
     return _packing.Wanted(
         rule.slots,
         (*own, *options.slots),
-        options.state_dtype or rule.state_dtype,
+        kernel_dtype(hyper, options),
         mx.int8 if options.has_master24 else mx.float32,
     )
 
@@ -68,7 +75,7 @@ def check_masters(op: str, layout: Layout, parameters: Any, options: Options) ->
     float16, and of a model without any bfloat16."""
     if not options.has_master24:
         return
-    dtypes = {dtype for dtype, *_ in layout.arenas}
+    dtypes = {arena.dtype for arena in layout.arenas}
     others = [row for row in layout.tensors if row[2] != mx.bfloat16]
     is_mixed = mx.bfloat16 in dtypes or any(
         isinstance(leaf, mx.array) and leaf.dtype == mx.bfloat16 for _, leaf in leaves(parameters)
@@ -92,7 +99,7 @@ def begun(
     """A state that has everything a step of these tensors needs, and nothing to be taken in."""
     wanted = wanted_slots(hyper, options)
     tree = arranged(tree, hyper).tree
-    layout = layout_of(tree)
+    layout = layout_of(tree, options.least_of_bytes)
     check_masters(op, layout, parameters, options)
     state = _packing.with_step(state)
     state = _packing.packed(state, tree, layout, wanted, parameters, op)
@@ -127,7 +134,7 @@ def prepared_step(
         or not isinstance(options.grad_scale, float)
     ):
         return None
-    layout = layout_of(tree)
+    layout = layout_of(tree, options.least_of_bytes)
     of_groups = _groups.found(
         options.groups, options.trust_coefficient, layout.key, hyper.flags | options.flags
     )
@@ -161,7 +168,7 @@ def options_of(
         trust_coefficient=options.trust_coefficient or 0.0,
         ema_decay=options.ema_decay or 0.0,
         seed=options.seed,
-        state_dtype=options.state_dtype or hyper.rule.state_dtype,
+        state_dtype=kernel_dtype(hyper, options),
         **more,
     )
 
@@ -329,7 +336,7 @@ def take_step(
 
     whole, order = tree, arranged(tree, hyper)
     tree = order.tree
-    layout = layout_of(tree)
+    layout = layout_of(tree, options.least_of_bytes)
     groups = numbers = None
     if options.groups.members:
         rows = _groups.rows_of(options.groups, layout, tree, parameters, op)

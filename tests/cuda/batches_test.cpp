@@ -23,6 +23,23 @@ void require(bool truth, const std::string& what) {
   }
 }
 
+/// Slots that lie as the parameters do, or of which one does not.
+SlotWays slot_ways(bool contiguous = true) {
+  SlotWays ways;
+  ways.fill(kContiguousWay);
+  if (!contiguous) {
+    ways[1] = {64, 128, 2};
+  }
+  return ways;
+}
+
+/// With one arena, empty yet.
+Batches batches_for(Type type, bool contiguous = true) {
+  Batches batches(type, false);
+  batches.begin_arena(slot_ways(contiguous));
+  return batches;
+}
+
 /// An array in memory of float32, whose element at index (row-major) i is unique.
 struct TestArray {
   std::vector<float> memory;
@@ -35,6 +52,7 @@ struct TestArray {
 
 struct TestTensor {
   std::vector<int32_t> shape;
+  uint32_t arena;
   uint64_t offset;
   TestArray parameter, gradient;
 };
@@ -112,7 +130,8 @@ struct Checker {
 
   size_t find(const Tensor& tensor) const {
     for (size_t t = 0; t < tensors.size(); ++t) {
-      if (tensors[t].offset == uint64_t(tensor.place) * kPlace && element_count(tensors[t].shape)) {
+      if (tensors[t].arena == tensor.arena &&
+          tensors[t].offset == uint64_t(tensor.place) * kPlace && element_count(tensors[t].shape)) {
         return t;
       }
     }
@@ -224,6 +243,7 @@ void test_random_tensors() {
   size_t checked = 0, turned_launches = 0, strided_launches = 0;
   for (int round = 0; round < 150; ++round) {
     std::vector<TestTensor> tensors;
+    std::vector<bool> contiguous{round % 10 != 0}; // by arena
     uint64_t offset = 0;
     for (int t = random.below(12); t >= 0; --t) {
       std::vector<int32_t> shape(random.below(5));
@@ -235,13 +255,25 @@ void test_random_tensors() {
       if (turns) {
         shape = {4 * (1 + random.below(40)), 4 * (1 + random.below(40))};
       }
+      if (random.below(4) == 0) {
+        contiguous.push_back(round % 10 != 0 && random.below(4));
+        offset = 0;
+      }
       tensors.push_back(
-          {shape, offset, random.array(shape), turns ? turned(shape) : random.array(shape)});
+          {shape,
+           static_cast<uint32_t>(contiguous.size() - 1),
+           offset,
+           random.array(shape),
+           turns ? turned(shape) : random.array(shape)});
       offset += (element_count(shape) + 63) / 64 * 64;
     }
     const Type type = round % 2 ? Type::float32 : Type::float16;
-    Batches batches(type, round % 10 != 0);
+    Batches batches(type, false);
+    uint32_t begun = 0;
     for (auto& t : tensors) {
+      for (; begun <= t.arena; ++begun) {
+        batches.begin_arena(slot_ways(contiguous[begun]));
+      }
       batches.add(
           t.shape.size(),
           t.shape.data(),
@@ -252,6 +284,13 @@ void test_random_tensors() {
     require(
         round % 10 != 0 || (batches.tiled.empty() && batches.turned.empty()),
         "a strided arena needs the strided kernel");
+    for (auto& batch : batches.strided) {
+      for (uint32_t i = 0; i < batch->arguments.common.count; ++i) {
+        auto& tensor = batch->arguments.tensors[i];
+        require(tensor.ways[0].columns == 1 && tensor.ways[0].row_stride == 1, "a slot in order");
+        require((tensor.ways[1].columns == 1) == contiguous[tensor.arena], "one that is strided");
+      }
+    }
     Checker checker(tensors);
     read_back(batches, checker);
     checker.finish();
@@ -293,7 +332,7 @@ void add(
 }
 
 void test_one_launch_of_each_kind_for_all_that_training_has() {
-  Batches batches(Type::float32, true);
+  auto batches = batches_for(Type::float32);
   add(batches, {72, 32}, {});
   add(batches, {72, 32}, {1, 72}); // transposed
   add(batches, {70, 30}, {1, 70}); // likewise, in no quads
@@ -324,7 +363,7 @@ void test_one_launch_of_each_kind_for_all_that_training_has() {
 
 void test_what_is_read_four_at_a_time() {
   auto wide = [](std::vector<int32_t> shape, std::vector<int64_t> strides, size_t shift) {
-    Batches batches(Type::float32, true);
+    auto batches = batches_for(Type::float32);
     add(batches, shape, strides, contiguous(shift));
     return batches.tiled[0]->arguments.tensors[0].wide;
   };
@@ -335,7 +374,7 @@ void test_what_is_read_four_at_a_time() {
   require(wide({8, 32}, {63, 1}, 0) == kWideArenas, "rows at odd addresses");
   const int32_t shape[] = {100};
   for (size_t shift = 0; shift < 4; ++shift) {
-    Batches batches(Type::float16, true);
+    auto batches = batches_for(Type::float16);
     batches.add(1, shape, {}, contiguous(0, Type::float16), contiguous(shift));
     const bool aligned = batches.tiled[0]->arguments.tensors[0].wide & kWideGradient;
     require(aligned == (shift == 0), "a gradient at a multiple of 4 bytes");
@@ -344,7 +383,7 @@ void test_what_is_read_four_at_a_time() {
 
 void test_what_is_turned() {
   auto turns = [](std::vector<int32_t> shape, std::vector<int64_t> strides, size_t shift = 0) {
-    Batches batches(Type::bfloat16, true);
+    auto batches = batches_for(Type::bfloat16);
     add(batches, shape, strides, contiguous(shift, Type::bfloat16));
     return batches.turned.size() == 1;
   };
@@ -358,7 +397,7 @@ void test_what_is_turned() {
 }
 
 void test_what_needs_the_strided_kernel() {
-  Batches batches(Type::float32, true);
+  auto batches = batches_for(Type::float32);
   add(batches, {2, 3, 4}, {1, 2, 6});
   const int64_t strides[] = {1, 70};
   add(batches, {70, 30}, {}, {memory, Type::float32, false, strides});
@@ -366,7 +405,7 @@ void test_what_needs_the_strided_kernel() {
   require(batches.launches() == 1 && batches.strided.size() == 1, "strided");
   require(batches.strided[0]->arguments.tensors[0].dimensions == 3, "dimensions");
 
-  Batches with_a_strided_arena(Type::float32, false);
+  auto with_a_strided_arena = batches_for(Type::float32, false);
   add(with_a_strided_arena, {70, 30}, {});
   add(with_a_strided_arena, {72, 32}, {1, 72});
   require(
@@ -376,7 +415,7 @@ void test_what_needs_the_strided_kernel() {
 }
 
 void test_an_arena_without_tensors() {
-  Batches batches(Type::float16, true);
+  auto batches = batches_for(Type::float16);
   batches.add_nothing();
   require(batches.launches() == 1 && batches.tiled[0]->blocks == 1, "a block counts the step");
   require(batches.tiled[0]->arguments.tensors[0].size == 0, "and does nothing else");
@@ -384,15 +423,43 @@ void test_an_arena_without_tensors() {
 
 void test_gradients_of_several_types() {
   const int32_t shape[] = {5};
-  Batches batches(Type::float32, true);
+  auto batches = batches_for(Type::float32);
   batches.add(1, shape, {}, contiguous(), contiguous(0, Type::bfloat16));
   require(batches.gradients == bit_of(Type::bfloat16), "one type");
   batches.add(1, shape, {}, contiguous(), contiguous());
   require(batches.gradients == (bit_of(Type::bfloat16) | bit_of(Type::float32)), "two");
 }
 
+void test_few_tensors_of_few_arenas() {
+  auto takes_few = [](uint32_t tensors, uint32_t arenas) {
+    Batches batches(Type::float32, false);
+    for (uint32_t a = 0; a < arenas; ++a) {
+      batches.begin_arena(slot_ways());
+      for (uint32_t t = 0; t < tensors / arenas; ++t) {
+        add(batches, {5 + int(t)}, {});
+      }
+    }
+    require(batches.launches() == 1, "one launch for all arenas");
+    auto& launch = batches.tiled[0]->arguments;
+    require(launch.tensors[launch.common.count - 1].arena == arenas - 1, "the arena");
+    if (!is_few(launch)) {
+      return false;
+    }
+    launch.common.arenas[arenas - 1].place = 17;
+    launch.common.aligned = 5;
+    const auto few = few_of(launch);
+    require(few.common.arenas[arenas - 1].place == 17 && few.common.aligned == 5, "the arenas");
+    require(few.common.count == tensors && few.tensors[tensors - 1].arena == arenas - 1, "few");
+    return true;
+  };
+  require(takes_few(kFew, 1) && takes_few(kFew, kFewArenas), "few");
+  require(!takes_few(kFew + 1, 1), "many tensors");
+  require(!takes_few(kFewArenas + 1, kFewArenas + 1), "many arenas");
+  require(!takes_few(448, kArenas), "all that fit");
+}
+
 void test_capacity() {
-  Batches batches(Type::bfloat16, true);
+  auto batches = batches_for(Type::bfloat16);
   const uint32_t capacity = Launch<Tiled>::kCapacity;
   for (uint32_t t = 0; t < capacity + 1; ++t) {
     add(batches, {5}, {});
@@ -434,7 +501,7 @@ void test_refusals() {
   for (int d = 0; d < 12; ++d) {
     strides[d] = int64_t(3) << (2 * d);
   }
-  Batches batches(Type::float32, true);
+  auto batches = batches_for(Type::float32);
   MeasureBatches arrays;
   const Source strided{memory, Type::float32, false, strides.data()};
   require_refusal("too many dimensions: got more than 10", [&] { add(batches, shape, strides); });
@@ -458,6 +525,7 @@ int main() {
   test_what_needs_the_strided_kernel();
   test_an_arena_without_tensors();
   test_gradients_of_several_types();
+  test_few_tensors_of_few_arenas();
   test_capacity();
   test_arrays_to_measure();
   test_refusals();

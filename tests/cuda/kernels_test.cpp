@@ -67,6 +67,54 @@ struct Memory {
   }
 };
 
+// ---- Rows of bytes, a group at a time ---------------------------------------------
+
+/// Memory of as many elements in rows: bytes, to be compared as they are.
+Memory rows_of(uint64_t elements) { return {Type::int8, elements / kByteGroup * kByteRow}; }
+
+float row_value(Memory& rows, uint64_t at, uint32_t format) {
+  const char* row = rows.data() + at / kByteGroup * kByteRow;
+  float scale;
+  std::memcpy(&scale, row, sizeof(scale));
+  const auto byte = static_cast<uint8_t>(row[kByteScale + at % kByteGroup]);
+  const float code = format == kByteSquares ? byte : static_cast<int8_t>(byte);
+  return byte_value(code, scale, format);
+}
+
+/// The group that begins at element `at`, of `count` values.
+template <typename Dither>
+void set_row(
+    Memory& rows,
+    uint64_t at,
+    const float* values,
+    size_t count,
+    uint32_t format,
+    Dither dither) {
+  uint32_t peak = 0;
+  for (size_t i = 0; i < count; ++i) {
+    peak = std::max(peak, byte_peak(values[i], format));
+  }
+  const ByteScale scale = byte_scale(peak, format);
+  char* row = rows.data() + at / kByteGroup * kByteRow;
+  std::memcpy(row, &scale.scale, kByteScale);
+  for (size_t i = 0; i < count; ++i) {
+    const float code = byte_code(values[i], scale, dither(at + i), format);
+    row[kByteScale + i] = static_cast<char>(static_cast<int>(code));
+  }
+}
+
+void fill_rows(Memory& rows, uint64_t elements, uint32_t format, bool special) {
+  for (uint64_t at = 0; at < elements; at += kByteGroup) {
+    float values[kByteGroup];
+    const float scale = std::ldexp(1.0f, below(20) - 10);
+    for (float& x : values) {
+      x = normal() * scale * (below(5) ? 1.0f : 1e-4f);
+      x = special && below(20) == 0 ? NAN : format == kByteSquares ? x * x : x;
+    }
+    set_row(rows, at, values, kByteGroup, format, [](uint64_t) { return 0.0f; });
+  }
+}
+
 /// An array with strides in memory of its own, or in an arena.
 struct Array {
   std::shared_ptr<Memory> memory;
@@ -134,6 +182,14 @@ Array turned_array(const std::vector<int32_t>& shape, Type type) {
   return a;
 }
 
+Array contiguous_copy(Array& a, const std::vector<int32_t>& shape) {
+  Array copy = random_array(shape, a.memory->type, Lying::contiguous);
+  for (uint64_t e = 0; e < element_count(shape.size(), shape.data()); ++e) {
+    copy.memory->set_bits(e, a.memory->bits(a.first + place(shape, a.strides, e)));
+  }
+  return copy;
+}
+
 std::vector<int32_t> random_shape() {
   std::vector<int32_t> shape(below(5));
   for (auto& length : shape) {
@@ -155,13 +211,21 @@ void run_all(
     BatchList<T>& batches,
     const typename T::Shared& common,
     void (*kernel)(const Launch<T>&),
-    uint32_t threads = kThreads) {
+    uint32_t threads = kThreads,
+    void (*kernel_for_few)(const FewLaunch<T>&) = nullptr) {
   for (auto& batch : batches) {
-    const uint32_t count = batch->arguments.common.count;
-    batch->arguments.common = common;
-    batch->arguments.common.count = count;
+    auto& launch = batch->arguments;
+    const uint32_t count = launch.common.count;
+    launch.common = common;
+    launch.common.count = count;
+    std::function<void()> run = [&] { kernel(launch); };
+    if constexpr (std::is_base_of_v<Matrix, T>) {
+      if (kernel_for_few && is_few(launch)) {
+        run = [few = few_of(launch), kernel_for_few] { kernel_for_few(few); };
+      }
+    }
     for (uint32_t block = 0; block < batch->blocks; ++block) {
-      emulation::run_block(block, threads, [&] { kernel(batch->arguments); });
+      emulation::run_block(block, threads, run);
     }
   }
 }
@@ -176,6 +240,8 @@ struct Tested {
   void (*tiled)(const Launch<Tiled>&);
   void (*turned)(const Launch<Turned>&);
   void (*strided)(const Launch<Strided>&);
+  void (*tiled_few)(const FewLaunch<Tiled>&);
+  void (*turned_few)(const FewLaunch<Turned>&);
 };
 
 template <typename Rule, typename... All>
@@ -195,6 +261,8 @@ constexpr Tested tested() {
       static_cast<Type>(kFormatOf<S>),
       gradients,
       flags,
+      run<K>,
+      run<K>,
       run<K>,
       run<K>,
       run<K>};
@@ -227,6 +295,9 @@ constexpr Tested kTested[] = {
     tested<Adadelta, float16, bfloat16, kBF16, kMaster | kSkipNonfinite | kWeightDecay>(),
     tested<Adam, bfloat16, float32, kBF16, kCorrected | kMaster24 | kWeightDecay>(),
     tested<Lion, bfloat16, bfloat16, kBF16 | kF32, kFrame | kMaster24 | kStochastic | kAverage>(),
+    tested<Adam, bfloat16, bytes, kBF16, kCorrectedLargest | kMaster24 | kWeightDecay>(),
+    tested<Sgd, float32, bytes, kF32, kWithMomentum | kFrame | kStochastic>(),
+    tested<Adadelta, float16, bytes, kAnyType, kAverage | kGroups | kStochastic>(),
     // The first half of a step: directions in float32.
     tested<
         Muon,
@@ -298,20 +369,30 @@ bool is_same(Memory& a, Memory& b, size_t at) {
 struct TestTensor {
   std::vector<int32_t> shape;
   uint64_t size, offset;
+  int arena;
   uint32_t flags;
   bool turns; // turned_array
   Array parameter, gradient;
 };
 
-/// An arena before and after, which may be the same; `stride` is between elements.
-struct TestArena {
+/// A slot before and after, which may be the same; `stride` is between elements.
+struct TestSlot {
   std::shared_ptr<Memory> before, after;
   int64_t stride = 1;
+  uint32_t format;
+};
+
+struct TestArena {
+  uint64_t size = 0, place = 0;
+  std::shared_ptr<Memory> parameters, out; // the same, but of directions
+  TestSlot slots[kSlots];
+  bool contiguous = true; // its slots
+  std::vector<Memory> expected; // the parameters, and each slot
 };
 
 struct Counted {
   size_t tiled[kTestedCount] = {}, turned[kTestedCount] = {}, strided[kTestedCount] = {};
-  size_t elements = 0;
+  size_t elements = 0, copied = 0, arenas = 0; // the last of the round with most
 };
 
 void test_step(int round, Counted& counted) {
@@ -320,15 +401,16 @@ void test_step(int round, Counted& counted) {
   const uint32_t flags = random_flags(kernel);
   // First in place and at even addresses, so that every kernel is met.
   const int pass = round / kTestedCount;
+  const bool has_bytes = kernel.state == Type::bytes;
   const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = pass % 2 == 0,
              special = round % 3 == 1;
 
-  Common common{};
+  Common<kArenas> common{};
   common.control.rule = kernel.rule;
   common.control.flags = flags;
   common.control.given = (1 << kFirstRuleScalar) - 1;
   common.control.seed = engine();
-  common.control.place = engine();
+  common.control.place = engine(); // of no arena
   for (int i = 0; i < kRuleScalars; ++i) { // a few are given, the others constant
     common.control.given |= below(3) == 0 ? 1 << (kFirstRuleScalar + i) : 0;
     common.control.constants[kFirstRuleScalar + i] = {0.9f, 1e-9f};
@@ -348,9 +430,9 @@ void test_step(int round, Counted& counted) {
   common.step = counts ? &step : nullptr;
   common.given = given;
 
-  const int tensors = 3 + below(5);
+  const int tensors = 3 + below(6);
   std::vector<TestTensor> all(tensors);
-  uint64_t arena_size = 0;
+  std::vector<TestArena> arenas(1);
   const uint64_t granule = kGranule / size_of(type);
   for (auto& t : all) {
     // Always one for each kernel, if addresses allow.
@@ -358,16 +440,22 @@ void test_step(int round, Counted& counted) {
     t.turns = number < 2;
     t.shape = random_shape();
     if (number == 0) {
-      t.shape = {4 * (1 + below(20)), 4 * (1 + below(20))};
+      // With bytes, rows of whole groups.
+      const int columns = has_bytes && below(2) ? int(kByteGroup) : 4;
+      t.shape = {4 * (1 + below(20)), columns * (1 + below(columns > 4 ? 3 : 20))};
     } else if (number == 1) {
       t.shape = {2 + below(7), 2 + below(7), 2 + below(7)};
     } else if (number == 2) {
       t.shape = {1 + below(3000)};
     }
     t.size = element_count(t.shape.size(), t.shape.data());
-    t.offset = arena_size;
+    if (number > 0 && below(pass % 3 + 1) > 0) { // in some rounds all are in one
+      arenas.emplace_back();
+    }
+    t.arena = arenas.size() - 1;
+    t.offset = arenas.back().size;
     t.flags = flags & (flags & kGroups ? engine() | ~kTensorFlags : ~0u);
-    arena_size += divide_up(t.size, granule) * granule;
+    arenas.back().size += divide_up(t.size, granule) * granule;
     measured.insert(measured.end(), {std::abs(normal()), std::abs(normal())});
     for (uint32_t i = 0; i < kGroupNumbers; ++i) {
       // Scalars stay between 0 and 1.
@@ -378,37 +466,73 @@ void test_step(int round, Counted& counted) {
   common.groups = groups.data();
 
   // Arenas, some of them at odd addresses.
-  const size_t shift = pass > 0 && below(2);
-  auto parameters = std::make_shared<Memory>(type, arena_size, shift);
   auto fill = [&](Memory& memory) {
     memory.fill(skips);
     if (special && !skips && memory.type != Type::int8) {
       add_special(memory);
     }
   };
-  fill(*parameters);
-  TestArena slots[kSlots];
-  bool contiguous = true;
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (!has_slot(kernel.rule, flags, slot)) {
-      continue;
+  for (auto& arena : arenas) {
+    const size_t shift = pass > 0 && below(2);
+    arena.place = engine();
+    arena.parameters = std::make_shared<Memory>(type, arena.size, shift);
+    arena.out = arena.parameters;
+    if (flags & kDirection) {
+      arena.out = std::make_shared<Memory>(Type::float32, arena.size);
+      arena.out->fill();
     }
-    auto& s = slots[slot];
-    const auto slot_type = static_cast<Type>(
-        slot_format(flags, slot, static_cast<uint32_t>(type), static_cast<uint32_t>(kernel.state)));
-    s.stride = !in_place && below(6) == 0 ? 2 : 1;
-    contiguous &= s.stride == 1;
-    s.before = std::make_shared<Memory>(slot_type, s.stride * arena_size, shift);
-    fill(*s.before);
-    s.after = in_place ? s.before : std::make_shared<Memory>(slot_type, arena_size);
-    if (!in_place) {
-      s.after->fill();
+    arena.expected.emplace_back(arena.out->type, arena.size);
+    fill(*arena.parameters);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      auto& s = arena.slots[slot];
+      s.format = slot_format(
+          kernel.rule,
+          flags,
+          slot,
+          static_cast<uint32_t>(type),
+          static_cast<uint32_t>(kernel.state));
+      const bool is_rows = is_byte_format(s.format);
+      const auto slot_type = static_cast<Type>(s.format);
+      arena.expected.push_back(is_rows ? rows_of(arena.size) : Memory(slot_type, arena.size));
+      if (!has_slot(kernel.rule, flags, slot)) {
+        continue;
+      }
+      s.stride = !in_place && !has_bytes && below(6) == 0 ? 2 : 1;
+      arena.contiguous &= s.stride == 1;
+      if (is_rows) {
+        s.before = std::make_shared<Memory>(
+            Type::int8, arena.size / kByteGroup * kByteRow, shift * below(4));
+        fill_rows(*s.before, arena.size, s.format, special);
+      } else {
+        s.before = std::make_shared<Memory>(slot_type, s.stride * arena.size, shift);
+        fill(*s.before);
+      }
+      s.after = in_place ? s.before
+          : is_rows      ? std::make_shared<Memory>(rows_of(arena.size))
+                         : std::make_shared<Memory>(slot_type, arena.size);
+      if (!in_place) {
+        s.after->fill();
+      }
     }
   }
 
-  Batches batches(type, contiguous);
+  Batches batches(type, has_bytes);
+  int begun = 0;
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
+    auto& arena = arenas[t.arena];
+    for (; begun <= t.arena; ++begun) {
+      SlotWays ways;
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const int64_t stride = arena.slots[slot].stride;
+        const bool is_matrix = arena.size > granule;
+        ways[slot] = stride == 1
+            ? kContiguousWay
+            : SlotWay{
+                  is_matrix ? granule : arena.size, static_cast<int64_t>(granule) * stride, stride};
+      }
+      batches.begin_arena(ways);
+    }
     const auto gradient_type = random_type(kernel.gradients);
     t.gradient = t.turns ? turned_array(t.shape, gradient_type)
                          : random_array(t.shape, gradient_type, static_cast<Lying>(below(3)));
@@ -418,7 +542,7 @@ void test_step(int round, Counted& counted) {
     }
     if (in_place) {
       t.parameter = random_array(t.shape, type, Lying::contiguous);
-      t.parameter.memory = parameters;
+      t.parameter.memory = arena.parameters;
       t.parameter.first = t.offset;
     } else {
       t.parameter =
@@ -426,23 +550,31 @@ void test_step(int round, Counted& counted) {
       fill(*t.parameter.memory);
     }
     const auto number = static_cast<uint32_t>(i);
-    batches.add(
-        t.shape.size(),
-        t.shape.data(),
-        {t.offset, number, number, t.flags},
-        t.parameter.source(),
-        t.gradient.source());
+    auto add = [&] {
+      return batches.add(
+          t.shape.size(),
+          t.shape.data(),
+          {t.offset, number, number, t.flags},
+          t.parameter.source(),
+          t.gradient.source());
+    };
+    if (!add()) {
+      require(has_bytes, "a tensor was not added");
+      t.parameter = t.parameter.contiguous ? t.parameter : contiguous_copy(t.parameter, t.shape);
+      t.gradient = contiguous_copy(t.gradient, t.shape);
+      require(add(), "a contiguous tensor was not added");
+      ++counted.copied;
+    }
   }
 
   // What is expected, from the formulas alone.
-  Memory expected(flags & kDirection ? Type::float32 : type, arena_size);
-  std::vector<Memory> expected_slots;
-  for (auto& s : slots) {
-    expected_slots.emplace_back(s.before ? s.before->type : type, arena_size);
-  }
-  const auto hyper = step_hyper(common.control, step, common.given, common.measured);
   for (int i = 0; i < tensors; ++i) {
     auto& t = all[i];
+    auto& slots = arenas[t.arena].slots;
+    auto& expected = arenas[t.arena].expected;
+    auto control = common.control;
+    control.place = arenas[t.arena].place;
+    const auto hyper = step_hyper(control, step, common.given, common.measured);
     const auto own = step_tensor_hyper(
         common.control,
         hyper,
@@ -451,19 +583,27 @@ void test_step(int round, Counted& counted) {
         t.flags,
         groups.data() + i * kGroupNumbers,
         measured.data() + kMeasuredTensors + 2 * i);
+    std::vector<float> in_bytes[kRuleSlots]; // what a slot becomes, where it changes
     for (uint64_t e = 0; e < t.size; ++e) {
       const uint64_t at = t.offset + e;
       const int64_t from = t.parameter.first + place(t.shape, t.parameter.strides, e);
       const int64_t g = t.gradient.first + place(t.shape, t.gradient.strides, e);
       float values[kSlots] = {};
       for (int slot = 0; slot < kSlots; ++slot) {
-        if (slots[slot].before) {
-          values[slot] = slots[slot].before->get(at * slots[slot].stride);
-          expected_slots[slot].set_bits(at, slots[slot].before->bits(at * slots[slot].stride));
+        auto& s = slots[slot];
+        if (s.before && is_byte_format(s.format)) {
+          values[slot] = row_value(*s.before, at, s.format);
+          const uint64_t row = at / kByteGroup * kByteRow;
+          std::memcpy(expected[1 + slot].data() + row, s.before->data() + row, kByteScale);
+          const uint64_t code = row + kByteScale + at % kByteGroup;
+          expected[1 + slot].set_bits(code, s.before->bits(code));
+        } else if (s.before) {
+          values[slot] = s.before->get(at * s.stride);
+          expected[1 + slot].set_bits(at, slots[slot].before->bits(at * slots[slot].stride));
         }
       }
       if (!(flags & kDirection)) { // what a skipped direction is nobody asks
-        expected.set_bits(at, t.parameter.memory->bits(from));
+        expected[0].set_bits(at, t.parameter.memory->bits(from));
       }
       if (skips) {
         continue;
@@ -481,38 +621,43 @@ void test_step(int round, Counted& counted) {
           t.flags,
           common.control.parameter_format,
           common.control.state_format);
-      expected.set(at, result.parameter);
+      expected[0].set(at, result.parameter);
       const auto& of = result.slots.of;
       const float after[] = {
           of[0], of[1], of[2], result.master, result.compensation, result.average};
       for (int slot = 0; slot < kSlots; ++slot) {
-        if (slots[slot].before) {
-          expected_slots[slot].set(at, after[slot]);
+        if (slots[slot].before && !is_byte_format(slots[slot].format)) {
+          expected[1 + slot].set(at, after[slot]);
+        } else if (slots[slot].before && has_slot(kernel.rule, t.flags, slot)) {
+          in_bytes[slot].push_back(after[slot]);
         }
+      }
+    }
+    for (int slot = 0; slot < kRuleSlots; ++slot) {
+      auto dither = [&](uint64_t at) {
+        return slot_dither<float>(static_cast<uint32_t>(at), slot, own.key, t.flags);
+      };
+      const auto& values = in_bytes[slot];
+      for (size_t e = 0; e < values.size(); e += kByteGroup) {
+        const size_t count = std::min<size_t>(kByteGroup, values.size() - e);
+        set_row(expected[1 + slot], t.offset + e, &values[e], count, slots[slot].format, dither);
       }
     }
     counted.elements += t.size;
   }
 
-  auto out = parameters;
-  if (flags & kDirection) {
-    out = std::make_shared<Memory>(Type::float32, arena_size);
-    out->fill();
-  }
-  common.aligned = is_aligned(out->data(), 16);
-  common.parameters_out = out->data();
-  for (int slot = 0; slot < kSlots; ++slot) {
-    auto& s = slots[slot];
-    if (s.before) {
-      const auto rows = arena_size / granule; // as a matrix
-      common.slots[slot] = {
-          s.before->data(),
-          s.after->data(),
-          rows > 1 ? granule : arena_size,
-          static_cast<int64_t>(granule) * s.stride,
-          s.stride};
-      common.aligned &= is_aligned(s.before->data(), 16) && is_aligned(s.after->data(), 16);
+  for (size_t a = 0; a < arenas.size(); ++a) {
+    auto& arena = common.arenas[a];
+    bool aligned = is_aligned(arenas[a].out->data(), 16);
+    arena.parameters_out = arenas[a].out->data();
+    arena.place = arenas[a].place;
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (auto& s = arenas[a].slots[slot]; s.before) {
+        arena.slots[slot] = {s.before->data(), s.after->data()};
+        aligned &= is_aligned(s.before->data(), 16) && is_aligned(s.after->data(), 16);
+      }
     }
+    common.aligned |= uint32_t(aligned) << a;
   }
   uint64_t next = 0;
   float used[kScalars] = {};
@@ -521,8 +666,9 @@ void test_step(int round, Counted& counted) {
   counted.tiled[round % kTestedCount] += batches.tiled.size();
   counted.turned[round % kTestedCount] += batches.turned.size();
   counted.strided[round % kTestedCount] += batches.strided.size();
-  run_all(batches.tiled, common, kernel.tiled);
-  run_all(batches.turned, common, kernel.turned, kSquareThreads);
+  const bool few = pass % 2 == 1; // else what is for many serves
+  run_all(batches.tiled, common, kernel.tiled, kThreads, few ? kernel.tiled_few : nullptr);
+  run_all(batches.turned, common, kernel.turned, kSquareThreads, few ? kernel.turned_few : nullptr);
   run_all(batches.strided, common, kernel.strided);
 
   require(next == (!counts ? 0 : skips ? step : step + 1), "the step counter");
@@ -533,21 +679,38 @@ void test_step(int round, Counted& counted) {
                                         : common.control.constants[i].hi;
     require(used[i] == want, "the numbers used");
   }
-  for (uint64_t e = 0; e < arena_size; ++e) {
-    const auto where = " of element " + std::to_string(e) + ", round " + std::to_string(round);
-    require((skips && flags & kDirection) || is_same(*out, expected, e), "the parameter" + where);
+  for (auto& arena : arenas) {
+    for (uint64_t e = 0; e < arena.size; ++e) {
+      const auto where = " of element " + std::to_string(e) + ", arena " +
+          std::to_string(&arena - arenas.data()) + ", round " + std::to_string(round);
+      const bool is_asked = !(skips && flags & kDirection);
+      require(!is_asked || is_same(*arena.out, arena.expected[0], e), "the parameter" + where);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        require(
+            !arena.slots[slot].after || is_byte_format(arena.slots[slot].format) ||
+                is_same(*arena.slots[slot].after, arena.expected[1 + slot], e),
+            "slot " + std::to_string(slot) + where);
+      }
+    }
     for (int slot = 0; slot < kSlots; ++slot) {
-      require(
-          !slots[slot].after || is_same(*slots[slot].after, expected_slots[slot], e),
-          "slot " + std::to_string(slot) + where);
+      const bool is_rows = arena.slots[slot].after && is_byte_format(arena.slots[slot].format);
+      const uint64_t bytes = is_rows ? arena.size / kByteGroup * kByteRow : 0;
+      for (uint64_t b = 0; b < bytes; ++b) {
+        require(
+            arena.slots[slot].after->bits(b) == arena.expected[1 + slot].bits(b),
+            "byte " + std::to_string(b % kByteRow) + " of row " + std::to_string(b / kByteRow) +
+                ", slot " + std::to_string(slot) + ", round " + std::to_string(round));
+      }
     }
   }
+  counted.arenas = std::max(counted.arenas, arenas.size());
 }
 
 void test_an_arena_without_tensors_counts_the_step() {
-  Batches batches(Type::float32, true);
+  Batches batches(Type::float32, false);
+  batches.begin_arena({});
   batches.add_nothing();
-  Common common{};
+  Common<kArenas> common{};
   common.control.given = (1 << kScalars) - 1;
   const uint64_t step = 41;
   const float given[kScalars] = {0.1f, 0.01f, 4.0f, 0.9f, 0.0f, 0.0f};
@@ -758,9 +921,11 @@ int main(int, char** arguments) {
     test_step(round, counted);
   }
   for (int i = 0; i < kTestedCount; ++i) {
-    const bool all = counted.tiled[i] && counted.turned[i] && counted.strided[i];
+    const bool has_bytes = kTested[i].state == Type::bytes; // of which none is strided
+    const bool all = counted.tiled[i] && counted.turned[i] && !counted.strided[i] == has_bytes;
     require(all, "the random tensors miss a kernel of variant " + std::to_string(i));
   }
+  require(counted.arenas > kFewArenas, "the random arenas are few");
   for (int round = 0; round < rounds / 4; ++round) {
     test_measurement(round, counted);
   }

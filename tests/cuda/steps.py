@@ -34,7 +34,8 @@ RULES = {
     "adadelta": [dict()],
 }
 # What is kept of an element.
-OF_FLOAT32 = [{}, dict(state_dtype=mx.bfloat16, ema_decay=0.9)]
+BYTES = dict(state_dtype="8bit", min_8bit_size=0)
+OF_FLOAT32 = [{}, dict(state_dtype=mx.bfloat16, ema_decay=0.9), BYTES]
 OF_HALF = [
     {},
     dict(state_dtype=mx.float32),
@@ -43,8 +44,10 @@ OF_HALF = [
     dict(compensated=True),
     dict(rounding="stochastic", seed=7),
     dict(rounding="stochastic", compensated=True, ema_decay=0.9),
+    dict(**BYTES, rounding="stochastic"),
 ]
 OF_BFLOAT16 = [
+    dict(master_weights="24bit", **BYTES),
     dict(master_weights="24bit"),
     dict(master_weights="24bit", state_dtype=mx.float32, rounding="stochastic", ema_decay=0.9),
 ]

@@ -86,6 +86,13 @@ extern "C" __attribute__((visibility("default"))) const char* metal_on_cpu_log()
 
 namespace metal_on_cpu {
 
+void hold_until_completed(const mlx::core::array& temporary) {
+  if (keeps()) {
+    std::lock_guard lock(mutex);
+    pending.push_back(temporary.data_shared_ptr());
+  }
+}
+
 void hold_until_completed(
     const std::vector<mlx::core::array>& inputs,
     const std::vector<mlx::core::array>& outputs) {
@@ -252,6 +259,7 @@ void CommandEncoder::set_value(const void* data, size_t size, size_t element, in
 }
 
 void CommandEncoder::add_temporary(array a) {
+  metal_on_cpu::hold_until_completed(a);
   cpu::get_command_encoder(stream_).add_temporary(std::move(a));
 }
 

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -44,6 +45,7 @@ struct Group {
   std::vector<Fiber> fibers;
   std::function<void(uint32_t)> call; // one thread, by its lane
   std::map<std::string, std::vector<char>> shared;
+  std::array<uint32_t, kMostFibers> shuffled{}; // by lane
   ucontext_t scheduler;
   uint32_t running = 0;
 };
@@ -101,6 +103,19 @@ extern "C" void metal_on_cpu_barrier(int flags) {
   swapcontext(&current->fibers[current->running].context, &current->scheduler);
 }
 
+extern "C" uint32_t metal_on_cpu_shuffle_xor(uint32_t value, uint32_t mask) {
+  if (!current || mask >= 32) {
+    std::fputs("[metal_on_cpu] a shuffle beyond its SIMD group, or in no threadgroup\n", stderr);
+    std::abort();
+  }
+  const uint32_t lane = current->running;
+  current->shuffled[lane] = value;
+  metal_on_cpu_barrier(2);
+  value = current->shuffled[lane ^ mask];
+  metal_on_cpu_barrier(2);
+  return value;
+}
+
 void run_grid(
     const Kernel& kernel,
     Buffers& buffers,
@@ -119,7 +134,7 @@ void run_grid(
           {uint32_t(first + lane), lane, group, uint32_t(threads), uint32_t(size)});
     };
     if (kernel.cooperative) {
-      Group together{&memory, std::vector<Fiber>(size), call, {}, {}, 0};
+      Group together{&memory, std::vector<Fiber>(size), call, {}, {}, {}, 0};
       run_by_turns(together, first, lanes);
       continue;
     }

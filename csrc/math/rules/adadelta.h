@@ -7,6 +7,7 @@ namespace fused_math {
 
 struct Adadelta : PlainRule {
   enum Slot : int { kGradientSquares, kChangeSquares };
+  enum : uint32_t { kUnsigned = 1 << kGradientSquares | 1 << kChangeSquares };
   enum Scalar : int { kRho, kEps };
 
   MATH_MEMBER constexpr int slots(uint32_t) { return 2; }

@@ -9,6 +9,7 @@ namespace fused_math {
 struct Adam : PlainRule {
   enum Flag : uint32_t { kBiasCorrection = 1, kAmsgrad = 2, kFlags = 3, kCorrection = 1 };
   enum Slot : int { kFirstMoment, kSecondMoment, kLargestMoment }; // the last with kAmsgrad
+  enum : uint32_t { kUnsigned = 1 << kSecondMoment | 1 << kLargestMoment };
   enum Scalar : int { kBeta1, kBeta2, kEps };
 
   MATH_MEMBER constexpr int slots(uint32_t flags) { return flags & kAmsgrad ? 3 : 2; }

@@ -8,6 +8,7 @@ namespace fused_math {
 
 struct Adamax : PlainRule {
   enum Slot : int { kFirstMoment, kInfinityNorm };
+  enum : uint32_t { kUnsigned = 1 << kInfinityNorm };
   enum Scalar : int { kBeta1, kBeta2, kEps };
 
   MATH_MEMBER constexpr int slots(uint32_t) { return 2; }

@@ -9,6 +9,7 @@ namespace fused_math {
 
 struct OverRoot : PlainRule {
   enum Slot : int { kSquares };
+  enum : uint32_t { kUnsigned = 1 << kSquares };
 
   MATH_MEMBER constexpr int slots(uint32_t) { return 1; }
 

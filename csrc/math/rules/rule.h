@@ -51,6 +51,7 @@ struct PlainRule {
   enum : uint32_t {
     kFlags = 0, // all of its flags
     kCorrection = 0, // the one with which the bias is corrected
+    kUnsigned = 0, // a bit each slot: its numbers have no sign, and their root is what counts
   };
 };
 
@@ -69,21 +70,6 @@ struct PlainRule {
 template <typename T, typename N>
 MATH_FN T moved(T average, T x, N factor, N rest) {
   return factor * average + rest * x;
-}
-
-template <typename T>
-MATH_FN T root(T x) {
-  return Bits<T>::root(x);
-}
-
-template <typename T>
-MATH_FN T quotient(T a, T b) {
-  return Bits<T>::quotient(a, b);
-}
-
-template <typename C, typename T>
-MATH_FN T choose(C condition, T a, T b) {
-  return condition ? a : b;
 }
 
 /// The larger one; NaN if either is.

@@ -179,6 +179,7 @@ class FusedOptimizer(Optimizer):
     _whole: frozenset[str] = frozenset()  # sets of tensors of which none is a shard
 
     state_dtype = Option()
+    min_8bit_size = Option()
     master_weights = Option()
     rounding = Option()
     compensated = Option()
@@ -656,7 +657,7 @@ class FusedOptimizer(Optimizer):
         """Raise ValueError where norms are needed and a model has shards of its tensors."""
         if not (options.is_measured or self._needs_whole) or not isinstance(parameters, Module):
             return
-        key = layout_of(tree).key  # wrapped, a module has other paths
+        key = layout_of(tree, self._options.least_of_bytes).key  # wrapped, a module has other paths
         if key in self._whole:
             return
         for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -324,6 +323,8 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
         return getattr(self, name) is not value if own else super()._changes(name, value)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
+        import copy  # here: nobody else needs it
+
         super().__setstate__(attributes)
         self.others = copy.copy(self.others)  # of copy.copy: not both of one
 

@@ -25,6 +25,7 @@ namespace metal_on_cpu {
 void hold_until_completed(
     const std::vector<mlx::core::array>& inputs,
     const std::vector<mlx::core::array>& outputs);
+void hold_until_completed(const mlx::core::array& temporary);
 
 } // namespace metal_on_cpu
 
