@@ -109,7 +109,7 @@ def picture(runs: list[Run]) -> str:
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
         y = HEIGHT + LINE * number
-        shown = f"{run.title}: {run.losses[-1][1]:.3f} after {steps} steps, {run.seconds:.0f} s"
+        shown = f"{run.title}: {run.losses[-1][1]:.3f} after {steps} steps"
         lines.append(f'<text x="{LEFT}" y="{y + 6}" fill="{colour}">{shown}</text>')
     return "\n".join([*lines, "</svg>", ""])
 

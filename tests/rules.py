@@ -145,9 +145,9 @@ def adadelta(g: Any, old: Slots, n: Numbers) -> Change:
 def muon(g: Any, old: Slots, n: Numbers) -> Change:
     if "momentum" not in n.flags:
         return n.learning_rate * g, {}
-    v = g if n.wrong.moments_not_moved else n.moved(old["v"], g, "momentum")
+    v = g if n.wrong.moments_not_moved else n.moved(old["velocity"], g, "momentum")
     forward = "nesterov" in n.flags and not n.wrong.nesterov_forgotten
-    return n.learning_rate * (n.moved(v, g, "momentum") if forward else v), {"v": v}
+    return n.learning_rate * (n.moved(v, g, "momentum") if forward else v), {"velocity": v}
 
 
 class Rule(NamedTuple):
@@ -167,7 +167,7 @@ RULES = {
     "rmsprop": Rule(rmsprop, ("v",), ("alpha", "eps")),
     "adagrad": Rule(adagrad, ("v",), ("eps",)),
     "adadelta": Rule(adadelta, ("v", "u"), ("rho", "eps")),
-    "muon": Rule(muon, ("v",), ("momentum",), ("momentum", "nesterov")),
+    "muon": Rule(muon, ("velocity",), ("momentum",), ("momentum", "nesterov")),
 }
 SIGNED = ("velocity", "m")
 
@@ -175,8 +175,6 @@ SIGNED = ("velocity", "m")
 def slots_of(rule: str, flags: set[str]) -> tuple[str, ...]:
     """Those that a step with these flags keeps."""
     absent = {"velocity": "momentum", "largest_v": "amsgrad"}
-    if rule == "muon":
-        absent["v"] = "momentum"
     return tuple(s for s in RULES[rule].slots if absent.get(s) is None or absent[s] in flags)
 
 
