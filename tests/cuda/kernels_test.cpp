@@ -304,8 +304,8 @@ constexpr Tested kTested[] = {
         bfloat16,
         bfloat16,
         kBF16 | kF32,
-        Muon::kFlags | kFrame | kStochastic | kDirection>(),
-    tested<Muon, float16, float32, kF16, Muon::kFlags | kDirection>(),
+        kWithNesterov | kFrame | kStochastic | kDirection>(),
+    tested<Muon, float16, float32, kF16, kWithNesterov | kDirection>(),
     // A step with more than a process may have kernels for (csrc/cuda/kernels.cpp).
     tested<Adam, bfloat16, float32, kAnyType, kGenericFlags>(),
     tested<Sgd, bfloat16, float32, kAnyType, kGenericMaster24Flags>(),
