@@ -39,7 +39,7 @@ def as_rows(
     random: np.ndarray | None = None,
     wrong: ByteMistake = RIGHT,
 ) -> np.ndarray:
-    """float32 numbers as rows of bytes; at random with 16 bits for each of them."""
+    """float32 numbers as rows of bytes; at random with 15 bits for each of them."""
     x = grouped(np.asarray(values, np.float32))
     f = np.float32
     with np.errstate(all="ignore"):
@@ -54,7 +54,7 @@ def as_rows(
         scale = np.where(is_some, np.sqrt(largest), f(0))
         dither = f(0)
         if random is not None:  # from -0.5 to 0.5, both apart
-            dither = ((grouped(random) & 0xFFFF).astype(f) + f(0.5)) / f(65536) - f(0.5)
+            dither = ((grouped(random) & 0x7FFF).astype(f) + f(0.5)) / f(32768) - f(0.5)
         rounded = np.floor if wrong.codes_cut_off else np.rint
         coder = np.where(is_some, f(LARGEST_CODE[form]) / np.where(is_some, scale, f(1)), f(0))
         normal = np.where(magnitude >= f(SMALLEST_NORMAL), magnitude, f(0))

@@ -36,8 +36,8 @@ mx::array as_bytes_composed(
   const auto scale = choose(largest < 0x1p-110f, 0.0f, root(largest));
   Composed dither = 0.0f;
   if (random) {
-    const auto low = mx::bitwise_and(grouped(*random, s), mx::array(0xffffu, mx::uint32), s);
-    dither = (wide({low, s}) + 0.5f) * 0x1p-16f - 0.5f;
+    const auto low = mx::bitwise_and(grouped(*random, s), mx::array(0x7fffu, mx::uint32), s);
+    dither = (wide({low, s}) + 0.5f) * 0x1p-15f - 0.5f;
   }
   const float most = is_squares ? 254.0f : 127.0f;
   const auto coder = choose(scale > 0.0f, quotient(most, choose(scale > 0.0f, scale, 1.0f)), 0.0f);

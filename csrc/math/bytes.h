@@ -53,11 +53,12 @@ MATH_FN ByteScale byte_scale(uint32_t peak, uint32_t format) {
       : ByteScale{scale, divide_float(format == kByteSquares ? 254.0f : 127.0f, scale)};
 }
 
-/// 16 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
-/// it makes the rounding one at random, and leaves what is a code already.
+/// 15 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
+/// it makes the rounding one at random. The largest stays the largest, though the quotient may
+/// have put it a float32 above its code (and 254 is even): with 16 bits it would become NaN.
 template <typename T>
 MATH_FN T byte_dither(typename Bits<T>::type random) {
-  const typename Bits<T>::type bits = ((random & 0xffffu) << 7) | 0x3f800040u; // from 1 to 2
+  const typename Bits<T>::type bits = ((random & 0x7fffu) << 8) | 0x3f800080u; // from 1 to 2
   return Bits<T>::to(bits) - 1.5f;
 }
 
