@@ -1,0 +1,487 @@
+"""Moments in one byte each, csrc/math/bytes.h: what a state of them promises. The bits of each
+step are in tests/full_cases.py."""
+
+import copy
+import itertools
+import pickle
+import random
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers
+import mlx_fused_optim as optim
+import numpy as np
+import pytest
+from bits import of_mlx, same
+from byte_references import GROUP, ROW, SQUARES, as_rows, of_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_fused_optim import _ext, _layout, _packing
+
+RULES = {
+    "SGD": dict(momentum=0.9),
+    "Adam": dict(bias_correction=True),
+    "AdamW": dict(amsgrad=True, bias_correction=True),
+    "Adamax": {},
+    "Lion": {},
+    "RMSprop": {},
+    "Adagrad": {},
+    "AdaDelta": {},
+}
+every_rule = pytest.mark.parametrize("rule", RULES)
+every_dtype = pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+EDGES = (1, 63, 64, 65, 127, 128, 129)
+
+
+def make(rule="AdamW", rate=0.01, **options):
+    return getattr(optim, rule)(rate, **{**RULES[rule], "state_dtype": "8bit", **options})
+
+
+def tree(seed, dtype=mx.float32, scale=1.0):
+    """Two tensors of 4096 elements and more, one with a group that is not whole, and small ones."""
+    values = np.random.default_rng(seed).standard_normal
+
+    def draw(*shape):
+        return mx.array(scale * values(shape), mx.float32).astype(dtype)
+
+    return {"w": draw(65, 70), "b": draw(33), "layers": [{"w": draw(4096)}, {"s": draw()}]}
+
+
+def stepped(optimizer, steps, parameters=None, dtype=mx.float32, first=1):
+    parameters = tree(0, dtype) if parameters is None else parameters
+    for i in range(steps):
+        parameters = optimizer.apply_gradients(tree(first + i, dtype), parameters)
+        mx.eval(parameters, optimizer.state)
+    return parameters
+
+
+def kept_of(optimizer):
+    """By path, the rows of what is in bytes, and what is not, as a state has it."""
+    kept = _packing.everything(optimizer.state, optimizer._rule.slots, "test")
+    return {
+        (path, name): getattr(value, "rows", value)
+        for path, slots in kept.items()
+        for name, value in slots.items()
+    }
+
+
+def bits_of(optimizer):
+    return {key: (value.dtype, of_mlx(value)) for key, value in kept_of(optimizer).items()}
+
+
+def assert_same_bits(got, want):
+    assert got.keys() == want.keys()
+    for key, (dtype, bits) in want.items():
+        assert got[key][0] == dtype and np.array_equal(got[key][1], bits), key
+
+
+def assert_same(got, want):
+    got, want = dict(tree_flatten(got)), dict(tree_flatten(want))  # loaded in another order
+    assert got.keys() == want.keys()
+    for path in want:
+        assert same(got[path], want[path]), path
+
+
+def form_of(optimizer, slot):
+    return SQUARES if optimizer._rule.slots[slot].is_unsigned else "bytes"
+
+
+def saved_and_loaded(state, path):
+    mx.save_safetensors(str(path), dict(tree_flatten(state)))
+    _layout._layouts.clear()  # as in another process
+    return tree_unflatten(list(mx.load(str(path)).items()))
+
+
+# ---- States ------------------------------------------------------------------------------
+
+
+@every_dtype
+@every_rule
+def test_a_saved_state_is_as_small_and_goes_on(rule, dtype, tmp_path):
+    one = make(rule, rounding="stochastic", seed=3)
+    parameters = stepped(one, 2, dtype=dtype)
+    path = tmp_path / "state.safetensors"
+    two = make(rule, rounding="stochastic", seed=3)
+    two.state = saved_and_loaded(one.state, path)
+    arrays = [a for _, a in tree_flatten(one.state)]
+    assert path.stat().st_size <= sum(a.nbytes for a in arrays) + 2048  # names and tables
+    moments = sum(dtype == mx.uint8 for dtype, _ in bits_of(one).values()) / 2  # tensors each
+    assert moments >= 1
+    elements = sum(a.size for _, a in tree_flatten(parameters))
+    assert sum(a.nbytes for a in arrays) < moments * (elements * ROW / GROUP + 4 * 2048) + 2048
+    got, want = stepped(two, 2, parameters, dtype, 7), stepped(one, 2, parameters, dtype, 7)
+    assert_same(got, want)
+    assert_same(two.state, one.state)
+
+
+@every_rule
+def test_small_tensors_keep_float32(rule):
+    optimizer = make(rule)
+    stepped(optimizer, 1)
+    for (path, _), (dtype, bits) in bits_of(optimizer).items():
+        is_large = path in (("w",), ("layers", 0, "w"))
+        assert dtype == (mx.uint8 if is_large else mx.float32), path
+        assert not is_large or bits.shape == (-(-(4550 if path == ("w",) else 4096) // 64), ROW)
+
+
+@pytest.mark.parametrize("least", [0, 1, 33, 34, 4096, 4097, 4550, 4551, 2**63 - 1])
+def test_the_bound_of_small_tensors(least):
+    optimizer = make(min_8bit_size=least)
+    stepped(optimizer, 2)
+    sizes = {("w",): 4550, ("b",): 33, ("layers", 0, "w"): 4096, ("layers", 1, "s"): 1}
+    for (path, _), (dtype, _) in bits_of(optimizer).items():
+        assert dtype == (mx.uint8 if sizes[path] >= least else mx.float32), path
+
+
+@every_rule
+def test_from_float32_and_back_mid_run(rule):
+    """Of ours: the rows are those of the float32 moments, and float32 moments those of the rows."""
+    wide = make(rule, state_dtype=mx.float32)
+    parameters = stepped(wide, 3)
+    numbers = kept_of(wide)
+    narrow = make(rule)
+    narrow.state = wide.state
+    narrow.init(parameters)
+    for (path, slot), rows in kept_of(narrow).items():
+        if rows.dtype != mx.uint8:
+            assert same(rows, numbers[path, slot])
+            continue
+        form = form_of(narrow, slot)
+        want = as_rows(np.array(numbers[path, slot]), form)
+        assert np.array_equal(of_mlx(rows), want), (path, slot)
+    stepped(narrow, 2, parameters, first=5)
+    rows = kept_of(narrow)
+    for back, state in ((make(rule, state_dtype=mx.float32), narrow.state),
+                        (make(rule, state_dtype=mx.float32), narrow.unpacked_state())):  # fmt: skip
+        back.state = state
+        back.init(parameters)
+        for (path, slot), value in kept_of(back).items():
+            assert value.dtype == mx.float32
+            if rows[path, slot].dtype == mx.uint8:
+                flat = of_rows(of_mlx(rows[path, slot]), form_of(narrow, slot))
+                want = flat[: value.size].reshape(value.shape)
+                assert np.array_equal(np.array(value), want), (path, slot)
+        stepped(back, 1, parameters)
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adam", "AdamW", "Lion", "RMSprop", "AdaDelta"])
+def test_from_mlx_and_back_mid_run(rule):
+    """A state of ``mlx.optimizers`` goes on in bytes, with the parameters that float32 gives in
+    the first step but for the coding of the moments; and MLX's goes on with what bytes have."""
+    options = {k: v for k, v in RULES[rule].items() if k in ("momentum", "bias_correction")}
+    theirs = getattr(mlx.optimizers, rule)(0.01, **options)
+    parameters = stepped(theirs, 3)
+    ours = getattr(optim, rule)(0.01, state_dtype="8bit", **options)
+    ours.state = theirs.state
+    ours.init(parameters)
+    for (path, slot), rows in kept_of(ours).items():
+        theirs_at = theirs.state
+        for key in path:
+            theirs_at = theirs_at[key]
+        number = theirs_at[ours._rule.slots[slot].key]
+        want = as_rows(np.array(number), form_of(ours, slot))
+        assert rows.dtype != mx.uint8 or np.array_equal(of_mlx(rows), want)
+    parameters = stepped(ours, 2, parameters)
+    assert ours.step.item() == 5
+    unpacked = ours.unpacked_state()
+    assert all(a.dtype != mx.uint8 for _, a in tree_flatten(unpacked))
+    again = getattr(mlx.optimizers, rule)(0.01, **options)
+    again.state = unpacked
+    wide = getattr(optim, rule)(0.01, state_dtype=mx.float32, **options)
+    wide.state = ours.state
+    got, want = stepped(again, 2, parameters), stepped(wide, 2, parameters)
+    for (path, a), (_, b) in zip(tree_flatten(got), tree_flatten(want), strict=True):
+        # MLX rounds a step otherwise: a few ulps of changes of up to a few hundredths.
+        assert mx.allclose(a, b, rtol=1e-6, atol=1e-6), path
+
+
+NUMBERS = st.one_of(
+    st.floats(width=32, allow_nan=True, allow_infinity=True),
+    st.sampled_from([0.0, -0.0, 1.0, 2.0**-110, 2.0**-111, 2.0**-126, 1e-40, 3.4e38, 1e-30, 1e30]),
+    st.floats(-1.0, 1.0, width=32),
+)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=130), st.booleans())
+def test_coding_twice_changes_nothing(values, is_unsigned):
+    x = np.array(values, np.float32)
+    x = np.abs(x) if is_unsigned else x
+    rows = _ext.as_bytes(mx.array(x), is_unsigned)
+    form = SQUARES if is_unsigned else "bytes"
+    assert np.array_equal(of_mlx(rows), as_rows(x, form))
+    numbers = _ext.of_bytes(rows, [x.size], is_unsigned)
+    assert np.array_equal(np.array(numbers), of_rows(of_mlx(rows), form)[: x.size], equal_nan=True)
+    assert same(_ext.as_bytes(numbers, is_unsigned), rows)
+    finite = np.isfinite(x)
+    assert np.array_equal(np.isfinite(np.array(numbers)), finite)  # and that of the largest group
+
+
+@every_rule
+def test_unpacked_moments_are_packed_to_the_same_rows(rule):
+    one = make(rule, min_8bit_size=0)
+    parameters = stepped(one, 3)
+    two = make(rule, min_8bit_size=0)
+    two.state = one.unpacked_state()
+    two.init(parameters)
+    assert_same_bits(bits_of(two), bits_of(one))
+
+
+@pytest.mark.parametrize("sizes", list(itertools.permutations([0, 100, 4097, 2**40], 2)), ids=str)
+def test_another_bound_mid_run(sizes):
+    """What is in bytes and stays so keeps its rows; the rest is converted."""
+    optimizer = make(min_8bit_size=sizes[0])
+    parameters = stepped(optimizer, 2)
+    before = kept_of(optimizer)
+    other = make(min_8bit_size=sizes[1])
+    other.state = optimizer.state
+    other.init(parameters)
+    for (path, slot), value in kept_of(other).items():
+        old, form = before[path, slot], form_of(other, slot)
+        if old.dtype == value.dtype:
+            assert same(old, value), (path, slot)
+        elif value.dtype == mx.uint8:
+            assert np.array_equal(of_mlx(value), as_rows(np.array(old), form))
+        else:
+            flat = of_rows(of_mlx(old), form)[: value.size]
+            assert np.array_equal(np.array(value).reshape(-1), flat)
+    stepped(other, 1, parameters)
+
+
+@every_rule
+@pytest.mark.parametrize("least", [0, 4096])
+def test_tensors_that_come_and_go_keep_their_rows(rule, least):
+    optimizer = make(rule, min_8bit_size=least)
+    parameters = stepped(optimizer, 2)
+    before = bits_of(optimizer)
+    gradients = tree(9)
+    only_w = {"w": gradients["w"]}
+    optimizer.apply_gradients(only_w, parameters)  # all others are frozen
+    frozen = {key: value for key, value in bits_of(optimizer).items() if key[0] != ("w",)}
+    assert_same_bits(frozen, {key: before[key] for key in frozen})
+    assert len(frozen) == len(before) * 3 // 4
+    optimizer.init(parameters)  # thawed
+    thawed = {key: value for key, value in bits_of(optimizer).items() if key[0] != ("w",)}
+    assert_same_bits(thawed, frozen)
+    before = bits_of(optimizer)
+    more = {**parameters, "new": mx.ones(200)}
+    optimizer.init(more)
+    grown = bits_of(optimizer)
+    assert_same_bits({key: grown[key] for key in before}, before)
+    assert all((bits == 0).all() for (path, _), (_, bits) in grown.items() if path == ("new",))
+    optimizer.keep_only({"w": parameters["w"]})
+    assert_same_bits(bits_of(optimizer), {k: v for k, v in before.items() if k[0] == ("w",)})
+
+
+def test_forgotten_moments():
+    optimizer = make("AdamW")
+    parameters = stepped(optimizer, 2)
+    before = bits_of(optimizer)
+    optimizer.forget("largest_v" if "largest_v" in optimizer._rule.slots else "v")
+    optimizer.init(parameters)
+    after = bits_of(optimizer)
+    for key, (_, bits) in after.items():
+        assert key in before
+        if key[1] != "m" and (bits != before[key][1]).any():
+            assert (bits == 0).all(), key
+    assert any((bits == 0).all() for key, (_, bits) in after.items() if key[0] == ("w",))
+    assert_same_bits(
+        {k: v for k, v in after.items() if k[1] == "m"},
+        {k: v for k, v in before.items() if k[1] == "m"},
+    )
+    stepped(optimizer, 1, parameters)
+
+
+def test_a_slot_that_is_put_in():
+    optimizer = make("AdamW", amsgrad=False)
+    parameters = stepped(optimizer, 2)
+    before = bits_of(optimizer)
+    value = tree(5)["w"]
+    optimizer.state["w"] = {"m": value}
+    optimizer.init(parameters)
+    after = bits_of(optimizer)
+    assert np.array_equal(after.pop((("w",), "m"))[1], as_rows(np.array(value), "bytes"))
+    before.pop((("w",), "m"))
+    assert_same_bits(after, before)
+
+
+def test_views_and_words_of_a_state():
+    optimizer = make()
+    stepped(optimizer, 1)
+    view = optimizer.state["w"]["m"]
+    assert view.dtype == mx.float32 and view.shape == (65, 70)
+    assert same(view, optimizer.unpacked_state()["w"]["m"])
+    lines = optim.describe(optimizer.state).splitlines()
+    assert next(line for line in lines if line.startswith("w ")).split()[-3:] == ["8bit"] * 3
+    assert next(line for line in lines if line.startswith("b ")).split()[-3:] == ["float32"] * 3
+    bytes_of = next(line for line in lines if "tensors" in line).split()[-1]
+    # Rows of 64 elements and a scale, and 34 of float32.
+    assert int(bytes_of.replace(",", "")) == (72 + 64) * ROW + 4 * 34
+    assert "8bit" in repr(optimizer)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"]
+)
+def test_copies_go_on(again):
+    one = make(min_8bit_size=100, rounding="stochastic", seed=4)
+    parameters = stepped(one, 2)
+    two = again(one)
+    assert_same_bits(bits_of(two), bits_of(one))
+    before = bits_of(two)
+    want = stepped(one, 2, parameters)
+    assert_same_bits(bits_of(two), before)  # nobody writes into a copy
+    assert_same(stepped(two, 2, parameters), want)
+    assert_same(two.state, one.state)
+
+
+# ---- Ways to run ---------------------------------------------------------------------------
+
+
+@every_rule
+def test_functions_are_the_optimizer(rule):
+    name = rule.lower()
+    init, step = getattr(optim, f"fused_{name}_init"), getattr(optim, f"fused_{name}_step")
+    options = {**RULES[rule], "state_dtype": "8bit", "min_8bit_size": 64}
+    optimizer = make(rule, min_8bit_size=64)
+    parameters = want = tree(0)
+    state = init(parameters, **options)
+    for i in range(4):
+        want = optimizer.apply_gradients(tree(1 + i), want)
+        parameters, state = step(parameters, tree(1 + i), state, learning_rate=0.01, **options)
+    assert_same(parameters, want)
+    assert_same({"arenas": state["arenas"]}, {"arenas": optimizer.state["arenas"]})
+
+
+@pytest.mark.parametrize("shapeless", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(rounding="stochastic", seed=2), dict(clip_norm=0.5)],
+                         ids=str)  # fmt: skip
+def test_compiled(options, shapeless):
+    """With a captured state."""
+    want_optimizer, optimizer = make(**options), make(**options)
+    want = stepped(want_optimizer, 4)
+    parameters = tree(0)
+    optimizer.init(parameters)
+    state = [parameters, optimizer.state]
+
+    def step(gradients):
+        parameters.update(optimizer.apply_gradients(gradients, parameters))
+
+    compiled = mx.compile(step, inputs=state, outputs=state, shapeless=shapeless)
+    for i in range(4):
+        compiled(tree(1 + i))
+        mx.eval(state)
+    assert_same(parameters, want)
+    assert_same(optimizer.state, want_optimizer.state)
+
+
+def test_lazy_steps():
+    one, two = make(), make()
+    want = stepped(one, 5)
+    parameters = tree(0)
+    for i in range(5):
+        parameters = two.apply_gradients(tree(1 + i), parameters)
+    assert_same(parameters, want)
+    assert_same(two.state, one.state)
+
+
+def test_a_multi_optimizer():
+    def multi():
+        return mlx.optimizers.MultiOptimizer(
+            [make("AdamW"), make("SGD", min_8bit_size=0)], [lambda path, _: path.endswith("w")]
+        )
+
+    one, parameters = multi(), tree(0)
+    apart = [make("AdamW"), make("SGD", min_8bit_size=0)]
+    want = tree(0)
+    for i in range(3):
+        gradients = tree(1 + i)
+        parameters = one.apply_gradients(gradients, parameters)
+        for optimizer, is_first in zip(apart, (True, False), strict=True):
+            part = tree_unflatten(
+                [(p, g) for p, g in tree_flatten(gradients) if p.endswith("w") == is_first]
+            )
+            new = optimizer.apply_gradients(part, want)
+            merged = {**dict(tree_flatten(want)), **dict(tree_flatten(new))}
+            want = tree_unflatten(list(merged.items()))
+    assert_same(parameters, want)
+    two = multi()
+    two.state = one.state
+    assert_same(two.apply_gradients(tree(8), want), one.apply_gradients(tree(8), want))
+
+
+def test_a_grad_scaler_skips_to_the_bit():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = tree(0)["w"].astype(mx.float16)
+
+    model, scaler = Model(), optim.GradScaler(4.0)
+    optimizer = make(skip_nonfinite=True, master_weights=True)
+    plain, want = make(master_weights=True), {"w": model.w}
+    for i in range(4):
+        gradient = tree(1 + i)["w"].astype(mx.float16)
+        is_bad, before = i == 3, bits_of(optimizer)
+        if is_bad:
+            gradient = mx.where(mx.arange(70) == 3, mx.array(np.nan, mx.float16), gradient)
+        scaler.step(optimizer, model, {"w": scaler.scale(gradient)})
+        scaler.update()
+        mx.eval(model, optimizer.state)
+        if not is_bad:
+            want = plain.apply_gradients({"w": gradient}, want)
+            before = bits_of(plain)
+        assert same(model.w, want["w"])
+        assert_same_bits(bits_of(optimizer), before)
+    assert optimizer.skipped.item() == 1
+
+
+@pytest.mark.parametrize("at", [random.Random(seed).sample(range(1, 2000), 20) for seed in (1,)])
+def test_a_run_that_is_interrupted_twenty_times(at, tmp_path):
+    """AdamW with masters of 24 bits and rounding at random: 2000 steps, each way the same bits."""
+
+    def optimizer():
+        return optim.AdamW(
+            optim.cosine_decay(0.01, 2000),
+            weight_decay=0.01,
+            state_dtype="8bit",
+            min_8bit_size=100,
+            master_weights="24bit",
+            rounding="stochastic",
+            seed=7,
+        )
+
+    x = mx.array(np.random.default_rng(0).standard_normal((16, 12)), mx.bfloat16)
+    y = mx.sin(x.astype(mx.float32).sum(axis=1, keepdims=True)).astype(mx.bfloat16)
+
+    def loss(w):
+        return mx.square(mx.tanh(x @ w["a"] + w["b"]) @ w["c"] - y).mean().astype(mx.float32)
+
+    gradient = mx.grad(loss)
+    draw = np.random.default_rng(1).standard_normal
+    first = {
+        name: mx.array(0.3 * draw(shape), mx.bfloat16)
+        for name, shape in {"a": (12, 24), "b": (24,), "c": (24, 1)}.items()
+    }
+
+    def run(stops):
+        parameters, current = dict(first), optimizer()
+        for step in range(2000):
+            if step in stops:
+                both = {"parameters": parameters, "optimizer": current.state}
+                loaded = saved_and_loaded(both, tmp_path / "both.safetensors")
+                current = optimizer()
+                # In the order of the model, as its own load_weights has them.
+                parameters = {name: loaded["parameters"][name] for name in first}
+                current.state = loaded["optimizer"]
+            parameters = current.apply_gradients(gradient(parameters), parameters)
+            mx.eval(parameters, current.state)
+        return parameters, current
+
+    parameters, whole = run(())
+    assert loss(parameters).item() < 0.2 * loss(first).item()
+    again, parts = run(set(at))
+    assert_same(again, parameters)
+    assert_same(parts.state, whole.state)
+    assert sorted({str(d) for d, _ in bits_of(whole).values()}) == [
+        "mlx.core.float32", "mlx.core.int8", "mlx.core.uint8",
+    ]  # fmt: skip
