@@ -485,3 +485,255 @@ def test_a_run_that_is_interrupted_twenty_times(at, tmp_path):
     assert sorted({str(d) for d, _ in bits_of(whole).values()}) == [
         "mlx.core.float32", "mlx.core.int8", "mlx.core.uint8",
     ]  # fmt: skip
+
+
+# ---- Numbers -------------------------------------------------------------------------------
+
+
+def coded(x, rule, **options):
+    """float32 numbers as a step keeps them: SGD's momentum of the first step is the gradient,
+    and Adamax's v its magnitude."""
+    options = {"state_dtype": "8bit", "min_8bit_size": 0, **RULES[rule], **options}
+    optimizer = getattr(optim, rule)(0.0, **options)
+    optimizer.apply_gradients({"w": mx.array(x)}, {"w": mx.zeros(x.shape)})
+    return np.array(optimizer.unpacked_state()["w"]["v"])
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adamax"])
+@pytest.mark.parametrize("exponent", [-80, -30, 0, 30, 120])
+def test_errors_by_the_place_in_a_group(rule, exponent):
+    """Against float64, with the largest at each place. An element of r^2 times its group's
+    largest is off by at most half a step of its code, whose square it is; and a number without a
+    sign that is not 0 is at least the square of a step."""
+    draw = np.random.default_rng(abs(exponent))
+    groups = np.arange(8 * GROUP)
+    x = np.exp2(draw.uniform(-24, 0, (groups.size, GROUP)))
+    x *= draw.choice([-1, 1], x.shape)
+    x[groups, groups % GROUP] = 2.0 ** draw.uniform(0, 1, groups.size)  # the largest, anywhere
+    x = np.ldexp(x, exponent).astype(np.float32)
+    exact = x.astype(np.float64) if rule == "SGD" else np.abs(x.astype(np.float64))
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    error = np.abs(coded(x, rule) - exact) / largest
+    r = np.sqrt(np.abs(exact) / largest)
+    half = 0.5 / (127 if rule == "SGD" else 254)
+    bound = (r + half) ** 2 - r**2
+    if rule == "Adamax":
+        bound = np.where(r < 2 * half, np.maximum(bound, (2 * half) ** 2), bound)
+    # A few roundings of float32 before the code, which is up to 254, and behind it.
+    bound = bound * (1 + 2.0**-13) + r**2 * 2.0**-21
+    assert (error <= bound).all()
+    assert (error[r < 1] > 0.98 * bound[r < 1]).any()  # it is no wider than it must be
+    assert (error[groups, groups % GROUP] <= 2.0**-22).all()  # the largest is as good as exact
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adamax"])
+def test_at_random_the_right_mean(rule):
+    """The code is one of two neighbours, the upper as often as the fraction says, within five
+    standard deviations of the binomial distribution: of many elements and of many seeds."""
+    n, top = 2016, 127 if rule == "SGD" else 254
+    codes = np.array([0.25, 0.5, 3.125, 17.75, 60.0, 100.5, 126.25])
+    x = np.repeat(codes, n).reshape(-1, GROUP - 1)
+    x = np.concatenate([np.full((len(x), 1), top), x], axis=1)
+    numbers = ((x / top) ** 2).astype(np.float32)
+    of_elements = coded(numbers, rule, rounding="stochastic", seed=5)
+    of_seeds = np.stack(
+        [coded(numbers[::32], rule, rounding="stochastic", seed=s) for s in range(n // 63)]
+    )
+    for got, of in ((of_elements, x), (of_seeds, np.broadcast_to(x[::32], of_seeds.shape))):
+        got = np.sqrt(got) * top
+        assert np.isfinite(got).all() and np.abs(got - np.rint(got)).max() < 1e-4
+        assert (np.rint(got[of == top]) == top).all()
+        for code in codes:
+            rounded, low = np.rint(got[of == code]), np.floor(code)
+            assert len(rounded) >= n and set(rounded) <= {low, low + 1}
+            fraction = code - low
+            if rule == "Adamax" and low == 0:
+                assert (rounded == 1).all()  # never 0
+            elif fraction == 0:
+                assert (rounded == low).mean() > 0.99  # a step's fraction is known within 2^-15
+            else:
+                deviation = np.sqrt(fraction * (1 - fraction) / len(rounded))
+                assert abs((rounded - low).mean() - fraction) < 5 * deviation
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adamax"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_stays_the_largest_at_random(rule, sign):
+    """Its code may come out a float32 too large; with the largest random number too, it would
+    be rounded up to the code of NaN."""
+    x = np.random.default_rng(0).uniform(1, 4, 4096).astype(np.float32)
+    top = np.float32(127 if rule == "SGD" else 254)
+    root = np.sqrt(x)
+    above = x[root * (top / root) > top][:4]
+    assert len(above) == 4
+    values = np.repeat(sign * above, 2**18)
+    got = coded(values, rule, rounding="stochastic")
+    expected = values if rule == "SGD" else np.abs(values)
+    assert np.allclose(got, expected, rtol=1e-6, atol=0)
+
+
+def test_seeds():
+    runs = {seed: make(rounding="stochastic", seed=seed) for seed in (1, 2, 2**63)}
+    for optimizer in runs.values():
+        stepped(optimizer, 2)
+    again = make(rounding="stochastic", seed=2)
+    stepped(again, 2)
+    assert_same_bits(bits_of(again), bits_of(runs[2]))
+    key = (("w",), "m")
+    for a, b in itertools.combinations(runs, 2):
+        different = bits_of(runs[a])[key][1] != bits_of(runs[b])[key][1]
+        assert 0.1 < different.mean() < 0.9
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+def test_no_drift_in_ten_thousand_steps(beta2, rounding):
+    """Of a constant gradient, another one of each element: m and v are those of float64 within
+    half a step of the code; at random within a whole one, as what lies between two codes goes
+    to one of them."""
+    n, beta1 = 3 * GROUP, 0.9
+    g = np.random.default_rng(3).standard_normal(n).astype(np.float32)
+    optimizer = optim.Adam(
+        0.0, betas=[beta1, beta2], state_dtype="8bit", min_8bit_size=0, rounding=rounding
+    )
+    w, gradient = {"w": mx.zeros(n)}, {"w": mx.array(g)}
+    for step in range(1, 10_001):
+        w = optimizer.apply_gradients(gradient, w)
+        mx.eval(w, optimizer.state)
+        if step not in (1, 10, 100, 1000, 10_000):
+            continue
+        kept = optimizer.unpacked_state()["w"]
+        for name, beta, x, top in (("m", beta1, g, 127), ("v", beta2, np.square(g), 254)):
+            exact = (x.astype(np.float64) * (1 - beta**step)).reshape(-1, GROUP)
+            largest = np.abs(exact).max(axis=1, keepdims=True)
+            r = np.sqrt(np.abs(exact) / largest)
+            part = 1 / top if rounding == "stochastic" else 0.5 / top
+            bound = np.maximum((r + part) ** 2 - r**2, np.where(top * r < 1, top**-2.0, 0))
+            error = np.abs(np.array(kept[name], np.float64).reshape(-1, GROUP) - exact) / largest
+            # And what float32 sums up, forgotten as the moment is: five roundings a step, of
+            # which the scale's, a root, counts twice.
+            ulps = 6 * min(step, 1 / (1 - beta)) * r**2 * 2.0**-24
+            assert (error <= bound * (1 + 2.0**-10) + ulps).all(), (name, step)
+            assert (error[r == 1] <= ulps[r == 1]).all(), (name, step)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_second_moments_that_change(rounding):
+    """A step of beta2 0.999 moves v by less than half a step of its code, unless v is the
+    largest of its group: rounded to nearest, the others follow only their scale. At random they
+    follow float32's. (docs/precision.md tells what comes of it.)"""
+    draw = np.random.default_rng(0)
+    first, then = np.exp(draw.standard_normal((2, 16 * GROUP))).astype(np.float32)
+    found = []
+    for form in ("8bit", mx.float32):
+        optimizer = optim.Adam(0.0, state_dtype=form, min_8bit_size=0, rounding=rounding)
+        w = {"w": mx.zeros(first.size)}
+        for step in range(8000):
+            gradient = {"w": mx.array(first if step < 4000 else then)}
+            w = optimizer.apply_gradients(gradient, w)
+            mx.eval(w, optimizer.state)
+        found.append(np.sqrt(np.array(optimizer.unpacked_state()["w"]["v"])))
+    ratio = np.exp(np.abs(np.log(found[0] / found[1])))  # of what a step divides by
+    if rounding == "stochastic":
+        assert np.median(ratio) < 1.05 and np.quantile(ratio, 0.95) < 1.5 and ratio.max() < 5
+    else:
+        assert np.median(ratio) > 1.1
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Lion"])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_tiny_and_huge_gradients_of_one_tensor(rule, together, rounding):
+    x = np.full(4 * GROUP, 1e-30, np.float32)
+    x[0 if together else slice(0, GROUP)] = 1e30
+    optimizer = make(rule, 0.01, min_8bit_size=0, rounding=rounding)
+    w = {"w": mx.ones(x.size)}
+    for _ in range(20):
+        w = optimizer.apply_gradients({"w": mx.array(x)}, w)
+        ((kept,),) = [slots.values() for slots in optimizer.unpacked_state().values()
+                      if isinstance(slots, dict)]  # fmt: skip
+        kept = np.array(kept)
+        assert np.isfinite(kept).all() and np.isfinite(np.array(w["w"])).all()
+    assert (kept[GROUP:] > 1e-31).all() and (kept[GROUP:] < 2e-29).all()
+    assert kept[0] > 1e29
+    if together:
+        assert (kept[1:GROUP] == 0).all()  # less than a step of its group
+
+
+def test_groups_of_zeros_and_of_almost_nothing():
+    x = np.zeros(6 * GROUP, np.float32)
+    x[GROUP] = 2.0**-110  # the least that has a scale
+    x[2 * GROUP : 3 * GROUP] = np.nextafter(np.float32(2.0**-110), np.float32(0))
+    x[3 * GROUP : 4 * GROUP] = 1e-40
+    x[4 * GROUP : 5 * GROUP] = -0.0
+    for rule in ("SGD", "Adamax"):
+        got = coded(x, rule)
+        assert (got == np.where(x >= 2.0**-110, x, 0)).all() and not np.signbit(got).any()
+
+
+@pytest.mark.parametrize("rule", ["Adam", "AdamW", "Adamax", "RMSprop", "Adagrad", "AdaDelta"])
+def test_a_second_moment_that_is_not_zero_stays_so(rule):
+    """Also below the smallest float16, and beside the largest: no step divides by 0."""
+    magnitudes = np.geomspace(1e-12, 1e12, 8 * GROUP).astype(np.float32)  # their squares too
+    x = np.random.default_rng(0).permutation(magnitudes)
+    optimizer = make(rule, 1e-3, min_8bit_size=0)
+    w = {"w": mx.zeros(x.size)}
+    for _ in range(3):
+        w = optimizer.apply_gradients({"w": mx.array(x)}, w)
+    v = np.array(optimizer.unpacked_state()["w"]["v"])
+    assert (v > 0).all() and np.isfinite(v).all()
+    assert np.isfinite(np.array(w["w"])).all()
+    # In groups of their own they are what they are.
+    x = np.repeat(np.float32([1e-12, 1e-8, 1e-4, 1e12]), GROUP)
+    found = []
+    for form in ("8bit", mx.float32):
+        optimizer = make(rule, 1e-3, min_8bit_size=0, state_dtype=form)
+        optimizer.apply_gradients({"w": mx.array(x)}, {"w": mx.zeros(x.size)})
+        found.append(np.array(optimizer.unpacked_state()["w"]["v"]))
+    assert np.allclose(*found, rtol=2.0**-20, atol=0)
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+def test_what_is_not_finite_spoils_itself(rule, bad):
+    """As with float32 moments; all other elements have the bits of a step without it."""
+    n, at = 130, [5, 129]
+    good = np.random.default_rng(1).standard_normal(n).astype(np.float32)
+    good[at] = 0
+    spoiled = good.copy()
+    spoiled[at] = bad
+    others = np.delete(np.arange(n), at)
+
+    def run(gradient, form="8bit"):
+        optimizer = make(rule, min_8bit_size=0, state_dtype=form)
+        w = {"w": mx.ones(n)}
+        for x in (good, gradient, good, good):
+            w = optimizer.apply_gradients({"w": mx.array(x)}, w)
+        return np.array(w["w"]), kept_of(optimizer), optimizer.unpacked_state()["w"]
+
+    w, rows, _ = run(good)
+    w_bad, rows_bad, numbers = run(spoiled)
+    w_wide, _, numbers_wide = run(spoiled, mx.float32)
+    assert np.array_equal(w[others], w_bad[others])
+    assert np.array_equal(np.isfinite(w_bad), np.isfinite(w_wide))
+    for key in rows:
+        a, b = of_mlx(rows[key]), of_mlx(rows_bad[key])
+        assert np.array_equal(a[:, :4], b[:, :4])
+        assert np.array_equal(a[:, 4:].reshape(-1)[others], b[:, 4:].reshape(-1)[others])
+    for key, wide in numbers_wide.items():
+        # An infinity is NaN.
+        assert np.array_equal(np.isfinite(numbers[key]), np.isfinite(wide))
+        assert not np.isinf(numbers[key]).any()
+
+
+@every_rule
+def test_a_skipped_step_leaves_every_byte(rule):
+    optimizer = make(rule, min_8bit_size=0, skip_nonfinite=True, rounding="stochastic")
+    parameters = stepped(optimizer, 2)
+    before = bits_of(optimizer)
+    gradients = tree(5)
+    gradients["b"] = mx.where(mx.arange(33) == 4, mx.inf, gradients["b"])
+    after = optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.skipped.item() == 1
+    assert_same(after, parameters)
+    assert_same_bits(bits_of(optimizer), before)
