@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_fused_optim import _ext, _layout, _packing
+from waiting import let_go
 
 RULES = {
     "SGD": dict(momentum=0.9),
@@ -737,3 +738,361 @@ def test_a_skipped_step_leaves_every_byte(rule):
     assert optimizer.skipped.item() == 1
     assert_same(after, parameters)
     assert_same_bits(bits_of(optimizer), before)
+
+
+# ---- Memory ------------------------------------------------------------------------------
+
+
+def address(array):
+    return np.asarray(memoryview(array)).__array_interface__["data"][0]
+
+
+def arenas_of(optimizer):
+    """Those in bytes, by name; nobody else may hold them for a step to be in place."""
+    return {
+        f"{slot}.{number}": arena
+        for entry in optimizer.state["arenas"].values()
+        for slot, arrays in entry.items()
+        if slot != "table"
+        for number, arena in enumerate(arrays)
+        if arena.dtype == mx.uint8
+    }
+
+
+def addresses_of(optimizer):
+    return {name: address(arena) for name, arena in arenas_of(optimizer).items()}
+
+
+class Run:
+    """Steps between which nobody holds anything."""
+
+    def __init__(self):
+        self.optimizer, self.parameters = make("AdamW", amsgrad=False), tree(0)
+        self.step(2)
+
+    def step(self, times=1):
+        for _ in range(times):
+            let_go()
+            self.parameters = self.optimizer.apply_gradients(tree(3), self.parameters)
+            mx.eval(self.parameters, self.optimizer.state)
+
+
+def test_rows_that_nobody_holds_are_written_in_place():
+    run = Run()
+    before = addresses_of(run.optimizer)
+    assert before.keys() == {"m.0", "v.0"}
+    run.step(3)
+    assert addresses_of(run.optimizer) == before
+
+
+HOLDERS = {
+    "variable": lambda o: arenas_of(o)["m.0"],
+    "slice of rows": lambda o: arenas_of(o)["m.0"][3:5],
+    "the scales": lambda o: arenas_of(o)["m.0"][:, :4],
+    "the codes": lambda o: arenas_of(o)["m.0"][:, 4:],
+    "view of bits": lambda o: arenas_of(o)["m.0"].view(mx.int8),
+    "words": lambda o: arenas_of(o)["m.0"].view(mx.float32),
+    "memoryview": lambda o: memoryview(arenas_of(o)["m.0"]),
+    "numpy": lambda o: np.array(arenas_of(o)["m.0"], copy=False),
+    "dlpack": lambda o: np.from_dlpack(arenas_of(o)["m.0"]),
+    "unpacked state": lambda o: o.unpacked_state(),
+    "a view of the state": lambda o: o.state["w"]["m"],
+    "a view of the state, transposed": lambda o: o.state["w"]["m"].T,
+    "lazy": lambda o: arenas_of(o)["m.0"] + 1,
+    "state": lambda o: {"arenas": o.state["arenas"]},
+    "another optimizer": lambda o: copy.copy(o).state["arenas"],
+}
+
+
+def snapshot(holder):
+    if isinstance(holder, mx.array):
+        return [of_mlx(holder).copy()]
+    if isinstance(holder, (np.ndarray, memoryview)):
+        return [np.array(holder, copy=True)]
+    return [of_mlx(leaf).copy() for _, leaf in tree_flatten(holder)]
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_rows_that_are_held_stay(name):
+    held, alone = Run(), Run()
+    holder = HOLDERS[name](held.optimizer)
+    # Before the step what is lazy would be a holder no longer, so of an equal run.
+    before = snapshot(HOLDERS[name](alone.optimizer))
+    held.step(2)
+    alone.step(2)
+    after = snapshot(holder)
+    assert all(np.array_equal(a, b) for a, b in zip(after, before, strict=True))
+    assert_same(held.parameters, alone.parameters)
+    assert_same_bits(bits_of(held.optimizer), bits_of(alone.optimizer))
+
+
+def test_rows_that_a_tracer_holds_stay():
+    options = dict(momentum=0.5, state_dtype="8bit", min_8bit_size=0)
+    w, g = {"w": tree(0)["w"]}, {"w": tree(1)["w"]}
+    state = optim.fused_sgd_init(w, **options)
+    _, state = optim.fused_sgd_step(w, g, state, learning_rate=0.1, **options)
+    mx.eval(state)
+    before = [of_mlx(a).copy() for _, a in tree_flatten(state["arenas"])]
+
+    def loss(w):
+        new, _ = optim.fused_sgd_step(w, g, state, learning_rate=0.1, **options)
+        return mx.square(new["w"]).sum()
+
+    value, gradient = mx.value_and_grad(loss)(w)
+    mx.eval(value, gradient)
+    for a, (_, b) in zip(before, tree_flatten(state["arenas"]), strict=True):
+        assert np.array_equal(a, of_mlx(b))
+    new, _ = optim.fused_sgd_step(w, g, state, learning_rate=0.1, **options)
+    assert mx.allclose(gradient["w"], 2 * new["w"], rtol=1e-6, atol=0)
+
+
+def test_rows_that_another_stream_reads_stay():
+    run, alone = Run(), Run()
+    stream = mx.new_stream(mx.cpu)
+    (name,) = [n for n in arenas_of(run.optimizer) if n.startswith("m")]
+    sums = [
+        mx.sum(arenas_of(run.optimizer)[name].astype(mx.int32), stream=stream) for _ in range(3)
+    ]
+    want = mx.sum(arenas_of(alone.optimizer)[name].astype(mx.int32)).item()
+    mx.async_eval(sums)
+    run.parameters = run.optimizer.apply_gradients(tree(3), run.parameters)
+    mx.async_eval(run.parameters, run.optimizer.state)
+    alone.step()
+    assert [s.item() for s in sums] == [want] * 3
+    assert_same_bits(bits_of(run.optimizer), bits_of(alone.optimizer))
+
+
+# ---- What does not fit ---------------------------------------------------------------------
+
+
+def with_arena(change, slot="m"):
+    def changed(state):
+        ((key, entry),) = state["arenas"].items()
+        arrays = [change(a) if a.dtype == mx.uint8 else a for a in entry[slot]]
+        return {**state, "arenas": {key: {**entry, slot: arrays}}}
+
+    return changed
+
+
+BAD = {
+    "a row too few": (with_arena(lambda a: a[:-1]), ("m", "(135, 68)", "(136, 68)")),
+    "a row too many": (with_arena(lambda a: mx.concatenate([a, a[:1]])), ("m", "(137, 68)")),
+    "no rows": (with_arena(lambda a: a[:0]), ("m", "(0, 68)")),
+    "67 columns": (with_arena(lambda a: a[:, :67]), ("m", "(136, 67)", "(136, 68)")),
+    "64 columns": (with_arena(lambda a: a[:, 4:], "v"), ("v", "(136, 64)", "(136, 68)")),
+    "flat": (with_arena(lambda a: a.reshape(-1)), ("m", "(9248,)", "(136, 68)")),
+    "int8": (with_arena(lambda a: a.view(mx.int8)), ("m", "int8", "uint8", "(136, 68)")),
+    "words": (with_arena(lambda a: a.view(mx.float32)), ("m", "float32", "(136, 17)")),
+    "numbers of rows": (with_arena(lambda a: a.astype(mx.float32)), ("m", "float32")),
+    "loose rows": (
+        lambda s: {**s, "w": {"m": mx.zeros((72, 68), mx.uint8), "v": mx.zeros((72, 68), mx.uint8)}},
+        ("'w.m'", "uint8"),
+    ),
+    "the name of another bound": (
+        lambda s: {**s, "arenas": {k[:-4] + "4097": e for k, e in s["arenas"].items()}},
+        ("m", "uint8", "float32"),
+    ),
+    "a bound that is none": (
+        lambda s: {**s, "arenas": {k[:-4] + "x": e for k, e in s["arenas"].items()}}, ("table",),
+    ),
+    "a bound beyond all": (
+        lambda s: {**s, "arenas": {k[:-4] + "9" * 30: e for k, e in s["arenas"].items()}},
+        ("table",),
+    ),
+    "a negative bound": (
+        lambda s: {**s, "arenas": {k[:-4] + "-1": e for k, e in s["arenas"].items()}}, ("table",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("form", ["8bit", mx.float32], ids=str)
+def test_rows_that_do_not_fit(name, form):
+    """Named with what they are of, before anything has changed."""
+    change, words = BAD[name]
+    good = make("AdamW", amsgrad=False)
+    parameters = stepped(good, 1)
+    before = [(path, of_mlx(a).tobytes()) for path, a in tree_flatten((good.state, parameters))]
+    bad = change(good.state)
+    optimizer = make("AdamW", amsgrad=False, state_dtype=form)
+    optimizer.state = bad
+    leaves = dict(tree_flatten(optimizer.state))
+    for call in (
+        lambda: optimizer.apply_gradients(tree(5), parameters),
+        lambda: optimizer.init(parameters),
+        lambda: optim.fused_adamw_init(parameters, state=bad, state_dtype=form),
+    ):
+        with pytest.raises(ValueError, match=r"^\[\w+\] ") as caught:
+            call()
+        assert all(word in str(caught.value) for word in words), caught.value
+        now = dict(tree_flatten(optimizer.state))
+        assert now.keys() == leaves.keys() and all(now[k] is leaves[k] for k in now)
+    after = [(path, of_mlx(a).tobytes()) for path, a in tree_flatten((good.state, parameters))]
+    assert after == before
+    assert caught.value  # all three have raised
+    optimizer.state = good.state  # which mends it
+    stepped(optimizer, 1, parameters)
+
+
+# ---- Places and sizes ------------------------------------------------------------------------
+
+
+@every_rule
+@every_dtype
+@pytest.mark.parametrize("size", [0, *EDGES])
+def test_every_size(rule, dtype, size):
+    """Alone, and between others: the same rows, with zeros behind the last element."""
+    draw = np.random.default_rng(size).standard_normal
+    x = mx.array(draw(size), mx.float32).astype(dtype)
+    g = [mx.array(draw(size), mx.float32).astype(dtype) for _ in range(3)]
+    around = {"a": mx.ones(65, dtype), "z": mx.ones((7, 0), dtype), "zz": mx.ones(1, dtype)}
+    alone, among = (make(rule, min_8bit_size=0) for _ in range(2))
+    w, all_w = {"m": x}, {"a": around["a"], "m": x, "z": around["z"], "zz": around["zz"]}
+    for gradient in g:
+        w = alone.apply_gradients({"m": gradient}, w)
+        all_w = among.apply_gradients({**all_w, "m": gradient}, all_w)
+    assert same(w["m"], all_w["m"])
+    got, want = kept_of(among), kept_of(alone)
+    for key, rows in want.items():
+        assert rows.dtype == mx.uint8 and same(got[key], rows)
+        assert rows.shape == (-(-size // GROUP), ROW)
+        assert (of_mlx(rows)[:, 4:].reshape(-1)[size:] == 0).all()
+    view = alone.unpacked_state()["m"]
+    assert all(v.shape == (size,) for v in view.values())
+    # Zeros between tensors are saved.
+    for arena in arenas_of(among).values():
+        bits = of_mlx(arena)
+        used = np.zeros(len(bits), bool)
+        for offset, length in places_of(among):
+            used[offset // GROUP : -(-(offset + length) // GROUP)] = True
+        assert (bits[~used] == 0).all()
+
+
+def places_of(optimizer):
+    """Where each tensor begins in the one arena, and its size."""
+    ((key, entry),) = optimizer.state["arenas"].items()
+    layout = _layout.layout_of_table(key, entry["table"], "test")
+    (row,) = layout.arenas
+    for tensor, offset in zip(row.tensors, row.offsets, strict=True):
+        yield offset, int(np.prod(layout.tensors[tensor][1]))
+
+
+LAID = {
+    "every other row": lambda a: mx.stack([a, a], axis=1).reshape(-1, ROW)[::2],
+    "some columns": lambda a: mx.concatenate([a, a], axis=1)[:, ROW:],
+    "transposed": lambda a: mx.contiguous(a.T).T,
+    "reversed": lambda a: mx.contiguous(a[::-1])[::-1],
+    "an odd offset": lambda a: mx.concatenate([mx.zeros(1, mx.uint8), a.reshape(-1)])[1:].reshape(
+        -1, ROW
+    ),
+    "an offset of four": lambda a: mx.concatenate([a[:1], a])[1:],
+    "broadcast": lambda a: mx.broadcast_to(mx.contiguous(a[:1]), a.shape),
+}
+
+
+@pytest.mark.parametrize("name", LAID)
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+def test_rows_that_are_laid_out_otherwise(rule, lazy, name):
+    one = make(rule)
+    parameters = stepped(one, 2)
+
+    def laid(place):
+        def of_arenas(value):
+            return value if value.dtype != mx.uint8 or value.ndim == 1 else place(value)
+
+        state = tree_unflatten([(k, of_arenas(a)) for k, a in tree_flatten(one.state)])
+        if not lazy:
+            mx.eval(state)
+        optimizer = make(rule)
+        optimizer.state = state
+        return optimizer
+
+    def plain(a):
+        return mx.contiguous(mx.array(of_mlx(LAID[name](a))))
+
+    got, want = laid(LAID[name]), laid(plain)
+    before = of_mlx(kept_of(got)[("w",), next(iter(one._rule.slots))])
+    assert_same(stepped(got, 3, parameters), stepped(want, 3, parameters))
+    assert_same_bits(bits_of(got), bits_of(want))
+    assert before.shape == (72, ROW)
+
+
+def test_groups_that_keep_their_rows():
+    """Without a term, what is kept for it is left to the bit, also at random."""
+    groups = [(lambda path, _: path == "w", dict(momentum=0.0))]
+    first = make("SGD", rounding="stochastic")
+    parameters = stepped(first, 2)
+    optimizer = make("SGD", rounding="stochastic", groups=groups)
+    optimizer.state = first.state
+    before = bits_of(optimizer)
+    stepped(optimizer, 3, parameters)
+    after = bits_of(optimizer)
+    for key, (_, bits) in after.items():
+        assert np.array_equal(bits, before[key][1]) == (key[0] == ("w",)), key
+
+
+@every_rule
+@pytest.mark.parametrize(
+    "options",
+    [dict(ema_decay=0.9, master_weights=True), dict(clip_norm=0.1, weight_decay=0.1),
+     dict(skip_nonfinite=True, rounding="stochastic", compensated=True), dict(maximize=True)],
+    ids=str,
+)  # fmt: skip
+def test_with_other_options(rule, options):
+    """A step computes in float32: the first one is that of float32 moments, in every option."""
+    eight, wide = (make(rule, state_dtype=form, **options) for form in ("8bit", mx.float32))
+    dtype = mx.bfloat16
+    assert_same(stepped(eight, 1, dtype=dtype), stepped(wide, 1, dtype=dtype))
+    for (path, name), value in kept_of(eight).items():
+        other = kept_of(wide)[path, name]
+        if value.dtype != mx.uint8:
+            assert same(value, other)
+        elif "stochastic" not in options.values():
+            assert np.array_equal(of_mlx(value), as_rows(np.array(other), form_of(eight, name)))
+
+
+@every_rule
+@pytest.mark.parametrize("rate", [1e-30, 1e10, 1e30])
+def test_learning_rates_at_the_edge(rule, rate):
+    """Parameters may overflow, as with float32 moments; what is kept of the gradients stays."""
+    optimizer, wide = make(rule, rate), make(rule, rate, state_dtype=mx.float32)
+    for o in (optimizer, wide):
+        stepped(o, 5)
+    own = {name for name, slot in optimizer._rule.slots.items() if slot.dtypes}
+    for (path, name), value in kept_of(optimizer).items():
+        assert name in own
+        numbers = optimizer.unpacked_state()
+        for key in path:
+            numbers = numbers[key]
+        assert np.isfinite(np.array(numbers[optimizer._rule.slots[name].key])).all(), (path, name)
+
+
+def test_trust_ratios():
+    eight, wide = (
+        make("SGD", state_dtype=form, trust_coefficient=0.1, weight_decay=0.01)
+        for form in ("8bit", mx.float32)
+    )
+    assert_same(stepped(eight, 1), stepped(wide, 1))
+    stepped(eight, 3)
+
+
+def test_all_dtypes_in_one_model():
+    def mixed(seed):
+        return {str(dtype): tree(seed, dtype) for dtype in (mx.float32, mx.float16, mx.bfloat16)}
+
+    one = make("AdamW", rounding="stochastic")
+    parameters = mixed(0)
+    for i in range(3):
+        parameters = one.apply_gradients(mixed(1 + i), parameters)
+        mx.eval(parameters, one.state)
+    assert all(
+        np.isfinite(np.array(a.astype(mx.float32))).all() for _, a in tree_flatten(parameters)
+    )
+    again = make("AdamW", rounding="stochastic")
+    again.state = one.unpacked_state()
+    again.init(parameters)
+    for (key, a), (other, b) in zip(
+        sorted(bits_of(again).items(), key=str), sorted(bits_of(one).items(), key=str), strict=True
+    ):
+        assert key == other and a[0] == b[0] and np.array_equal(a[1], b[1]), key
