@@ -885,7 +885,7 @@ BAD = {
     "words": (with_arena(lambda a: a.view(mx.float32)), ("m", "float32", "(136, 17)")),
     "numbers of rows": (with_arena(lambda a: a.astype(mx.float32)), ("m", "float32")),
     "loose rows": (
-        lambda s: {**s, "w": {"m": mx.zeros((72, 68), mx.uint8), "v": mx.zeros((72, 68), mx.uint8)}},
+        lambda s: {**s, "w": {slot: mx.zeros((72, 68), mx.uint8) for slot in "mv"}},
         ("'w.m'", "uint8"),
     ),
     "the name of another bound": (
@@ -1056,16 +1056,10 @@ def test_with_other_options(rule, options):
 @pytest.mark.parametrize("rate", [1e-30, 1e10, 1e30])
 def test_learning_rates_at_the_edge(rule, rate):
     """Parameters may overflow, as with float32 moments; what is kept of the gradients stays."""
-    optimizer, wide = make(rule, rate), make(rule, rate, state_dtype=mx.float32)
-    for o in (optimizer, wide):
-        stepped(o, 5)
-    own = {name for name, slot in optimizer._rule.slots.items() if slot.dtypes}
-    for (path, name), value in kept_of(optimizer).items():
-        assert name in own
-        numbers = optimizer.unpacked_state()
-        for key in path:
-            numbers = numbers[key]
-        assert np.isfinite(np.array(numbers[optimizer._rule.slots[name].key])).all(), (path, name)
+    optimizer = make(rule, rate)
+    stepped(optimizer, 5)
+    for path, value in tree_flatten(optimizer.unpacked_state()):
+        assert np.isfinite(np.array(value)).all(), path
 
 
 def test_trust_ratios():
