@@ -86,6 +86,17 @@ ADAMW_MODES = {
         mx.bfloat16,
         {"master_weights": "24bit", "state_dtype": mx.float32, "rounding": "stochastic"},
     ),
+    "float32, moments 8 bits": Mode(mx.float32, {"state_dtype": "8bit"}),
+    "bfloat16, master, moments 8 bits": Mode(
+        mx.bfloat16, {"master_weights": True, "state_dtype": "8bit"}
+    ),
+    "bfloat16, master of 24 bits, moments 8 bits": Mode(
+        mx.bfloat16, {"master_weights": "24bit", "state_dtype": "8bit"}
+    ),
+    "bfloat16, master of 24 bits, moments 8 bits, stochastic": Mode(
+        mx.bfloat16,
+        {"master_weights": "24bit", "state_dtype": "8bit", "rounding": "stochastic"},
+    ),
     "bfloat16, master, moments bfloat16": Mode(
         mx.bfloat16, {"master_weights": True, "state_dtype": mx.bfloat16}
     ),

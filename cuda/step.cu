@@ -31,6 +31,7 @@ struct StepKnown {
   static constexpr uint32_t kHas = is_generic(kMay) ? 0
       : kMay & kGroups                              ? kMay & ~kTensorFlags
                                                     : kMay;
+  static constexpr uint32_t kOutFormat = parameter_out_format(kHas, kFormat);
   static constexpr bool kHasMaster24 = is_master24(kMay) && kMay != kGenericFlags;
   /// Whether this kernel may meet an arena for the slot; whether there is one, its pointers say.
   static constexpr bool may_have(int slot) {
@@ -111,7 +112,7 @@ __device__ void clear_gap(const StepArena& arena, const Tensor& tensor) {
   if (threadIdx.x < gap) {
     const Quad zero = {};
     const uint64_t at = offset_of(tensor) + tensor.size + threadIdx.x;
-    store<false>(arena.parameters_out, Known::kFormat, at, zero, 1);
+    store<false>(arena.parameters_out, Known::kOutFormat, at, zero, 1);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       if (Known::may_have(slot) && arena.slots[slot].out) {
@@ -201,7 +202,7 @@ __device__ void load(
 
 template <typename Known, bool whole>
 __device__ void store(const Quads& quads, const StepArena& arena, uint64_t at, uint32_t count) {
-  store<whole>(arena.parameters_out, Known::kFormat, at, quads.parameter, count);
+  store<whole>(arena.parameters_out, Known::kOutFormat, at, quads.parameter, count);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     void* out = arena.slots[slot].out;
@@ -269,7 +270,7 @@ __device__ void update(
     slots[kCompensation][k] = e.compensation;
     slots[kMovingAverage][k] = e.average;
   }
-  narrow_to<kRoundsParameterLast<Known>>(Known::kFormat, p, quads.parameter);
+  narrow_to<kRoundsParameterLast<Known>>(Known::kOutFormat, p, quads.parameter);
 #pragma unroll
   for (int slot = 0; slot < kRuleSlots; ++slot) {
     if constexpr (!Known::kHasBytes) {

@@ -16,7 +16,7 @@ import mlx_fused_optim as optim
 from mlx.utils import tree_flatten
 
 # Every optimizer that has a kernel.
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adamax", "Lion", "RMSprop", "Adagrad", "AdaDelta")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adamax", "Lion", "Muon", "RMSprop", "Adagrad", "AdaDelta")
 OPTIONS: dict[str, dict[str, Any]] = {
     "amsgrad=True": {"amsgrad": True},
     "state_dtype=mx.bfloat16": {"state_dtype": mx.bfloat16},

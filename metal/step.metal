@@ -23,6 +23,8 @@ constant uint32_t state_format [[function_constant(4)]];
 
 inline bool keeps(int slot) { return has_slot(step_rule, step_flags, slot); }
 
+inline uint32_t out_format() { return parameter_out_format(step_flags, parameter_format); }
+
 inline uint32_t format_of_slot(int slot) {
   return slot_format(step_rule, step_flags, slot, parameter_format, state_format);
 }
@@ -60,7 +62,9 @@ inline uint32_t format_of_slot(int slot) {
       (device const float*)buffer_of(buffers, groups_place(step_rule, step_flags));
 
   // With groups, a tensor may be without some of what the step has. What is kept of it stays.
-  const uint32_t flags = step_flags & kGroups ? uint32_t(tensor.flags) : step_flags;
+  const uint32_t flags = step_flags & kGroups
+      ? (step_flags & ~uint32_t(kTensorFlags)) | (tensor.flags & uint32_t(kTensorFlags))
+      : step_flags;
   // Only the first thread corrects the bias, for all: its powers cost more than an element.
   const uint32_t corrected_rule = lane == 0 ? step_rule : uint32_t(Rules::kCount);
   StepHyper hyper = step_tensor_hyper(
@@ -132,7 +136,7 @@ inline uint32_t format_of_slot(int slot) {
       kept[kCompensation][i] = e.compensation;
       kept[kMovingAverage][i] = e.average;
     }
-    store_quad_of(parameter_format, parameters_out, at, p, count, wide);
+    store_quad_of(out_format(), parameters_out, at, p, count, wide);
     UNROLLED for (int slot = 0; slot < kSlots; ++slot) {
       if (keeps(slot)) {
         device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);
@@ -155,7 +159,7 @@ inline uint32_t format_of_slot(int slot) {
     const float4 zero = float4(0.0f);
     for (uint64_t i = lane; i < tensor.gap; i += lanes) {
       const uint64_t at = tensor.offset + tensor.size + i;
-      store_quad_of(parameter_format, parameters_out, at, zero, 1, false);
+      store_quad_of(out_format(), parameters_out, at, zero, 1, false);
       UNROLLED for (int slot = 0; slot < kSlots; ++slot) {
         if (keeps(slot)) {
           device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);

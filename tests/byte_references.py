@@ -60,7 +60,8 @@ def as_rows(
         normal = np.where(magnitude >= f(SMALLEST_NORMAL), magnitude, f(0))
         if wrong.not_companded:
             normal = normal * (normal / np.where(is_some, largest, f(1)))
-        code = rounded(np.copysign(np.sqrt(normal) * coder, x) + dither)
+        size = np.minimum(np.sqrt(normal) * coder, f(LARGEST_CODE[form]))
+        code = rounded(np.copysign(size, x) + dither)
         if form == SQUARES and not wrong.squares_become_zero:
             code = np.maximum(code, (normal > 0) & is_some)
         code = np.where(known, code, 255 if form == SQUARES else -128)

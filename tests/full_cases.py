@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from bits import DTYPES, dtype_name, narrowed, of_mlx, one_nan, to_mlx, widened
-from full_references import arenas_of
 from byte_references import BYTE_FORMATS
+from full_references import arenas_of
 from full_step import FRAME_SLOTS, Full, Group, State, full_step
 from rules import RULES, SIGNED
 
@@ -49,13 +49,16 @@ GROUPS = (
 
 # Exact in no format, so that a number narrowed on its way shows.
 PLAIN: dict[str, Full] = {
+    **{rule: Full(rule) for rule in RULES},
     "sgd": Full(momentum=0.9, nesterov=True),
-    **{rule: Full(rule) for rule in RULES if rule != "sgd"},
+    "muon": Full("muon", momentum=0.9, nesterov=True),
 }
 # Of one rule only.
 OWN: dict[str, Full] = {
     "plain": Full(),
     "momentum": Full(momentum=0.9, dampening=0.3),
+    "muon_average": Full("muon", momentum=0.9),
+    "muon_vectors": Full("muon", weight_decay=0.01),
     "bias_correction": Full("adam", bias_correction=True),
     "amsgrad": Full("adam", amsgrad=True),
     "groups_amsgrad": Full("adam", amsgrad=True, bias_correction=True, groups=GROUPS),
@@ -87,7 +90,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "state_8bit": {"state_dtype": "8bit"},
     "state_8bit_stochastic": {"state_dtype": "8bit", "stochastic": True, "seed": 3},
     "state_8bit_skip": {"state_dtype": "8bit", "skip_nonfinite": True},
-}
+    "direction": {"weight_decay": 0.01, "direction": True},
+    "direction_frame": {
+        "weight_decay": 0.01, "maximize": True, "grad_scale": 3.0, "clip_value": 0.7,
+        "clip_norm": 1.3, "skip_nonfinite": True, "groups": GROUPS, "stochastic": True, "seed": 7,
+        "state_dtype": "bfloat16", "direction": True,
+    },
+    "direction_8bit": {"weight_decay": 0.01, "state_dtype": "8bit", "direction": True},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,10 @@ class FullCase:
     @property
     def dtypes(self) -> list[str]:
         return [self.parameters[i % len(self.parameters)] for i in range(len(self.shapes))]
+
+    def out_dtype(self, dtype: str) -> str:
+        """Of what a step puts out in the place of a parameter."""
+        return "float32" if self.options.direction else dtype
 
     def values(self) -> tuple[list[np.ndarray], list[list[np.ndarray]], dict[str, np.ndarray]]:
         """Bits of the first parameters, of the gradients of each step, and of the first slots
@@ -236,6 +250,8 @@ class FullCase:
                 del gradient
                 mx.eval(parameters, [x for x in state if x is not None])
                 self._record(result, step, parameters, state)
+                if self.options.direction:  # of the parameters, which stay
+                    parameters = [place(p, d) for p, d in zip(first, self.dtypes, strict=True)]
         del kept
         return result
 
@@ -348,7 +364,8 @@ def _cases() -> list[FullCase]:
     # Of the first rule in every dtype, of the others in one, another one for each option.
     for (i, rule), (j, title) in itertools.product(enumerate(RULES), enumerate(ALONE)):
         options = replace(PLAIN[rule], **ALONE[title])
-        bad = 1 if options.skip_nonfinite else None
+        # What a skipped direction is nobody asks: the update is skipped too.
+        bad = 1 if options.skip_nonfinite and not options.direction else None
         one = "bfloat16" if options.has_master24 else tuple(DTYPES)[(i + j) % 3]
         for dtype in DTYPES if i == 0 and not options.has_master24 else (one,):
             cases.append(FullCase(f"{rule}_{title}", options, (dtype,), dtype, bad=bad))

@@ -65,12 +65,14 @@ def part_of(whole: np.ndarray, dtype: str, offset: int, shape: tuple[int, ...]) 
     return whole[offset : offset + size].reshape(shape)
 
 
-def numbers_in(element: Element, options: Full, dtype: str) -> dict[str, np.ndarray]:
+def numbers_in(
+    element: Element, options: Full, dtype: str, out: str | None = None
+) -> dict[str, np.ndarray]:
     """The float32 numbers of a tensor, of everything that is kept of it."""
     shape = element["parameter"].shape
     found = {}
     for name, bits in element.items():
-        kind = dtype if name == "parameter" else options.slot_dtype(name, dtype)
+        kind = (out or dtype) if name == "parameter" else options.slot_dtype(name, dtype)
         values = widened(bits, kind)
         found[name] = values[: math.prod(shape)].reshape(shape) if kind in BYTE_FORMATS else values
     return found
@@ -502,7 +504,8 @@ def full_step_float32(
                 return round_to_nearest(x, name)
             return round_at_random(x, name, bits)
 
-        change, after = RULES[options.rule].change(g, numbers, own.rule)
+        rule = own.rule._replace(learning_rate=np.float32(1)) if options.direction else own.rule
+        change, after = RULES[options.rule].change(g, numbers, rule)
         for place_of, slot in enumerate(RULES[options.rule].slots):
             if slot not in old:
                 continue
@@ -521,6 +524,9 @@ def full_step_float32(
                 new[slot] = as_rows(value, name, bits, wrong)
             else:
                 new[slot] = narrowed(stored(value, name, bits), name)
+        if options.direction:  # in float32; no case has anything of the frame's
+            new["parameter"] = narrowed(change, "float32")
+            return {name: bits.reshape(old[name].shape) for name, bits in new.items()}
         decays = has("weight_decay") and not coupled
         kept = np.float32(1) - own.rule.learning_rate * own.weight_decay
         if decays and not wrong.decay_after_the_change:
@@ -711,12 +717,15 @@ def full_step_float64(
             if ratio.value <= np.finfo(np.float32).max:
                 g = g * ratio
 
-    change, after = RULES[options.rule].change(g, numbers, own.rule)
+    rule = own.rule._replace(learning_rate=np.float64(1)) if options.direction else own.rule
+    change, after = RULES[options.rule].change(g, numbers, rule)
     new: dict[str, Bounded] = {}
     for slot in old.keys() - {"parameter", *FRAME_SLOTS}:
         name = options.slot_dtype(slot, dtype)
         value = after[slot].stored(name, has("stochastic")) if slot in after else numbers[slot]
         new[slot] = value
+    if options.direction:
+        return {**new, "parameter": change}
     if decays and decoupled:
         w = w * (Bounded(1.0) - own.rule.learning_rate * own.weight_decay)
 

@@ -79,6 +79,7 @@ class Full:
     seed: int = 0
     ema_decay: float | None = None
     state_dtype: str | None = None
+    direction: bool = False  # arenas of what the rule makes of the gradients, in float32
 
     @property
     def flags(self) -> set[str]:
@@ -102,10 +103,11 @@ class Full:
             "compensated": self.compensated or self.has_master24,
             "stochastic": self.stochastic,
             "ema": self.ema_decay is not None,
+            "direction": self.direction,
         }
         for other in RULES.values():
             for name in set(other.flags) - set(RULES[self.rule].flags):
-                present.pop(name)
+                present.pop(name, None)
         return {name for name, value in present.items() if value}
 
     @property
@@ -236,4 +238,17 @@ def full_step(
         ),
         stream=stream,
     )
+    if options.direction:
+        stepped = {"w": _tensors(_ext.Layout(tree), stepped)}
     return stepped["w"], State(slots, step, skipped, used, measured)
+
+
+def _tensors(layout: Any, arenas: Sequence[mx.array]) -> list[mx.array]:
+    """In float32, as the arenas must be, also of parameters of half types."""
+    from mlx_fused_optim import _ext
+
+    tensors: dict[int, mx.array] = {}
+    for number, (arena, row) in enumerate(zip(arenas, layout.arenas, strict=True)):
+        assert (arena.dtype, arena.shape) == (mx.float32, row[1])
+        tensors.update(zip(row[2], _ext.arena_views(arena, layout, number), strict=True))
+    return [tensors[i] for i in range(len(tensors))]

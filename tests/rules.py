@@ -142,6 +142,14 @@ def adadelta(g: Any, old: Slots, n: Numbers) -> Change:
     return n.learning_rate * d, {"v": v, "u": u}
 
 
+def muon(g: Any, old: Slots, n: Numbers) -> Change:
+    if "momentum" not in n.flags:
+        return n.learning_rate * g, {}
+    v = g if n.wrong.moments_not_moved else n.moved(old["velocity"], g, "momentum")
+    forward = "nesterov" in n.flags and not n.wrong.nesterov_forgotten
+    return n.learning_rate * (n.moved(v, g, "momentum") if forward else v), {"velocity": v}
+
+
 class Rule(NamedTuple):
     change: Callable[[Any, Slots, Numbers], Change]
     slots: tuple[str, ...]  # in their places; the signed ones are moments of the gradient
@@ -159,6 +167,7 @@ RULES = {
     "rmsprop": Rule(rmsprop, ("v",), ("alpha", "eps")),
     "adagrad": Rule(adagrad, ("v",), ("eps",)),
     "adadelta": Rule(adadelta, ("v", "u"), ("rho", "eps")),
+    "muon": Rule(muon, ("velocity",), ("momentum",), ("momentum", "nesterov")),
 }
 SIGNED = ("velocity", "m")
 

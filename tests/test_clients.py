@@ -32,7 +32,7 @@ def defined(module):
     }
 
 
-OURS = {"SGD", "Adam", "AdamW", "Adamax", "Lion", "RMSprop", "Adagrad", "AdaDelta"}
+OURS = {"SGD", "Adam", "AdamW", "Adamax", "Lion", "Muon", "RMSprop", "Adagrad", "AdaDelta"}
 
 
 @pytest.mark.parametrize("place", MODULES)

@@ -229,7 +229,7 @@ def test_gaps_of_fresh_memory_are_zero():
         mx.eval(new, state, held)
         (entry,) = state["arenas"].values()
         (layout,) = [_ext.Layout(_ext.Tree(parameters, parameters, "test"))]
-        ((_, shape, _, offsets),) = layout.arenas
+        ((_, shape, _, offsets, _),) = layout.arenas
         arena = np.array(entry["momentum"][0])
         for offset, p in zip(offsets, parameters, strict=True):
             end = -(-(offset + p.size) // 64) * 64

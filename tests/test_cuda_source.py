@@ -36,7 +36,8 @@ OWN = [
     "adam",
     "adam bias_correction",
     "adam bias_correction amsgrad",
-    *(name for name in RULES if name not in ("sgd", "adam")),
+    *(name for name in RULES if name not in ("sgd", "adam", "muon")),
+    "muon momentum nesterov",
 ]
 # What else a step consists of; the first of each line is one that has no other of its kind.
 FRAMES = [
@@ -97,6 +98,10 @@ def variants():
         gradients = 1 << (FLOAT32 if number % 5 == 2 else dtype)
         for kind in (TILED, STRIDED if number % 4 == 0 else TURNED):
             yield step(kind, own, frame, dtype, state, gradients)
+    # The first half of a step.
+    for dtype, kind in itertools.product((FLOAT16, BFLOAT16, FLOAT32), [TILED, TURNED, STRIDED]):
+        frame = "direction groups weight_decay skip_nonfinite stochastic"
+        yield step(kind, "muon momentum nesterov", frame, dtype, BFLOAT16 if dtype else FLOAT32)
     # What takes most: three slots, masters and an average, all of float32.
     most = FRAMES[-1]
     for own, kind in itertools.product(["sgd momentum", *OWN[5:]], [TILED, TURNED]):

@@ -10,7 +10,6 @@ For each case and step, from the very bits that went into the step:
 
 import functools
 import itertools
-import math
 from dataclasses import fields, replace
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ import mlx.optimizers
 import numpy as np
 import pytest
 from bits import flushed, of_mlx, to_mlx, widened
-from byte_references import BYTE_FORMATS, GROUP, ROW, ByteMistake
+from byte_references import BYTE_FORMATS, GROUP, ROW
 from conformance import BACKENDS, COMPOSED, LAYOUTS, flushes, results, run_case
 from full_cases import CHOICES, FULL_CASES, LEARNING_RATE, PLAIN, FullCase, covering_array
 from full_references import (
@@ -72,7 +71,8 @@ def tensors_of(case: FullCase, bits, step: int):
     for number, arena in enumerate(arenas(case)):
         for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
             shape = case.shapes[tensor]
-            old = {"parameter": bits[f"p{step - 1}.{tensor}"] if step else first[tensor]}
+            goes_on = step and not case.options.direction
+            old = {"parameter": bits[f"p{step - 1}.{tensor}"] if goes_on else first[tensor]}
             for slot in case.options.places:
                 if f"{slot}.{number}" in slots:
                     index = _slot_number(case, slot, number)
@@ -116,7 +116,7 @@ def _of_tensor(case: FullCase, bits, step: int, number: int, place: Place, old: 
 
 
 def _same(case: FullCase, dtype: str, slot: str, got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    name = dtype if slot == "parameter" else case.options.slot_dtype(slot, dtype)
+    name = case.out_dtype(dtype) if slot == "parameter" else case.options.slot_dtype(slot, dtype)
     if name in BYTE_FORMATS:
         return got == want
     return (got == want) | (np.isnan(widened(got, name)) & np.isnan(widened(want, name)))
@@ -172,7 +172,7 @@ def _step_of(key: str) -> int:
 def _numbers(case: FullCase, key: str, bits: np.ndarray) -> np.ndarray:
     name, _, number = key.partition(".")
     if name.rstrip("0123456789") == "p":
-        return widened(bits, case.dtypes[int(number)])
+        return widened(bits, case.out_dtype(case.dtypes[int(number)]))
     slot = name.rstrip("0123456789")
     having = [a.dtype for a in arenas(case) if case.options.slot_dtype(slot, a.dtype)]
     return widened(bits, case.options.slot_dtype(slot, having[int(number)]))
@@ -198,7 +198,7 @@ def test_bits_of_float32_rounded_once(backend, case):
 
 def excess(case: FullCase, dtype: str, got: Element, want: dict[str, Bounded]) -> dict[str, float]:
     """By how much numbers are further from float64 than their bounds; 0 and less is right."""
-    numbers = numbers_in(got, case.options, dtype)
+    numbers = numbers_in(got, case.options, dtype, case.out_dtype(dtype))
     if "compensation" in numbers:
         left = numbers.pop("compensation").astype(np.float64)
         numbers["sum"] = numbers["parameter"] + left
@@ -284,7 +284,8 @@ def measured_by_reference(case: FullCase) -> list[np.ndarray]:
     first, gradients, _ = values(case)
     found = []
     for step in range(case.steps):
-        before = [bits[f"p{step - 1}.{i}"] for i in range(len(first))] if step else first
+        goes_on = step and not case.options.direction
+        before = [bits[f"p{step - 1}.{i}"] for i in range(len(first))] if goes_on else first
         # The first parameters lie as the gradients do; later ones are an arena's.
         parameters = [
             in_order(case, widened(p, d)) if step == 0 else widened(p, d).reshape(-1)
@@ -394,6 +395,7 @@ CLASSES = {
     "rmsprop": ("RMSprop", ("alpha", "eps")),
     "adagrad": ("Adagrad", ("eps",)),
     "adadelta": ("AdaDelta", ("rho", "eps")),
+    "muon": ("Muon", ("momentum", "nesterov")),  # whose vectors are not orthogonalised
 }
 DECOUPLED = {"adam": "AdamW", "lion": "Lion"}  # the weight decay that MLX has of these
 
@@ -414,6 +416,12 @@ def test_float32_has_the_bits_of_mlx(rule):
     if options.decoupled:
         name, numbers["weight_decay"] = DECOUPLED[options.rule], options.weight_decay
     first, gradients, slots = case.values()
+    if options.rule == "muon":
+        numbers["weight_decay"] = 0.0
+        first, gradients = (
+            [p.reshape(-1) for p in first],
+            [[g.reshape(-1) for g in gs] for gs in gradients],
+        )
     (arena,) = arenas(case)
     keys = {s: s.replace("velocity", "v") for s in slots_of(options.rule, options.flags)}
     with mx.stream(mx.cpu):
@@ -432,7 +440,8 @@ def test_float32_has_the_bits_of_mlx(rule):
             mx.eval(parameters, optimizer.state)
             for tensor, offset in zip(arena.tensors, arena.offsets, strict=True):
                 parameter = parameters["w"][tensor]
-                assert np.array_equal(of_mlx(parameter), bits[f"p{step}.{tensor}"])
+                expected = bits[f"p{step}.{tensor}"].reshape(first[tensor].shape)
+                assert np.array_equal(of_mlx(parameter), expected)
                 for slot, key in keys.items():
                     theirs = of_mlx(optimizer.state["w"][tensor][key]).reshape(-1)
                     whole = bits[f"{slot}{step}.0"]
@@ -570,6 +579,7 @@ def test_every_option_alone():
     for row in _ext.RULES:
         flags = {f for c in alone if c.options.rule == row["name"] for f in c.options.flags}
         assert flags == {*_ext.FLAGS, *row["flags"]}
-        named = {"momentum": "velocity"}  # here that is the number
+        # Here "momentum" is the number, and "v" a square.
+        named = {"v": "velocity"} if row["name"] == "muon" else {"momentum": "velocity"}
         assert tuple(named.get(s, s) for s in row["slots"]) == RULES[row["name"]].slots
         assert tuple(row["scalars"]) == RULES[row["name"]].scalars

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from fine_tuning import make  # noqa: E402
 
 KINDS = ["lora", "dora", "full"]
-REPLACED = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
-OTHERS = {"muon": "Muon", "adafactor": "Adafactor"}
+REPLACED = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
+OTHERS = {"adafactor": "Adafactor"}
 # A configuration file has these beside what a test is about.
 USUAL = {
     "train": True,
@@ -55,13 +55,13 @@ def configuration(tiny, folder, **options):
     return str(folder / "config.yaml"), adapters
 
 
-def assert_close(got, want):
+def assert_close(got, want, most=2e-6):
     """Both files of weights. The schedule's values have MLX's roundings or ours, a few ulp, and
     steps are of 0.01 at most; weights are of 1."""
     got, want = mx.load(str(got)), mx.load(str(want))
     assert got.keys() == want.keys()
     for name, value in want.items():
-        assert mx.abs(got[name] - value).max().item() <= 2e-6, name
+        assert mx.abs(got[name] - value).max().item() <= most, name
 
 
 # ---- In this process: every optimizer that a configuration offers -------------------------
@@ -110,7 +110,9 @@ def test_fine_tuning(tuned, kind, name):
     assert isinstance(ours, getattr(optim, REPLACED[name]))
     assert ours._schedulers["learning_rate"].in_kernel
     assert ours.step.item() == theirs.step.item() == 3
-    assert_close(got, want)
+    # Of adapters that have no gradient yet, Muon's direction is their decay: of norms about 1e-3,
+    # to which MLX adds 1e-7.
+    assert_close(got, want, 5e-6 if name == "muon" else 2e-6)
 
 
 @pytest.mark.parametrize("name", OTHERS)

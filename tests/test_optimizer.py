@@ -647,8 +647,8 @@ def test_the_layout_of_arenas():
     sizes = [*random.integers(0, 40_000_000, 40), 2**25, 2**25 + 1, 70_000_000, 0, 1]
     rows = [((f"t{i}",), (int(size),), dtypes[i % 3]) for i, size in enumerate(sizes)]
     arenas = _ext.Layout(rows).arenas
-    assert sorted(t for _, _, tensors, _ in arenas for t in tensors) == list(range(len(rows)))
-    for dtype, shape, tensors, offsets in arenas:
+    assert sorted(t for _, _, tensors, *_ in arenas for t in tensors) == list(range(len(rows)))
+    for dtype, shape, tensors, offsets, _ in arenas:
         total = int(np.prod(shape)) * dtype.size
         assert total <= 2**27 or len(tensors) == 1
         end = 0
@@ -662,7 +662,7 @@ def test_the_layout_of_arenas():
         assert tensors == sorted(tensors)
     # No arena has room for the first tensor of the next one of its dtype.
     for dtype in dtypes:
-        own = [(int(np.prod(s)), rows[t[0]][1][0]) for d, s, t, _ in arenas if d == dtype]
+        own = [(int(np.prod(s)), rows[t[0]][1][0]) for d, s, t, *_ in arenas if d == dtype]
         for (size, _), (_, following) in itertools.pairwise(own):
             assert (size + following + 256) * dtype.size > 2**27 - 256 * dtype.size
 
@@ -676,7 +676,7 @@ def test_an_arena_is_a_sixteenth_of_the_model(mib, limit):
     rows = [((f"t{i}",), (half // 4,), mx.float32) for i in range(mib)]
     rows += [((f"h{i}",), (half // 2,), mx.float16) for i in range(mib)]
     for dtype in (mx.float32, mx.float16):
-        held = [len(tensors) for d, _, tensors, _ in _ext.Layout(rows).arenas if d == dtype]
+        held = [len(tensors) for d, _, tensors, *_ in _ext.Layout(rows).arenas if d == dtype]
         whole, rest = divmod(mib, 2 * limit)
         assert held == [2 * limit] * whole + [rest] * (rest > 0)
 

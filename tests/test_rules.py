@@ -1,4 +1,4 @@
-"""The eight optimizers as their users meet them: in the place of those of mlx.optimizers."""
+"""The element-wise optimizers as their users meet them: in the place of those of mlx.optimizers."""
 
 import copy
 import inspect

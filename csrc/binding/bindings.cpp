@@ -116,8 +116,10 @@ nb::tuple step_of_tree(
   if (!result.measured.empty()) {
     measured = nb::make_tuple(result.measured[0], result.measured[1]);
   }
+  const bool gives_directions = options.flags & fused_math::kDirection;
   return nb::make_tuple(
-      tree.unflatten(std::move(result.parameters)),
+      gives_directions ? nb::cast(std::move(result.parameters))
+                       : tree.unflatten(std::move(result.parameters)),
       result.slots,
       result.next,
       result.used,
@@ -145,7 +147,8 @@ nb::dict flags() {
       {"master_weights", kMaster},
       {"compensated", kCompensated},
       {"stochastic", kStochastic},
-      {"ema", kAverage}};
+      {"ema", kAverage},
+      {"direction", kDirection}};
   nb::dict bits;
   for (auto [name, bit] : named) {
     bits[name] = static_cast<uint32_t>(bit);
@@ -247,6 +250,9 @@ NB_MODULE(_ext, m) {
             return has_placeholders(tree.parameters()) || has_placeholders(tree.gradients());
           },
           "Whether it is part of a function that is being compiled or vectorised.")
+      .def("part", &Tree::part, "numbers"_a, "layout"_a, "Some of its tensors, by number.")
+      .def("with_gradients", &Tree::with_gradients, "gradients"_a)
+      .def("unflatten", &Tree::unflatten, "leaves"_a, "The structure, with other leaves.")
       .def_prop_ro("fingerprint", &Tree::fingerprint);
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/graph/layout.h.")
@@ -299,6 +305,28 @@ NB_MODULE(_ext, m) {
       "layout"_a,
       "number"_a,
       "All tensors of an arena of a layout.");
+  m.def(
+      "batch_views",
+      [](const mx::array& arena,
+         std::vector<int> lengths,
+         size_t count,
+         size_t offset,
+         size_t pitch) {
+        const mx::Shape shape(lengths.begin(), lengths.end());
+        auto batch = std::make_shared<Arena>(Arena{arena.dtype(), arena.size()});
+        for (size_t i = 0; i < count; ++i) {
+          batch->tensors.push_back(static_cast<int>(i));
+          batch->shapes.push_back(shape);
+          batch->offsets.push_back(offset + i * pitch);
+        }
+        return arena_tensors(arena, batch);
+      },
+      "arena"_a,
+      "shape"_a,
+      "count"_a,
+      "offset"_a,
+      "pitch"_a,
+      "Tensors of one shape that begin ``pitch`` elements apart.");
   m.def(
       "pack_slot",
       [](const std::vector<std::optional<mx::array>>& tensors,
@@ -378,6 +406,7 @@ NB_MODULE(_ext, m) {
              std::shared_ptr<StepGroups> groups,
              std::optional<mx::array> group_numbers,
              std::optional<mx::array> skipped,
+             std::vector<mx::array> measured,
              std::string op) {
             if (rule >= rules().size() ||
                 scalars.size() != fused_math::kFirstRuleScalar + rules()[rule].scalars.size()) {
@@ -396,7 +425,8 @@ NB_MODULE(_ext, m) {
                 state_dtype,
                 std::move(groups),
                 std::move(group_numbers),
-                std::move(skipped)};
+                std::move(skipped),
+                std::move(measured)};
           },
           nb::kw_only(),
           "rule"_a,
@@ -411,6 +441,7 @@ NB_MODULE(_ext, m) {
           "groups"_a = nb::none(),
           "group_numbers"_a = nb::none(),
           "skipped"_a = nb::none(),
+          "measured"_a = std::vector<mx::array>(),
           "op"_a = "fused_step",
           "``scalars`` are learning_rate, weight_decay, grad_scale and the rule's own, each a\n"
           "float, a Schedule or a scalar array.");
@@ -426,7 +457,20 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       "One step of every tensor: (parameters, slots, step, used scalars or None where all are\n"
-      "constant, measured or None, steps skipped or None).");
+      "constant, measured or None, steps skipped or None). With the flag \"direction\" a list of\n"
+      "arenas stands in the place of the parameters.");
+  m.def(
+      "measure_step",
+      [](const Tree& tree,
+         const mx::array& step,
+         const StepOptions& options,
+         mx::StreamOrDevice s) { return measure_step(tree.gradients(), step, options, s); },
+      "tree"_a,
+      "step"_a,
+      "options"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "[measured, steps skipped], for a step of parts of this tree.");
 
   nb::class_<PreparedStep>(
       m, "PreparedStep", "A step that is taken again: see csrc/binding/prepared.h.")

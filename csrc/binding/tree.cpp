@@ -1,5 +1,9 @@
 #include "binding/tree.h"
 
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
 #include "graph/errors.h"
 
 namespace mlx_fused_optim {
@@ -334,12 +338,45 @@ void Tree::take(const Leaf& leaf, std::string_view path) {
   fingerprint_.add(path, p.shape(), p.dtype());
 }
 
+Tree Tree::part(const std::vector<size_t>& numbers, nb::object layout) const {
+  Tree part;
+  part.layout_ = layout;
+  part.op_ = op_;
+  part.fingerprint_ = Fingerprint(nb::cast<const Layout&>(layout).fingerprint);
+  for (size_t number : numbers) {
+    part.gradients_.push_back(gradients_.at(number));
+    part.parameters_.push_back(parameters_.at(number));
+  }
+  if (!part.fits(nb::cast<const Layout&>(layout)) ||
+      part.gradients_.size() != part.specs().size()) {
+    throw nb::index_error("[Tree] a part has one tensor for each of its layout.");
+  }
+  return part;
+}
+
+Tree Tree::with_gradients(std::vector<mx::array> gradients) const {
+  Tree other = *this;
+  other.gradients_ = std::move(gradients);
+  for (size_t i = 0; i < std::max(other.gradients_.size(), parameters_.size()); ++i) {
+    if (other.gradients_.at(i).shape() != parameters_.at(i).shape()) {
+      throw nb::index_error("[Tree] a gradient has the shape of its parameter.");
+    }
+  }
+  return other;
+}
+
 nb::object Tree::unflatten(std::vector<mx::array> leaves) const {
+  if (layout_) {
+    return nb::cast(std::move(leaves));
+  }
   size_t next = 0;
   return rebuild(structure_, leaves, next, skips_integers_);
 }
 
 std::vector<TensorSpec> Tree::specs() const {
+  if (layout_) {
+    return nb::cast<const Layout&>(layout_).tensors;
+  }
   std::vector<TensorSpec> specs;
   std::string path;
   for_each_leaf(structure_, path, [&](const std::string& name, nb::handle leaf) {

@@ -25,6 +25,12 @@ class Tree {
  public:
   Tree(nb::object gradients, nb::object parameters, std::string op, bool exact);
 
+  /// Some of its tensors, those of `layout`, by their numbers; a list of them is its structure.
+  Tree part(const std::vector<size_t>& numbers, nb::object layout) const;
+
+  /// The same parameters, with other gradients of their shapes.
+  Tree with_gradients(std::vector<mx::array> gradients) const;
+
   /// A new tree of the gradients' structure; dicts become plain dicts.
   nb::object unflatten(std::vector<mx::array> leaves) const;
 
@@ -56,10 +62,13 @@ class Tree {
   void take(const Leaf& leaf, std::string_view path);
   const mx::array& array(nb::handle object, const char* role, std::string_view path) const;
 
+  Tree() = default; // of no tensors
+
   nb::object structure_;
+  nb::object layout_; // of a part, which has no structure
   std::string op_; // for error messages
-  bool exact_; // every parameter must have a gradient
-  bool skips_integers_; // of parameters alone, which may have data that nobody trains
+  bool exact_ = false; // every parameter must have a gradient
+  bool skips_integers_ = false; // of parameters alone, which may have data that nobody trains
   std::vector<mx::array> gradients_;
   std::vector<mx::array> parameters_;
   Fingerprint fingerprint_;

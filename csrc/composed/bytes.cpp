@@ -42,7 +42,8 @@ mx::array as_bytes_composed(
   const float most = is_squares ? 254.0f : 127.0f;
   const auto coder = choose(scale > 0.0f, quotient(most, choose(scale > 0.0f, scale, 1.0f)), 0.0f);
   const auto normal = choose(magnitude >= 0x1p-126f, magnitude, 0.0f);
-  const auto size = root(normal) * coder;
+  const auto product = root(normal) * coder;
+  const auto size = choose(product > most, most, product);
   const auto exact = is_squares ? size : choose(x < 0.0f, -size, size);
   Composed code{mx::round((exact + dither).array, s), s};
   if (is_squares) {

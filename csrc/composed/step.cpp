@@ -245,7 +245,11 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
       wide_slots.of[slot] = wide_slot(*old[slot], slot, i);
     }
   }
-  const auto ruled = Rules::step(control_.rule, u, wide_slots, n.rule, flags);
+  auto numbers = n.rule;
+  if (flags & kDirection) {
+    numbers.learning_rate = 1.0f;
+  }
+  const auto ruled = Rules::step(control_.rule, u, wide_slots, numbers, flags);
   Tensor next{given, old};
   Random random;
   if (flags & kStochastic) {
@@ -259,7 +263,9 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
     w = w * (1.0f - n.rule.learning_rate * n.weight_decay);
   }
   auto exact = w - ruled.change;
-  if (is_master24(flags)) {
+  if (flags & kDirection) {
+    next.parameter = ruled.change;
+  } else if (is_master24(flags)) {
     exact = of(as_master24_composed(exact.array, random, s));
     const auto parts = parts_of_master24_composed(exact.array, s);
     next.parameter = cast(of(parts.first), arena.dtype);
@@ -279,14 +285,14 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
       exact = wide(next.parameter);
     }
   }
-  if (flags & kAverage) {
+  if ((flags & kAverage) && !(flags & kDirection)) {
     const auto& average = *old[kMovingAverage];
     next.slots[kMovingAverage] = average + control_.average_weight * (exact - average);
   }
 
   if (flags & kSkipNonfinite) {
     const auto apply = applies();
-    next.parameter = choose(apply, next.parameter, given);
+    next.parameter = choose(apply, next.parameter, cast(given, plan_.parameter_out_dtype()));
     for (int slot = 0; slot < kSlots; ++slot) {
       if (old[slot]) {
         next.slots[slot] = choose(apply, *next.slots[slot], *old[slot]);

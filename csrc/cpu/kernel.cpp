@@ -182,7 +182,7 @@ void KERNEL(update)(
     StepHyper hyper,
     Form form) {
   alignas(64) float parameter[kBlock], gradient[kBlock], slots[kSlots][kBlock];
-  const Type type = tensor.parameter.type;
+  const Type type = arenas.parameter_out_type;
   const size_t step = is_direct(arenas, tensor) ? end - begin : kBlock;
   for (; begin < end; begin += step) {
     const size_t n = end - begin < step ? end - begin : step;

@@ -29,11 +29,12 @@ struct Source {
   Type type;
 };
 
-/// The arenas of a step. Outputs have the types of what they replace, and may be the very
-/// memory that it is read from.
+/// The arenas of a step. Outputs have the types of what they replace, but for a direction, and
+/// may be the very memory that it is read from.
 struct Arenas {
   Source slots[fused_math::kSlots]; // data null where the step has none
   void* parameter_out; // null without tensors
+  Type parameter_out_type;
   void* slots_out[fused_math::kSlots];
 };
 

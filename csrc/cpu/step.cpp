@@ -83,6 +83,7 @@ Task::Task(const StepPlan& plan, const StepInputs& in, const StepOutputs& out)
   }
   if (out.parameters) {
     arenas.parameter_out = out.parameters->data<void>();
+    arenas.parameter_out_type = cpu::type_of(out.parameters->dtype());
     clear_gaps(*plan.arena, out.parameters, in.parameters[0]);
   }
   for (int slot = 0; slot < kSlots; ++slot) {

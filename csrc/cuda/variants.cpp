@@ -65,7 +65,7 @@ ScheduleParts parts_of(const fused_math::StepControl& control) {
 Variant Variant::generic() const {
   Variant any = *this;
   any.gradients = kAnyType;
-  if (kind <= Kind::strided) {
+  if (kind <= Kind::strided && !(flags & fused_math::kDirection)) { // that is no tensor's own
     any.flags = fused_math::is_master24(flags) ? kGenericMaster24Flags : kGenericFlags;
   }
   any.schedules = {~0u, ~0u};

@@ -106,7 +106,9 @@ void give_memory(
     const StepInputs& in,
     const StepOutputs& out,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
-  if (out.parameters && plan.whole) {
+  if (out.parameters && plan.flags() & fused_math::kDirection) {
+    out.parameters->set_data(allocate(out.parameters->nbytes())); // the parameters are read again
+  } else if (out.parameters && plan.whole) {
     set_output(*out.parameters, in.parameters[0], allocate);
   } else if (out.parameters) {
     if (auto begin = donatable_arena(plan, in.parameters)) {

@@ -75,6 +75,8 @@ mx::Shape arena_shape(const Arena& arena);
 /// name their layout with it. FNV-1a, 64 bits.
 class Fingerprint {
  public:
+  Fingerprint() = default;
+  explicit Fingerprint(uint64_t number) : hash_(number) {}
   void add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype);
   uint64_t number() const { return hash_; }
 

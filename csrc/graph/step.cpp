@@ -130,6 +130,12 @@ void check(
         options.skipped->shape(),
         ".");
   }
+  if (!options.measured.empty() && options.flags & fused_math::kTrustRatio) {
+    refuse(
+        options.op,
+        "what was measured before a step has no norms of its tensors: got a trust ratio, allowed a "
+        "step that measures its own gradients.");
+  }
   if (options.flags & fused_math::kGroups) {
     const auto rows = static_cast<int>(options.groups ? options.groups->flags_of.size() : 0);
     const mx::Shape expected{rows, fused_math::kGroupNumbers};
@@ -267,7 +273,9 @@ void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
   for (auto& plan : plans) {
     const StepOutputs out(plan, next);
     next = out.end;
-    if (out.parameters) {
+    if (out.parameters && plan.flags() & fused_math::kDirection) {
+      result.parameters.push_back(*out.parameters);
+    } else if (out.parameters) {
       auto views = arena_tensors(*out.parameters, plan.arena, stream);
       for (size_t i = 0; i < views.size(); ++i) {
         result.parameters[plan.arena->tensors[i]] = std::move(views[i]);
@@ -412,7 +420,7 @@ std::vector<mx::Shape> StepPlan::output_shapes() const {
 std::vector<mx::Dtype> StepPlan::output_dtypes() const {
   std::vector<mx::Dtype> dtypes;
   if (tensor_count() > 0) {
-    dtypes.push_back(arena->dtype);
+    dtypes.push_back(parameter_out_dtype());
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     if (has(slot)) {
@@ -439,9 +447,13 @@ StepResult fused_step(
   const auto [control, given] = make_control(options, step, stream);
 
   StepResult result;
-  result.parameters = parameters; // each is replaced below
+  if (!(options.flags & fused_math::kDirection)) {
+    result.parameters = parameters; // each is replaced below
+  }
   if (options.flags & fused_math::kMeasuredFlags) {
-    result.measured = measure(control, given, parameters, gradients, step, options.skipped, stream);
+    result.measured = options.measured.empty()
+        ? measure(control, given, parameters, gradients, step, options.skipped, stream)
+        : options.measured;
   }
 
   // With no tensor at all, an empty arena still evaluates schedules.
@@ -506,6 +518,16 @@ StepResult fused_step(
     result.next = next_counter(step, stream);
   }
   return result;
+}
+
+std::vector<mx::array> measure_step(
+    const std::vector<mx::array>& gradients,
+    const mx::array& step,
+    const StepOptions& options,
+    mx::StreamOrDevice s) {
+  auto stream = mx::to_stream(s);
+  const auto [control, given] = make_control(options, step, stream);
+  return measure(control, given, {}, gradients, step, options.skipped, stream);
 }
 
 mx::array arena_tensor(

@@ -67,6 +67,9 @@ struct StepPlan {
   /// counter on what was measured. A kernel for which nothing does is not given it, so that
   /// nobody has to know it: a compiled step need not capture it then, as with mlx.optimizers.
   bool reads_step() const;
+  mx::Dtype parameter_out_dtype() const {
+    return flags() & fused_math::kDirection ? mx::float32 : arena->dtype;
+  }
   bool has(int slot) const { return kept.has(slot); }
   mx::Dtype slot_dtype(int slot) const { return kept.dtype(slot); }
   /// Of the arena's tensor `i`: its row of numbers, and its flags.
@@ -124,6 +127,9 @@ struct StepOptions {
   std::shared_ptr<const StepGroups> groups;
   std::optional<mx::array> group_numbers; // float32 {groups, kGroupNumbers}
   std::optional<mx::array> skipped; // uint64 scalar: steps skipped so far
+  // What measure_step has measured for this step, of these gradients and maybe of others;
+  // empty where the step is to measure its own.
+  std::vector<mx::array> measured;
 };
 
 /// The state's arenas, for each slot one for each of the layout's arenas that has it.
@@ -131,7 +137,8 @@ using StepSlots = std::array<std::vector<mx::array>, kSlots>;
 
 /// One step of a whole layout.
 struct StepResult {
-  std::vector<mx::array> parameters; // views into the new arenas
+  // Views into the new arenas; of kDirection these themselves, one for each of the layout's.
+  std::vector<mx::array> parameters;
   StepSlots slots;
   std::optional<mx::array> next; // the counter, uint64
   std::optional<mx::array> used; // the scalars, float32 {kScalars}; none if all are constant
@@ -150,6 +157,13 @@ StepResult fused_step(
     const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
     const StepSlots& slots,
+    const mx::array& step,
+    const StepOptions& options,
+    mx::StreamOrDevice s = {});
+
+/// With kMeasuredFlags, what StepResult has under `measured`, of all these gradients.
+std::vector<mx::array> measure_step(
+    const std::vector<mx::array>& gradients,
     const mx::array& step,
     const StepOptions& options,
     mx::StreamOrDevice s = {});

@@ -54,12 +54,19 @@ MATH_FN ByteScale byte_scale(uint32_t peak, uint32_t format) {
 }
 
 /// 15 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
-/// it makes the rounding one at random. The largest stays the largest, though the quotient may
-/// have put it a float32 above its code (and 254 is even): with 16 bits it would become NaN.
+/// it makes the rounding one at random, and leaves what is a code already. (Of 16 bits, the sum
+/// with a code above 128 would itself be rounded.)
 template <typename T>
 MATH_FN T byte_dither(typename Bits<T>::type random) {
   const typename Bits<T>::type bits = ((random & 0x7fffu) << 8) | 0x3f800080u; // from 1 to 2
   return Bits<T>::to(bits) - 1.5f;
+}
+
+/// The largest one's product with the coder may be a rounding above the largest code, and what
+/// comes to it a code that means NaN.
+template <typename T>
+MATH_FN T at_most(T size, float most) {
+  return choose(size > most, T() + most, size);
 }
 
 /// The code of an element, an integer; `dither` is 0 to round to nearest even.
@@ -69,17 +76,17 @@ MATH_FN T byte_code(T x, ByteScale scale, T dither, uint32_t format) {
   const U bits = Bits<T>::of(x);
   const U magnitude = bits & 0x7fffffffu;
   const T zero = T();
-  // No subnormal number.
-  const T normal = choose(magnitude >= 0x00800000u, Bits<T>::to(magnitude), zero);
-  T code = root(normal) * scale.coder;
-  if (format == kByteSquares) {
-    code = ((code + dither) + integer_base()) - integer_base();
-    const T least = choose(normal * scale.coder > zero, zero + 1.0f, zero);
-    code = choose(code > least, code, least);
-    return choose((x >= zero) & (magnitude < 0x7f800000u), code, zero + 255.0f);
+  const auto is_normal = magnitude >= 0x00800000u; // as a GPU may take what is not for 0
+  if (format == kByteSquares) { // whose root the rule has, too
+    const T size = choose(is_normal, root(x) * scale.coder, zero);
+    const T code = ((at_most(size, 254.0f) + dither) + integer_base()) - integer_base();
+    const T least = choose(is_normal & (zero + scale.coder > zero), zero + 1.0f, zero);
+    const T nearest = choose(code > least, code, least);
+    return choose((x >= zero) & (magnitude < 0x7f800000u), nearest, zero + 255.0f);
   }
-  code = Bits<T>::to(Bits<T>::of(code) | (bits & 0x80000000u));
-  code = ((code + dither) + integer_base()) - integer_base();
+  const T size = choose(is_normal, root(Bits<T>::to(magnitude)) * scale.coder, zero);
+  const T exact = Bits<T>::to(Bits<T>::of(at_most(size, 127.0f)) | (bits & 0x80000000u));
+  const T code = ((exact + dither) + integer_base()) - integer_base();
   return choose(magnitude < 0x7f800000u, code, zero - 128.0f);
 }
 

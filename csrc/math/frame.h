@@ -37,6 +37,9 @@ enum StepFlags : uint32_t {
   kStochastic = 1 << 13,
   kAverage = 1 << 14,
   kMeasureNorm = 1 << 15, // only told
+  // The first half of a step: the rule's change, without the learning rate and in float32, is
+  // put out in the parameter's place. What the frame keeps of an element is for the second half.
+  kDirection = 1 << 16,
 
   /// Both: a master in 24 bits. The parameter is its upper part; what is kept is the rest.
   kMaster24 = kMaster | kCompensated,
@@ -94,6 +97,11 @@ MATH_FN constexpr uint32_t slot_format(
       : slot == kCompensation                     ? parameter_format
       : slot == kMasterCopy && is_master24(flags) ? uint32_t(kInt8)
                                                   : uint32_t(kFloat32);
+}
+
+/// The format of what is put out in the parameter's place.
+MATH_FN constexpr uint32_t parameter_out_format(uint32_t flags, uint32_t parameter_format) {
+  return flags & kDirection ? uint32_t(kFloat32) : parameter_format;
 }
 
 /// The numbers that may change from step to step, and their positions in the
@@ -462,6 +470,9 @@ MATH_FN StepElements<T> step_element(
   if (flags & kTrustRatio) {
     gradient = gradient * hyper.trust_ratio;
   }
+  if (flags & kDirection) {
+    hyper.rule.learning_rate = 1.0f;
+  }
   const RuleStep<T> next = Rules::step(rule, gradient, e.slots, hyper.rule, flags);
 
   U random = position & 0u;
@@ -474,6 +485,10 @@ MATH_FN StepElements<T> step_element(
     }
   }
 
+  if (flags & kDirection) {
+    e.parameter = next.change;
+    return e;
+  }
   if ((flags & kWeightDecay) && (flags & kDecoupled)) {
     w = w * (1.0f - hyper.rule.learning_rate * hyper.weight_decay);
   }

@@ -5,6 +5,7 @@
 #include "rules/adam.h"
 #include "rules/adamax.h"
 #include "rules/lion.h"
+#include "rules/muon.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
@@ -58,6 +59,6 @@ struct RuleList<First, Others...> {
   }
 };
 
-using Rules = RuleList<Sgd, Adam, Adamax, Lion, Rmsprop, Adagrad, Adadelta>;
+using Rules = RuleList<Sgd, Adam, Adamax, Lion, Rmsprop, Adagrad, Adadelta, Muon>;
 
 } // namespace fused_math

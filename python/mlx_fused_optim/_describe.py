@@ -57,7 +57,9 @@ def describe(state: dict[str, Any]) -> str:
     numbers = map(str.rjust, rows[-1][2:], widths[2:])
     lines.append("  ".join([*map(str.ljust, rows[-1][:2], widths), *numbers]))
     scalars = _packing.scalars(state, rule)
-    return "\n".join([*lines, *(f"{key}: {_value(scalars[key])}" for key in sorted(scalars))])
+    others = scalars.pop(_packing.OTHERS, None)
+    lines += (f"{key}: {_value(scalars[key])}" for key in sorted(scalars))
+    return "\n".join([*lines, *([] if others is None else ["", "others:", describe(others)])])
 
 
 def _dtype(kept: _packing.Kept, slot: str) -> str:

@@ -13,6 +13,7 @@ An entry has every slot of every tensor it names; tensors that were trained once
 in this step have entries of their own.
 
 Other arrays at the top are no tensor's: what is scheduled, counted or was put beside them.
+So is the whole state of an optimizer of other tensors, if there is one.
 Dicts and lists there are **loose**: what somebody has put in as ``mlx.optimizers`` keeps it,
 ``state[...path...]["v"]``. The next step takes them into arenas, and they win.
 """
@@ -33,6 +34,8 @@ from ._paths import Path, built, leaves, name_of
 from ._rules import DTYPES, Slot, Slots
 
 State = dict[str, Any]
+# Where a state has that of a second optimizer, which steps the other tensors.
+OTHERS = "others_state"
 # What a state keeps of one tensor, by the name of the slot.
 Kept = dict[str, mx.array | Bytes]
 
@@ -173,19 +176,20 @@ def unpacked(state: State, rule: Slots, op: str) -> State:
     return {**own, **tree}
 
 
-def averages(state: State, dtype: mx.Dtype | None, rule: Slots, op: str) -> Any:
+def averages(states: Iterable[tuple[State, Slots]], dtype: mx.Dtype | None, op: str) -> Any:
     """The tree of moving averages, in the parameters' dtypes if none is given."""
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(
             f"[{op}] the dtype of averages is unknown: got {dtype}, allowed None, "
             f"{', '.join('mlx.core.' + name for name in DTYPES)}."
         )
-    found, dtypes = everything(state, rule, op), _dtypes(_layouts(state, rule, op))
-    flat = [
-        (path, numbers_of(kept["ema"]).astype(dtype or dtypes.get(path, mx.float32)))
-        for path, kept in found.items()
-        if "ema" in kept
-    ]
+    flat = []
+    for state, rule in states:
+        dtypes = _dtypes(_layouts(state, rule, op))
+        for path, kept in everything(state, rule, op).items():
+            if "ema" in kept:
+                average = numbers_of(kept["ema"])
+                flat.append((path, average.astype(dtype or dtypes.get(path, mx.float32))))
     if not flat:
         raise ValueError(
             f"[{op}] the state has no moving average: got none, allowed a state of steps with "
@@ -322,7 +326,11 @@ def with_counters(state: State, skips: bool, op: str) -> State:
 def _is_loose(key: str, value: Any, rule: Slots) -> bool:
     """Modules are containers; of a tree that is one array, the slots are arrays at the top."""
     is_place = isinstance(value, (dict, list, tuple)) and key != "arenas"
-    return is_place or key in rule.names
+    return (is_place and not _is_of_others(key, value)) or key in rule.names
+
+
+def _is_of_others(key: str, value: Any) -> bool:
+    return key == OTHERS and isinstance(value, dict) and {"step", "learning_rate"} <= value.keys()
 
 
 def _has_loose(state: State, rule: Slots) -> bool:

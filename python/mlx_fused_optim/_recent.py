@@ -14,6 +14,10 @@ class Recent(dict[Any, Value]):
         super().__init__()
         self.most = most
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as nothing: it is found again."""
+        return Recent, (self.most,)
+
     def find(self, key: Any) -> Value | None:
         value = self.pop(key, None)
         if value is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -10,9 +11,11 @@ import mlx.core as mx
 from . import _ext, _groups, _packing
 from ._bytes import DTYPE
 from ._checks import Hyperparameter, LearningRate, checked_scalar
-from ._layout import Layout, layout_of
+from ._layout import Layout, layout_of, layout_of_rows
+from ._newton_schulz import NewtonSchulz, has_matrices
 from ._options import Options, checked_scale
 from ._paths import leaves, name_of
+from ._recent import Recent
 from ._rules import FRAME_SLOTS, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
@@ -26,6 +29,7 @@ class Hyper(NamedTuple):
     rule: Rule
     scalars: tuple[Hyperparameter, ...]  # weight_decay, and the rule's in its order
     flags: int  # bits of the rule's flags, and of weight_decay
+    between: NewtonSchulz | None = None  # of the rule's direction and the frame's update
 
     @property
     def named(self) -> dict[str, Hyperparameter]:
@@ -94,6 +98,7 @@ def begun(
 ) -> _packing.State:
     """A state that has everything a step of these tensors needs, and nothing to be taken in."""
     wanted = wanted_slots(hyper, options)
+    tree = arranged(tree, hyper).tree
     layout = layout_of(tree, options.least_of_bytes)
     check_masters(op, layout, parameters, options)
     state = _packing.with_step(state)
@@ -123,7 +128,8 @@ def prepared_step(
     where every step needs one, for a number that Python makes."""
     rate = learning_rate._device if isinstance(learning_rate, Schedule) else learning_rate
     if (
-        not isinstance(rate, (mx.array, _ext.Schedule))
+        hyper.between is not None
+        or not isinstance(rate, (mx.array, _ext.Schedule))
         or not all(isinstance(value, float) for value in hyper.scalars)
         or not isinstance(options.grad_scale, float)
     ):
@@ -144,14 +150,19 @@ def prepared_step(
 
 
 def options_of(
-    hyper: Hyper, options: Options, scalars: list[Any], scale: Any, **more: Any
+    hyper: Hyper,
+    options: Options,
+    scalars: list[Any],
+    scale: Any,
+    flags: int | None = None,
+    **more: Any,
 ) -> _ext.Options:
     """As the extension takes them: the scalars are learning rate, weight decay, scale of the
-    gradients and the rule's own."""
+    gradients and the rule's own; the flags all that the options ask for, or some of them."""
     return _ext.Options(
         rule=hyper.rule.number,
         scalars=scalars,
-        flags=flags_of(hyper, options, scale),
+        flags=flags_of(hyper, options, scale) if flags is None else flags,
         clip_value=options.clip_value or 0.0,
         clip_norm=options.clip_norm or 0.0,
         trust_coefficient=options.trust_coefficient or 0.0,
@@ -193,6 +204,93 @@ def flags_of(hyper: Hyper, options: Options, scale: LearningRate) -> int:
     return flags
 
 
+class Arranged(NamedTuple):
+    """Tensors of a step in the order of its arenas."""
+
+    tree: _ext.Tree
+    numbers: list[int] | None = None  # in the tree that they are of; None if this is it
+
+    def unflatten(self, whole: _ext.Tree, updated: Any) -> Any:
+        if self.numbers is None:
+            return updated
+        leaves: list[Any] = [None] * len(self.numbers)
+        for number, leaf in zip(self.numbers, updated, strict=True):
+            leaves[number] = leaf
+        return whole.unflatten(leaves)
+
+
+_orders: Recent[tuple[list[int], Layout]] = Recent(64)
+
+
+def arranged(tree: _ext.Tree, hyper: Hyper) -> Arranged:
+    """For a step of matrices those of one shape beside each other, and the vectors last."""
+    if hyper.between is None:
+        return Arranged(tree)
+    layout = layout_of(tree)
+    found = _orders.find(layout.key)
+    if found is None:
+        rows = layout.tensors
+        first: dict[tuple[int, ...], int] = {}
+        for number, (_, shape, _) in enumerate(rows):
+            first.setdefault(shape, number)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1]) < 2, first[rows[i][1]], i))
+        found = _orders.keep(layout.key, (order, layout_of_rows([rows[i] for i in order])))
+    numbers, own = found
+    return Arranged(tree.part(numbers, own.made), numbers)
+
+
+# Of a step in two passes: what is the second's, and what both have.
+_MASTERS = _ext.FLAGS["master_weights"] | _ext.FLAGS["compensated"]  # both: masters of 24 bits
+_OF_UPDATE = _MASTERS | _ext.FLAGS["decoupled"] | _ext.FLAGS["ema"]
+_OF_BOTH = sum(_ext.FLAGS[f] for f in ("groups", "skip_nonfinite", "stochastic"))
+
+
+def _two_passes(
+    take: Callable[..., Any],
+    tree: _ext.Tree,
+    slots: list[list[mx.array]],
+    flags: int,
+    measured: list[mx.array],
+    between: Callable[[list[mx.array]], list[mx.array]],
+) -> tuple[Any, ...]:
+    """What one pass gives: the first makes directions of the gradients and keeps the rule's
+    slots, the second takes for gradients what ``between`` makes of them."""
+    decay, decoupled, master = map(
+        _ext.FLAGS.__getitem__, ("weight_decay", "decoupled", "master_weights")
+    )
+    second = flags & (_OF_UPDATE | _OF_BOTH | (decay if flags & decoupled else 0))
+    first = flags & ~second | flags & _OF_BOTH | _ext.FLAGS["direction"]
+    if flags & master and first & decay:  # which is that of the masters
+        first |= flags & _MASTERS
+    last = RULE_PLACES + bool(first & master)
+    none: list[list[mx.array]] = [[] for _ in slots]
+
+    directions, own, _, _, *counts = take(tree, slots[:last] + none[last:], first, measured)
+    slots = own[:last] + slots[last:]
+    measured = [] if counts[0] is None else counts
+    tree = tree.with_gradients(between(directions))
+    kept = none[:RULE_PLACES] + slots[RULE_PLACES:]
+    updated, kept, step, used, *_ = take(tree, kept, second, measured)
+    return updated, slots[:RULE_PLACES] + kept[RULE_PLACES:], step, used, *counts
+
+
+def measured_step(
+    op: str,
+    tree: _ext.Tree,
+    state: _packing.State,
+    hyper: Hyper,
+    options: Options,
+    scale: LearningRate,
+) -> list[mx.array]:
+    """What a step measures of its gradients, for steps of parts of the tree; ``scale`` is a
+    number."""
+    state = _packing.with_counters(_packing.with_step(state), options.skip_nonfinite, op)
+    skipped = state["skipped"] if options.skip_nonfinite else None
+    scalars: list[Any] = [0.0, 0.0, scale, *[0.0] * len(hyper.rule.scalars)]
+    made = options_of(hyper, options, scalars, scale, skipped=skipped, op=op)
+    return _ext.measure_step(tree, state["step"], made)
+
+
 def take_step(
     op: str,
     tree: _ext.Tree,
@@ -204,10 +302,11 @@ def take_step(
     grad_scale: LearningRate | None,
     stream: Any,
     packs: bool,
+    measured: list[mx.array] | None = None,
 ) -> tuple[Any, _packing.State, dict[str, mx.array]]:
     """The updated tree of parameters, the next state, and the values of this step of the
     hyperparameters that are scheduled; ``state`` is left as it is. With ``packs``, what it
-    lacks for these tensors begins; else it is an error.
+    lacks for these tensors begins; else it is an error. ``measured`` is of more gradients.
 
     The kernel evaluates schedules that it can; other callables are called with the step.
     """
@@ -235,6 +334,8 @@ def take_step(
         elif callable(value):
             scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
 
+    whole, order = tree, arranged(tree, hyper)
+    tree = order.tree
     layout = layout_of(tree, options.least_of_bytes)
     groups = numbers = None
     if options.groups.members:
@@ -262,23 +363,29 @@ def take_step(
     kernel_slots: list[list[mx.array]] = [[] for _ in range(RULE_PLACES + len(FRAME_SLOTS))]
     for place, arrays in zip(hyper.rule.places, arenas, strict=True):
         kernel_slots[place] = arrays
-    updated, slots, step, used, measured, skipped = _ext.fused_step(
-        tree,
-        layout.made,
-        kernel_slots,
-        state["step"],
-        options_of(
+
+    def take(tree: _ext.Tree, slots: Any, flags: int, measured: list[mx.array]) -> Any:
+        made = options_of(
             hyper,
             options,
             list(scalars.values()),
             scale,
+            flags,
             groups=groups,
             group_numbers=numbers,
             skipped=state.get("skipped") if options.skip_nonfinite else None,
+            measured=measured,
             op=op,
-        ),
-        stream=stream,
-    )
+        )
+        return _ext.fused_step(tree, layout.made, slots, state["step"], made, stream=stream)
+
+    flags = flags_of(hyper, options, scale)
+    if hyper.between is None or not has_matrices(layout):
+        taken = take(tree, kernel_slots, flags, measured or [])
+    else:
+        between = partial(hyper.between.updates, layout=layout, stream=stream)
+        taken = _two_passes(take, tree, kernel_slots, flags, measured or [], between)
+    updated, slots, step, used, norm, skipped = taken
     slots = [slots[place] for place in hyper.rule.places]
     state = _packing.with_arenas(state, slots, layout, wanted.rule)
     for name, position, schedule in in_kernel:
@@ -289,8 +396,8 @@ def take_step(
     scheduled.pop("grad_scale", None)
     rate = scheduled.pop("learning_rate", scalars["learning_rate"])
     state = {**state, "step": step, "learning_rate": rate}
-    if measured is not None:
-        state["grad_norm"] = _ext.arena_view(measured, [], 0, stream=stream)
+    if norm is not None:
+        state["grad_norm"] = _ext.arena_view(norm, [], 0, stream=stream)
         if options.skip_nonfinite:
             state["skipped"] = skipped
-    return updated, state, scheduled
+    return order.unflatten(whole, updated), state, scheduled

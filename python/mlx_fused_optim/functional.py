@@ -31,6 +31,8 @@ __all__ = [
     "fused_ema",
     "fused_lion_init",
     "fused_lion_step",
+    "fused_muon_init",
+    "fused_muon_step",
     "fused_rmsprop_init",
     "fused_rmsprop_step",
     "fused_sgd_init",
@@ -209,7 +211,7 @@ def fused_ema(state: _packing.State, dtype: mx.Dtype | None = None) -> Any:
         {'w': array([1, 1], dtype=float32)}
     """
     _packing.check_scalars(state, "fused_ema")
-    return _packing.averages(state, dtype, all_slots(), "fused_ema")
+    return _packing.averages([(state, all_slots())], dtype, "fused_ema")
 
 
 fused_sgd_init, fused_sgd_step = _pair(optimizers.SGD)
@@ -217,6 +219,7 @@ fused_adam_init, fused_adam_step = _pair(optimizers.Adam)
 fused_adamw_init, fused_adamw_step = _pair(optimizers.AdamW)
 fused_adamax_init, fused_adamax_step = _pair(optimizers.Adamax)
 fused_lion_init, fused_lion_step = _pair(optimizers.Lion)
+fused_muon_init, fused_muon_step = _pair(optimizers.Muon)
 fused_rmsprop_init, fused_rmsprop_step = _pair(optimizers.RMSprop)
 fused_adagrad_init, fused_adagrad_step = _pair(optimizers.Adagrad)
 fused_adadelta_init, fused_adadelta_step = _pair(optimizers.AdaDelta)

@@ -224,6 +224,47 @@ def adadelta(
     return rate * d, {"v": v, "u": _moved(kept["u"], d * d, rho)}
 
 
+def muon(
+    g: mx.array,
+    kept: Kept,
+    rate: mx.array,
+    t: mx.array,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: Sequence[tuple[float, float, float]] = ((3.4445, -4.7750, 2.0315),) * 5,
+) -> tuple[mx.array, Kept]:
+    r"""Muon, a matrix at a time: (what the parameter loses, the new slots).
+
+    .. math::
+
+        v \leftarrow \mu v + (1 - \mu) g, \quad
+        u = \mu v + (1 - \mu) g \text{ if nesterov else } v, \quad
+        \Delta = \eta \sqrt{\max(1, \text{rows} / \text{columns})} \, \mathrm{NS}(u)
+
+    or :math:`\eta u` for what is no matrix. :math:`\mathrm{NS}` replaces the singular values of
+    :math:`u` over its norm by polynomials of them, :math:`x \mapsto a x + b x^3 + c x^5`, with
+    each triple of ``ns_coefficients`` once.
+
+    Example:
+        >>> change, kept = muon(mx.eye(2), {"v": mx.zeros((2, 2))}, mx.array(1.0), mx.array(1))
+        >>> mx.round(change, 2)
+        array([[1.11, 0],
+               [0, 1.11]], dtype=float32)
+    """
+    v = _moved(kept["v"], g, momentum)
+    u = _moved(v, g, momentum) if nesterov else v
+    if u.ndim < 2 or u.size == 0:
+        return rate * u, {"v": v}
+    x = u.reshape(u.shape[0], -1)
+    x = x / mx.maximum(_norm(x.reshape(-1)), 2.0**-126)
+    for a, b, c in ns_coefficients:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    scale = max(1, u.shape[-2] / u.shape[-1]) ** 0.5
+    return rate * (scale * x.reshape(u.shape)), {"v": v}
+
+
 Rule = Callable[..., tuple[mx.array, Kept]]
 
 # ---- The frame ---------------------------------------------------------------------

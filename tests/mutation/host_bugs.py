@@ -34,6 +34,8 @@ RULE, SGD, ADAM, ADAMAX, LION, RMSPROP, ADADELTA = (
     f"csrc/math/rules/{name}.h"
     for name in ("rule", "sgd", "adam", "adamax", "lion", "rmsprop", "adadelta")
 )
+MUON, MUON_PY = "csrc/math/rules/muon.h", "python/mlx_fused_optim/optimizers/muon.py"
+NEWTON_SCHULZ = "python/mlx_fused_optim/_newton_schulz.py"
 CPU = "csrc/cpu/step.cpp"
 CPU_MEASURE = "csrc/cpu/measure.cpp"
 
@@ -183,6 +185,26 @@ MUTANTS = [
     Mutant("changes_not_kept", ADADELTA, "  slots.of[kChangeSquares] = moved(old, change * change, rho, rest);\n", "", "rules"),
     Mutant("squares_of_the_gradient", ADADELTA, "change * change", "gradient * gradient", "rules"),
     Mutant("nan_is_not_larger", RULE, "choose((a > b) | (a != a), a, b)", "choose(a > b, a, b)", "rules full_conformance"),
+    # ---- Muon: its rule, the two halves of its step, the batches, and the other optimizer
+    Mutant("momentum_of_sgd", MUON, "gradient, momentum, rest);\n      gradient", "gradient, momentum, rest / rest);\n      gradient", "muon full_conformance"),
+    Mutant("nesterov_of_sgd", MUON, "moved(v, gradient, momentum, rest) : v", "gradient + momentum * v : v", "muon full_conformance"),
+    Mutant("directions_have_a_rate", FRAME, "    hyper.rule.learning_rate = 1.0f;\n", "", "muon full_conformance"),
+    Mutant("directions_of_the_parameters_type", STEP.replace(".cpp", ".h"), "? mx::float32 : arena->dtype", "? arena->dtype : arena->dtype", "muon full_conformance"),
+    Mutant("decay_in_both_halves", STEP_PY, "(decay if flags & decoupled else 0)", "decay", "muon"),
+    Mutant("frame_in_the_first_half", STEP_PY, "first = flags & ~second | flags & _OF_BOTH", "first = flags & ~_OF_UPDATE", "muon"),
+    Mutant("decay_of_the_parameter", STEP_PY, "if flags & master and first & decay:", "if False:", "muon"),
+    Mutant("arranged_for_good", STEP_PY, "leaves[number] = leaf\n        return whole", "leaves[len(leaves) - 1 - number] = leaf\n        return whole", "muon"),
+    Mutant("pitch_of_no_gap", NEWTON_SCHULZ, "last._replace(pitch=offset - last.offset)", "last", "muon"),
+    Mutant("squares_of_the_gradient_itself", NEWTON_SCHULZ, "x = x / mx.where(peak < 2.0**-126, 1.0, peak)", "x = x", "muon"),
+    Mutant("tall_matrices_are_wide", NEWTON_SCHULZ, "rows > columns, is_long", "False, is_long", "muon"),
+    Mutant("gram_matrices_for_ever", NEWTON_SCHULZ, "or growth > _MOST_GROWTH", "or False", "muon"),
+    Mutant("gram_matrix_of_the_first", NEWTON_SCHULZ, "            gram = factor @ gram @ factor\n", "", "muon"),
+    Mutant("rows_over_columns_of_filters", NEWTON_SCHULZ, "max(1.0, shape[-2] / shape[-1])", "max(1.0, shape[0] / math.prod(shape[1:]))", "muon"),
+    Mutant("last_triple_only", NEWTON_SCHULZ, "triples[min(i, len(triples) - 1)]", "triples[-1]", "muon"),
+    Mutant("norm_of_its_own", MUON_PY, "self._op, tree, self.state, self._hyper(), options, scale)", "self._op, tree.part(parts.own, parts.own_layout.made), self.state, self._hyper(), options, scale)", "muon"),
+    Mutant("others_with_their_own_options", MUON_PY, "others._options._replace(**shared)", "others._options", "muon"),
+    Mutant("others_moved_before_a_refusal", MUON_PY, "            others._replace_state(before)\n", "", "muon"),
+    Mutant("state_of_others_not_taken", MUON_PY, "                others.state = given\n", "                pass\n", "muon"),
     # ---- The frame
     Mutant("corrected_by_the_step_before", FRAME, "        low_part(control, kFirstRuleScalar + 1),\n        step + 1);", "        low_part(control, kFirstRuleScalar + 1),\n        step);", "correction"),
     Mutant("correction_in_float32", FRAME, "control.constants[i].lo : 0.0f", "0.0f : 0.0f", "correction"),

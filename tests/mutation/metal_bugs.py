@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("gap_of_no_slot", KERNEL, "store_quad_of(format_of_slot(slot), to, at, zero, 1, false);", "store_quad_of(format_of_slot(slot), to, at, zero, 0, false);"),
     Mutant("random_by_tensor", KERNEL, "uint32_t(at) + i", "uint32_t(piece.first) + i"),
     Mutant("one_number_a_quad", KERNEL, "uint32_t(at) + i", "uint32_t(at)"),
-    Mutant("flags_of_the_step", KERNEL, "step_flags & kGroups ? uint32_t(tensor.flags) : step_flags", "step_flags"),
+    Mutant("flags_of_the_step", KERNEL, "(step_flags & ~uint32_t(kTensorFlags)) | (tensor.flags & uint32_t(kTensorFlags))", "step_flags"),
     Mutant("row_of_another_group", KERNEL, "uint64_t(tensor.group) * kGroupNumbers", "uint64_t(tensor.group)"),
     Mutant("norms_of_another_tensor", KERNEL, "uint64_t(tensor.number) * 2", "uint64_t(tensor.number)"),
     Mutant("state_read_as_parameter", KERNEL, "slot_format(step_flags, slot, parameter_format, state_format)", "slot_format(step_flags, slot, parameter_format, parameter_format)"),

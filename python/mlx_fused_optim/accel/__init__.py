@@ -213,7 +213,7 @@ def install(*, report: bool = False) -> None:
     schedules are evaluated in the kernel where the functions of ``mlx.optimizers.schedulers``
     made them. MLX's own is constructed
 
-    - where there is no kernel (``Adafactor``, ``Muon``),
+    - where there is no kernel (``Adafactor``),
     - for a subclass that overrides ``apply_single`` or ``init_single``, or has attributes with
       names of our options,
     - with arguments that ours refuses; and an optimizer becomes MLX's own, with its state, at a

@@ -175,6 +175,7 @@ class FusedOptimizer(Optimizer):
     _is_single = False
     _compiled = False  # a step was traced by mx.compile
     _state_of_trace = False  # the state was made inside a function that is traced
+    _needs_whole: ClassVar[bool] = False  # a part of a tensor has no step of its own
     _whole: frozenset[str] = frozenset()  # sets of tensors of which none is a shard
 
     state_dtype = Option()
@@ -329,8 +330,11 @@ class FusedOptimizer(Optimizer):
             super().init(parameters)
             return
         tree = _ext.Tree(parameters, parameters, self._op)
+        self._begin_state(tree, parameters, self._options)
+
+    def _begin_state(self, tree: _ext.Tree, parameters: Any, options: Options) -> None:
         self._check_loaded_state(parameters)
-        self._take(begun(self._op, tree, parameters, self.state, self._hyper(), self._options))
+        self._take(begun(self._op, tree, parameters, self.state, self._hyper(), options))
 
     @property
     def grad_norm(self) -> mx.array | None:
@@ -393,13 +397,24 @@ class FusedOptimizer(Optimizer):
                 updated, state = taken
                 self._replace_state(state)
                 return updated
+        return self._take_step(tree, parameters, self._options, grad_scale)
 
-        state = self.state
+    def _take_step(
+        self,
+        tree: _ext.Tree,
+        parameters: Any,
+        options: Options,
+        grad_scale: LearningRate | None,
+        measured: list[mx.array] | None = None,
+    ) -> Any:
+        """The step of a tree with a look at every option; ``parameters`` may have more."""
+        state, hyper = self.state, self._hyper()
+        learning_rate = given_rate = self._schedulers.get("learning_rate")
         if self._check_loaded_state(parameters):
-            state = begun(self._op, tree, parameters, state, hyper, self._options)
+            state = begun(self._op, tree, parameters, state, hyper, options)
         if _ext.is_tracing():
-            self._check_traced(tree, learning_rate, hyper, grad_scale)
-        self._check_whole(tree, parameters)
+            self._check_traced(tree, learning_rate, hyper, options, grad_scale)
+        self._check_whole(tree, parameters, options)
         if learning_rate is None:
             rate = self.state.get("learning_rate")
             learning_rate = checked_scalar(self._op, "learning_rate", rate)
@@ -416,14 +431,16 @@ class FusedOptimizer(Optimizer):
             state,
             learning_rate,
             hyper,
-            self._options,
+            options,
             grad_scale,
             None,
             packs=True,
+            measured=measured,
         )
         self._take({**state, **used, **others})
-        step = prepared_step(tree, state, learning_rate, hyper, self._options)
-        self._prepared = _Prepared(key, step)
+        if options is self._options:
+            step = prepared_step(tree, state, learning_rate, hyper, options)
+            self._prepared = _Prepared((hyper, options, given_rate), step)
         return updated
 
     def ema_parameters(self, dtype: mx.Dtype | None = None) -> Any:
@@ -453,7 +470,10 @@ class FusedOptimizer(Optimizer):
             >>> parameters["w"], optimizer.ema_parameters()["w"]
             (array([0, 1], dtype=float32), array([0.5, 1.5], dtype=float32))
         """
-        return _packing.averages(self.state, dtype, self._rule.slots, self._op)
+        return _packing.averages(self._states(), dtype, self._op)
+
+    def _states(self) -> list[tuple[dict[str, Any], Slots]]:
+        return [(self.state, self._rule.slots)]
 
     def forget(self, *slots: str) -> None:
         """Drop what the state keeps under these names, of all tensors: it begins anew at the
@@ -549,13 +569,15 @@ class FusedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         """The call that makes it, without what has its default."""
+        beyond = self._beyond_mlx()
         shown = {"learning_rate": self._schedulers.get("learning_rate", self.learning_rate)}
         for name, default in self._defaults.items():
             value = self._given(name)
+            if name in beyond:
+                continue
             if callable(value) or value != default:
                 shown[name] = value
-        for name, value in self._beyond_mlx().items():
-            shown[name] = value
+        shown |= beyond
         arguments = [f"{name}={_shown(value)}" for name, value in shown.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
@@ -612,6 +634,7 @@ class FusedOptimizer(Optimizer):
         tree: _ext.Tree,
         learning_rate: LearningRate | None,
         hyper: Hyper,
+        options: Options,
         grad_scale: LearningRate | None,
     ) -> None:
         """Raise ValueError for a step inside mx.compile that needs the state and cannot have
@@ -620,7 +643,7 @@ class FusedOptimizer(Optimizer):
             return
         if not self._state_of_trace and not _ext.has_placeholders([self.state["step"]]):
             rate = self.state["learning_rate"] if learning_rate is None else learning_rate
-            uses = uses_of_state(rate, hyper, self._options, grad_scale)
+            uses = uses_of_state(rate, hyper, options, grad_scale)
             if uses:
                 raise ValueError(
                     f"[{self._op}] a compiled step needs the optimizer's state: got a function "
@@ -630,15 +653,20 @@ class FusedOptimizer(Optimizer):
                 )
         self._compiled = True
 
-    def _check_whole(self, tree: _ext.Tree, parameters: Any) -> None:
+    def _check_whole(self, tree: _ext.Tree, parameters: Any, options: Options) -> None:
         """Raise ValueError where norms are needed and a model has shards of its tensors."""
-        if not self._options.is_measured or not isinstance(parameters, Module):
+        if not (options.is_measured or self._needs_whole) or not isinstance(parameters, Module):
             return
         key = layout_of(tree, self._options.least_of_bytes).key  # wrapped, a module has other paths
         if key in self._whole:
             return
         for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
             if isinstance(module, FullyShardedModule):
+                if self._needs_whole:
+                    raise ValueError(
+                        f"[{self._op}] whole matrices are orthogonalised: got shards, of "
+                        f"mlx.nn.fully_shard, in '{path}'; allowed a model without them."
+                    )
                 raise ValueError(
                     f"[{self._op}] clip_norm, skip_nonfinite and trust_coefficient see the "
                     f"gradients of this process alone: got shards, of mlx.nn.fully_shard, in "
