@@ -664,12 +664,19 @@ def test_tiny_and_huge_gradients_of_one_tensor(rule, together, rounding):
 def test_groups_of_zeros_and_of_almost_nothing():
     x = np.zeros(6 * GROUP, np.float32)
     x[GROUP] = 2.0**-110  # the least that has a scale
+    x[GROUP + 1] = 1e-38  # a subnormal number
     x[2 * GROUP : 3 * GROUP] = np.nextafter(np.float32(2.0**-110), np.float32(0))
     x[3 * GROUP : 4 * GROUP] = 1e-40
     x[4 * GROUP : 5 * GROUP] = -0.0
     for rule in ("SGD", "Adamax"):
         got = coded(x, rule)
         assert (got == np.where(x >= 2.0**-110, x, 0)).all() and not np.signbit(got).any()
+        optimizer = make(rule, min_8bit_size=0)
+        optimizer.apply_gradients({"w": mx.array(x)}, {"w": mx.zeros(x.size)})
+        rows = of_mlx(kept_of(optimizer)[("w",), "momentum" if rule == "SGD" else "v"])
+        assert np.array_equal(
+            rows, as_rows(x, form_of(optimizer, "momentum" if rule == "SGD" else "v"))
+        )
 
 
 @pytest.mark.parametrize("rule", ["Adam", "AdamW", "Adamax", "RMSprop", "Adagrad", "AdaDelta"])
@@ -975,6 +982,21 @@ def places_of(optimizer):
     (row,) = layout.arenas
     for tensor, offset in zip(row.tensors, row.offsets, strict=True):
         yield offset, int(np.prod(layout.tensors[tensor][1]))
+
+
+@pytest.mark.parametrize("size", [65537, 100_003, 300_007])
+def test_tensors_that_threads_share(size):
+    """No group is coded by two of them, nor by none."""
+    draw = np.random.default_rng(size).standard_normal
+    tensors = {"a": draw(33), "b": draw(size), "c": draw(40_001), "d": draw(1)}
+    optimizer = make("SGD", min_8bit_size=0)
+    gradients = {name: mx.array(x, mx.float32) for name, x in tensors.items()}
+    for _ in range(3):  # in fresh memory and in place, of a state that is zeros again
+        optimizer.forget("momentum")
+        optimizer.apply_gradients(gradients, gradients)
+        for (path, _), rows in kept_of(optimizer).items():
+            want = as_rows(np.array(gradients[path[0]]), "bytes")
+            assert np.array_equal(of_mlx(rows), want), path
 
 
 LAID = {
