@@ -133,6 +133,25 @@ def test_what_is_put_in_for_a_frozen_tensor_waits_for_it():
     assert optimizer.unpacked_state()["a"]["v"].tolist() == [1.75, 1.75]
 
 
+def test_frozen_masters_of_both_kinds_stay():
+    """Those of 24 bits beside float32, where all are put in and none is in the step."""
+    options = dict(momentum=0.5, master_weights="24bit")
+    w = {name: mx.random.normal((70,)).astype(mx.bfloat16) for name in "abc"}
+    first, then, last = (
+        optim.SGD(0.1, momentum=0.5, master_weights=True),
+        *(optim.SGD(0.1, **options) for _ in range(2)),
+    )
+    w = first.apply_gradients(w, w)
+    then.state = first.state
+    w = {**w, **then.apply_gradients({"a": w["a"]}, w)}
+    last.state = then.unpacked_state()
+    last.apply_gradients({"c": w["c"]}, w)
+    before, after = then.unpacked_state(), last.unpacked_state()
+    assert before["a"]["master"].dtype == mx.int8 and before["b"]["master"].dtype == mx.float32
+    for name in "ab":
+        assert_same(after[name], before[name])
+
+
 EDITS = {
     "two shapes of one that is frozen": lambda state: state.update(
         c={"v": mx.ones(4), "ema": mx.ones(5)}

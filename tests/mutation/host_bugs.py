@@ -154,7 +154,7 @@ MUTANTS = [
     Mutant("byte_of_anybody", MASTERS_PY, "mx.where(is_own, mx.minimum(units, 127), 0)", "mx.minimum(units, 127)", "rounding"),
     Mutant("tie_that_went_down", MASTERS_PY, "(units <= 128)", "(units <= 127)", "rounding"),
     Mutant("master_of_a_byte_alone", PACKING, "return master_of(master, parameter) if master.dtype == mx.int8 else master", "return master", "rounding"),
-    Mutant("bytes_and_masters_together", PACKING, "x.dtype in (mx.int8, DTYPE)", "x.dtype == DTYPE", "rounding"),
+    Mutant("bytes_and_masters_together", PACKING, "x.dtype in (mx.int8, DTYPE)", "x.dtype == DTYPE", "state"),
     Mutant("any_half_has_24_bits", STEP_PY, "if mx.float16 in dtypes or (others and not is_mixed):", "if others and not is_mixed:", "options"),
     Mutant("half_of_a_product", "csrc/math/real.h", "p.lo + (a.hi * b.lo + a.lo * b.hi)", "p.lo + a.hi * b.lo", "schedules_exact exponential_decay"),
     # ---- The rules
