@@ -183,9 +183,11 @@ __device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[
   if (is_byte_format(format)) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      const auto byte = static_cast<uint8_t>(words[0] >> 8 * k);
-      const float code = format == kByteSquares ? static_cast<float>(byte)
-                                                : static_cast<float>(static_cast<int8_t>(byte));
+      // As the end of 2^23, which takes no conversion: these are as slow as a root.
+      const bool is_unsigned = format == kByteSquares;
+      const uint32_t byte = (words[0] ^ (is_unsigned ? 0 : 0x80808080u)) >> 8 * k & 0xff;
+      const float code =
+          fused_math::bits_to_float(0x4b000000u | byte) - (is_unsigned ? 8388608.0f : 8388736.0f);
       values[k] = fused_math::byte_value(code, fused_math::bits_to_float(words[1]), format);
     }
   } else if (format == kFloat32) {
@@ -290,7 +292,9 @@ __device__ inline void narrow_to_bytes(
   for (int k = 0; k < kQuad; ++k) {
     const float dither = fused_math::slot_dither<float>(position + k, slot, key, flags);
     const float code = fused_math::byte_code(values[k], scale, dither, format);
-    quad.words[0] |= (static_cast<uint32_t>(static_cast<int32_t>(code)) & 0xff) << 8 * k;
+    // The integer's low byte, as above.
+    const uint32_t bits = fused_math::float_to_bits(code + fused_math::integer_base());
+    quad.words[0] |= (bits & 0xff) << 8 * k;
   }
 }
 

@@ -206,6 +206,7 @@ def test_gradients_live_as_long_as_the_step():
     for turn in range(3):
         gradients = {f"p{i}": mx.full(HALF, float(i + turn)) for i in range(4)}
         mx.eval(gradients)
+        let_go()
         before = mx.get_active_memory()
         new = optimizer.apply_gradients(gradients, parameters)
         del gradients

@@ -112,7 +112,7 @@ def run(device, rule, dtype, gradient_dtype, options, rate, hold):
         state = init(parameters, **options)
         for entry in state.get("arenas", {}).values() if hold else ():
             for slot in entry.keys() - {"table"}:
-                entry[slot] = [mx.repeat(a, 2)[::2] for a in entry[slot]]
+                entry[slot] = [mx.repeat(a, 2, axis=0)[::2] for a in entry[slot]]
         held = []
         for number in range(3 if "skip_nonfinite" in options else 2):
             if number == 2:
