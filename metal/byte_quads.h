@@ -25,7 +25,8 @@ inline ByteQuad load_bytes(
     bool wide) {
   device const char* row = rows + at / kByteGroup * kByteRow;
   device const char* codes = row + kByteScale + at % kByteGroup;
-  const float scale = *(device const float*)row;
+  // A thread with nothing to do is at no row of its own.
+  const float scale = count > 0 ? *(device const float*)row : 0.0f;
   return format == kByteSquares
       ? ByteQuad{load_quad((device const uint8_t*)codes, 1, count, wide), scale}
       : ByteQuad{load_quad((device const int8_t*)codes, 1, count, wide), scale};
@@ -80,6 +81,12 @@ inline ByteQuad bytes_of_values(
     const float dither = slot_dither<float>(position + i, slot, key, flags);
     quad.codes[i] = byte_code(values[i], scale, dither, format);
   }
+  return quad;
+}
+
+/// What was loaded, to be stored again: when all threads of the group have its scale.
+inline ByteQuad bytes_as_they_were(ByteQuad quad) {
+  quad.scale = bits_to_float(simd_shuffle_xor(float_to_bits(quad.scale), ushort(0)));
   return quad;
 }
 

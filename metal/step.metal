@@ -144,10 +144,9 @@ inline uint32_t format_of_slot(int slot) {
         if (!is_byte_format(format)) {
           store_quad_of(format, to, at, kept[slot], count, wide);
         } else {
-          if (hyper.apply && has_slot(step_rule, flags, slot)) { // else to the bit
-            bytes[slot] =
-                bytes_of_values(format, kept[slot], count, uint32_t(at), slot, hyper.key, flags);
-          }
+          bytes[slot] = hyper.apply && has_slot(step_rule, flags, slot)
+              ? bytes_of_values(format, kept[slot], count, uint32_t(at), slot, hyper.key, flags)
+              : bytes_as_they_were(bytes[slot]);
           store_bytes(format, to, at, bytes[slot], count, wide);
         }
       }

@@ -39,7 +39,7 @@ def as_rows(
     random: np.ndarray | None = None,
     wrong: ByteMistake = RIGHT,
 ) -> np.ndarray:
-    """float32 numbers as rows of bytes; at random with 16 bits for each of them."""
+    """float32 numbers as rows of bytes; at random with 15 bits for each of them."""
     x = grouped(np.asarray(values, np.float32))
     f = np.float32
     with np.errstate(all="ignore"):

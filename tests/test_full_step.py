@@ -967,10 +967,14 @@ MEMORY = {
     "nothing": ({}, 0),
     "momentum": ({"momentum": 0.9}, 2),
     "momentum in float32": ({"momentum": 0.9, "state_dtype": mx.float32}, 4),
+    "momentum in bytes": ({"momentum": 0.9, "state_dtype": "8bit"}, 68 / 64),
     "master": ({"momentum": 0.9, "master_weights": True}, 2 + 4),
     "master of 24 bits": ({"optimizer": "AdamW", "master_weights": "24bit"}, 4 + 4 + 1),
     "adamw": ({"optimizer": "AdamW"}, 4 + 4),
     "adamw in bfloat16": ({"optimizer": "AdamW", "state_dtype": mx.bfloat16}, 2 + 2),
+    "adamw in bytes": (
+        {"optimizer": "AdamW", "state_dtype": "8bit", "master_weights": "24bit"}, 2 * 68 / 64 + 1,
+    ),
     "adam with masters": (
         {"optimizer": "Adam", "amsgrad": True, "bias_correction": True, "master_weights": True},
         4 + 4 + 4 + 4,

@@ -22,6 +22,7 @@ OPTIONS = {
     ),
     "compensated": Full(momentum=0.9, compensated=True, stochastic=True, ema_decay=0.9),
     "adam": Full("adam", bias_correction=True, amsgrad=True, compensated=True),
+    "bytes": Full("adam", state_dtype="8bit", master_weights="24bit", skip_nonfinite=True),
     "adadelta": Full("adadelta", state_dtype="float32", master_weights=True, clip_norm=1.0),
 }  # fmt: skip
 every_option = pytest.mark.parametrize("name", OPTIONS)

@@ -124,7 +124,7 @@ class FullTraining:
         self.skipped = mx.array(0, mx.uint64)
         self.groups = self.group_numbers = None
         self.layout = _ext.Layout(self.tree())
-        arenas = [(dtype, shape) for dtype, shape, _, _ in self.layout.arenas]
+        arenas = [(dtype, shape) for dtype, shape, *_ in self.layout.arenas]
         halves = [(dtype, shape) for dtype, shape in arenas if dtype != mx.float32]
         made = {
             "momentum": [mx.zeros(shape, state_dtype or dtype) for dtype, shape in arenas],
@@ -579,7 +579,7 @@ def test_the_memory_between_tensors_is_zero_in_every_slot():
         del junk  # which is not zero
         training.step()
         del held
-        (_, _, _, offsets) = training.layout.arenas[0]
+        (_, _, _, offsets, _) = training.layout.arenas[0]
         used = np.zeros(512, bool)
         for offset, (size,) in zip(offsets, shapes, strict=True):
             used[offset : offset + size] = True

@@ -21,6 +21,7 @@ OPTIONS = [
     {},
     {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
     {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "state_dtype": "8bit", "min_8bit_size": 64},
 ]
 RATES = {
     "number": 0.1,

@@ -21,6 +21,10 @@ OPTIONS = {
     "float32 momentum": dict(momentum=0.9, state_dtype=mx.float32),
     "master": dict(momentum=0.9, master_weights=True, ema_decay=0.5),
     "master of 24 bits": dict(optimizer="AdamW", master_weights="24bit"),
+    "bytes": dict(optimizer="AdamW", state_dtype="8bit", min_8bit_size=16),
+    "bytes at random": dict(
+        momentum=0.9, state_dtype="8bit", min_8bit_size=0, rounding="stochastic", clip_norm=0.5
+    ),
     "compensated": dict(compensated=True, clip_value=0.5),
     "stochastic": dict(momentum=0.9, rounding="stochastic", seed=3),
     "adamw": dict(optimizer="AdamW", bias_correction=True, amsgrad=True, weight_decay=0.1),

@@ -17,6 +17,7 @@ from mlx_fused_optim import _layout
 
 SLOTS = {
     "momentum": "v",
+    "momentum in bytes": "v",
     "master": "master",
     "master of 24 bits": "master",
     "compensation": "compensation",
@@ -24,6 +25,7 @@ SLOTS = {
 }
 KEEPS = {
     "momentum": dict(momentum=0.5),
+    "momentum in bytes": dict(momentum=0.5, state_dtype="8bit", min_8bit_size=15),
     "master": dict(momentum=0.5, master_weights=True),
     "master of 24 bits": dict(momentum=0.5, master_weights="24bit"),
     "compensation": dict(momentum=0.5, compensated=True),
@@ -129,6 +131,25 @@ def test_what_is_put_in_for_a_frozen_tensor_waits_for_it():
     assert optimizer.state.keys() == {"step", "learning_rate", "arenas"}
     assert optimizer.apply_gradients({"b": mx.ones(2)}, w)["b"].tolist() == [-3.0, -3.0]
     assert optimizer.unpacked_state()["a"]["v"].tolist() == [1.75, 1.75]
+
+
+def test_frozen_masters_of_both_kinds_stay():
+    """Those of 24 bits beside float32, where all are put in and none is in the step."""
+    options = dict(momentum=0.5, master_weights="24bit")
+    w = {name: mx.random.normal((70,)).astype(mx.bfloat16) for name in "abc"}
+    first, then, last = (
+        optim.SGD(0.1, momentum=0.5, master_weights=True),
+        *(optim.SGD(0.1, **options) for _ in range(2)),
+    )
+    w = first.apply_gradients(w, w)
+    then.state = first.state
+    w = {**w, **then.apply_gradients({"a": w["a"]}, w)}
+    last.state = then.unpacked_state()
+    last.apply_gradients({"c": w["c"]}, w)
+    before, after = then.unpacked_state(), last.unpacked_state()
+    assert before["a"]["master"].dtype == mx.int8 and before["b"]["master"].dtype == mx.float32
+    for name in "ab":
+        assert_same(after[name], before[name])
 
 
 EDITS = {
@@ -429,7 +450,7 @@ def test_a_slot_that_is_forgotten_begins_anew(slot):
     parameters = stepped(optimizer, 2)
     loaded = tree_map(lambda a: 0 * a + 2, parameters)
     before = optimizer.unpacked_state()
-    optimizer.forget(slot.partition(" of ")[0])
+    optimizer.forget(slot.split()[0])
     optimizer.init(loaded)
     after = optimizer.unpacked_state()
     fresh = optim.SGD(0.25, **KEEPS[slot])
@@ -439,7 +460,7 @@ def test_a_slot_that_is_forgotten_begins_anew(slot):
         want = fresh.unpacked_state() if is_it else before
         assert same(value, dict(tree_flatten(want))[path]), path
     optimizer.apply_gradients(tree(2), loaded)
-    optimizer.forget(slot.partition(" of ")[0])  # and without init: a prepared step is not taken
+    optimizer.forget(slot.split()[0])  # and without init: a prepared step is not taken
     twin = optim.SGD(0.25, **KEEPS[slot])
     twin.state = optimizer.state
     twin.init(loaded)

@@ -73,7 +73,7 @@ def joined_rows(
         elif value is not None and end > first:
             parts.append(_ext.as_bytes(value, is_unsigned))
     zeros(rows_shape(layout.arenas[number].elements)[0])
-    return mx.contiguous(mx.concatenate(parts))
+    return mx.contiguous(mx.concatenate(parts)) if parts else mx.zeros((0, _ext.BYTE_ROW), DTYPE)
 
 
 def _places(layout: Layout, number: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:

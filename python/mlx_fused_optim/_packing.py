@@ -577,7 +577,7 @@ def _without(kept: State, slots: set[str], rule: Slots) -> State:
 
 def _check_shapes(kept: dict[str, Any], path: Path, shape: tuple[int, ...], op: str) -> None:
     for slot, value in kept.items():
-        own = value.shape if isinstance(value, mx.array) else value
+        own = value.shape if isinstance(value, (mx.array, Bytes)) else value
         if own != shape:
             raise ValueError(
                 f"[{op}] the state is of another model: got {slot} of shape {own} for "

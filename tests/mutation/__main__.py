@@ -51,7 +51,12 @@ KERNEL = "CMakeFiles/kernel_baseline.dir/csrc/cpu/kernel.cpp.o"
 HOST_STEP = "CMakeFiles/_ext.dir/csrc/cpu/step.cpp.o"
 HOST_MEASURE = "CMakeFiles/_ext.dir/csrc/cpu/measure.cpp.o"
 OBJECTS = {
-    "host": {"csrc/math/rules/": [KERNEL], "csrc/math/frame.h": [KERNEL, HOST_STEP, HOST_MEASURE]},
+    "host": {
+        "csrc/math/rules/": [KERNEL],
+        "csrc/math/bytes.h": [KERNEL],
+        "csrc/cpu/bytes.h": [KERNEL],
+        "csrc/math/frame.h": [KERNEL, HOST_STEP, HOST_MEASURE],
+    },
     "metal": {"csrc/math/": ["metal_source/kernels_on_cpu.cpp.o"]},
 }
 # What catches most bugs of the Metal backend, the quickest first.

@@ -28,6 +28,10 @@ ROUNDING = "csrc/composed/rounding.cpp"
 RULES_PY = "python/mlx_fused_optim/_rules.py"
 FRAME = "csrc/math/frame.h"
 ROUNDING_H = "csrc/math/rounding.h"
+BYTES_H = "csrc/math/bytes.h"
+CPU_BYTES = "csrc/cpu/bytes.h"
+COMPOSED_BYTES = "csrc/composed/bytes.cpp"
+BYTES_PY = "python/mlx_fused_optim/_bytes.py"
 MASTERS_PY = "python/mlx_fused_optim/_masters.py"
 OPERATORS = "csrc/composed/operators.h"
 RULE, SGD, ADAM, ADAMAX, LION, RMSPROP, ADADELTA = (
@@ -43,7 +47,7 @@ MUTANTS = [
     # ---- Python: the state
     Mutant("momentum_forgotten", PACKING, "if slot.lasts and name in old}", "if name not in old}", "optimizer full_step"),
     Mutant("kept_by_another_path", PACKING, "candidates[0] if is_clear else path", "path", "optimizer bad_input full_step"),
-    Mutant("average_of_no_master", PACKING, 'kept[t].get("master") if "master" in wanted.slots else None', "None", "full_step"),
+    Mutant("average_of_no_master", PACKING, 'kept[t].get("master") if with_master else None', "None", "full_step"),
     Mutant("edits_overlooked", PACKING, "or not entries.keys() <= set(known)", "or False", "state"),
     Mutant("shapes_of_one_rank", PACKING, "if own != shape:", "if len(own) != len(shape):", "bad_input optimizer"),
     Mutant("another_table", LAYOUT_PY, "if layout.key != key:", "if False:", "bad_input optimizer"),
@@ -128,7 +132,7 @@ MUTANTS = [
     Mutant("each_step_skipped", CPU_MEASURE, "*skipped + !apply", "*skipped + 1", "full_step"),
     Mutant("rows_run_over", "csrc/cpu/blocks.h", "d == last && length - index < run", "d == last && length < run", "conformance"),
     Mutant("tail_begins_late", "csrc/cpu/kernel.cpp", "  for (; i < n; ++i) {\n    update_at<float>", "  for (++i; i < n; ++i) {\n    update_at<float>", "optimizer"),
-    Mutant("one_position_a_vector", "csrc/cpu/kernel.cpp", "result[i] = first + i;", "result[i] = first;", "rounding full_step"),
+    Mutant("one_position_a_vector", "csrc/cpu/blocks.h", "result[i] = first + i;", "result[i] = first;", "rounding full_step"),
     Mutant("half_to_infinity_late", "csrc/cpu/half.h", "magnitude >= 0x477ff000 ? 0x7c00", "magnitude >= 0x7f800000 ? 0x7c00", "conformance"),
     # ---- Arithmetic
     Mutant("fold_loses_the_rest", "csrc/math/norm.h", "(a.lo + b.lo) + high.lo", "a.lo + b.lo", "norm"),
@@ -150,7 +154,7 @@ MUTANTS = [
     Mutant("byte_of_anybody", MASTERS_PY, "mx.where(is_own, mx.minimum(units, 127), 0)", "mx.minimum(units, 127)", "rounding"),
     Mutant("tie_that_went_down", MASTERS_PY, "(units <= 128)", "(units <= 127)", "rounding"),
     Mutant("master_of_a_byte_alone", PACKING, "return master_of(master, parameter) if master.dtype == mx.int8 else master", "return master", "rounding"),
-    Mutant("bytes_and_masters_together", PACKING, "(is_byte, *sorted(kept))", "(False, *sorted(kept))", "rounding"),
+    Mutant("bytes_and_masters_together", PACKING, "x.dtype in (mx.int8, DTYPE)", "x.dtype == DTYPE", "state"),
     Mutant("any_half_has_24_bits", STEP_PY, "if mx.float16 in dtypes or (others and not is_mixed):", "if others and not is_mixed:", "options"),
     Mutant("half_of_a_product", "csrc/math/real.h", "p.lo + (a.hi * b.lo + a.lo * b.hi)", "p.lo + a.hi * b.lo", "schedules_exact exponential_decay"),
     # ---- The rules
@@ -217,7 +221,7 @@ MUTANTS = [
     Mutant("decoupled_without_the_rate", FRAME, "1.0f - hyper.rule.learning_rate * hyper.weight_decay", "1.0f - hyper.weight_decay", "rules"),
     Mutant("decay_twice", FRAME, "(flags & kWeightDecay) && (flags & kDecoupled)", "(flags & kWeightDecay)", "rules conformance"),
     Mutant("decay_of_the_rounding", FRAME, "gradient + hyper.weight_decay * w;", "gradient + hyper.weight_decay * e.parameter;", "full_conformance"),
-    Mutant("slots_not_at_random", FRAME, "if (!(flags & kStochastic)) {\n    return round_nearest(x, format);", "if (true) {\n    return round_nearest(x, format);", "rounding full_conformance"),
+    Mutant("slots_not_at_random", FRAME, "flags & kStochastic ? round_random(x, format", "false ? round_random(x, format", "rounding full_conformance"),
     Mutant("random_bits_of_both", FRAME, "slot == 2 ? more : more >> 16", "more", "rounding full_conformance"),
     Mutant("random_bits_of_one_slot", FRAME, "slot == 0 ? random : mix32(random)", "random", "full_conformance"),
     Mutant("slots_in_the_parameters_format", FRAME, "slot, random, flags, state_format)", "slot, random, flags, parameter_format)", "full_conformance rules"),
@@ -243,4 +247,45 @@ MUTANTS = [
     Mutant("betas_swapped", GROUPS, 'return {"beta1": beta1, "beta2": beta2}', 'return {"beta1": beta2, "beta2": beta1}', "rules"),
     Mutant("numbers_checked_once", "python/mlx_fused_optim/optimizers/base.py", "not all(map(operator.is_, given, self._checked[0]))", "False", "rules optimizer"),
     Mutant("correction_without_a_state", STEP_PY, "    if hyper.flags & hyper.rule.flags.get(\"bias_correction\", 0):\n", "    if False:\n", "rules"),
+    # ---- Moments in bytes: codes
+    Mutant("peak_of_infinity", BYTES_H, "return magnitude < 0x7f800000u ? magnitude", "return magnitude <= 0x7f800000u ? magnitude", "bytes"),
+    Mutant("peak_of_the_positive", BYTES_H, "format == kByteSquares ? bits : bits & 0x7fffffffu", "bits", "bytes"),
+    Mutant("scale_of_almost_nothing", BYTES_H, "7.703719777548943e-34f", "1.17549435e-38f", "bytes"),
+    Mutant("squares_of_255", BYTES_H, "kByteSquares ? 254.0f : 127.0f", "kByteSquares ? 255.0f : 127.0f", "bytes"),
+    Mutant("dither_to_one_side", BYTES_H, "Bits<T>::to(bits) - 1.5f", "Bits<T>::to(bits) - 1.25f", "bytes"),
+    Mutant("dither_of_three_bits", BYTES_H, "(random & 0x7fffu) << 8", "(random & 0x7000u) << 8", "bytes"),
+    Mutant("squares_that_become_zero", BYTES_H, "zero + scale.coder > zero), zero + 1.0f, zero)", "zero + scale.coder > zero), zero, zero)", "bytes"),
+    Mutant("codes_of_a_group_of_zeros", BYTES_H, "choose(is_normal & (zero + scale.coder > zero), zero", "choose(is_normal, zero", "bytes"),
+    Mutant("subnormals_are_coded", BYTES_H, "magnitude >= 0x00800000u", "magnitude >= 1u", "bytes"),
+    Mutant("nan_is_the_largest", BYTES_H, "code, zero - 128.0f)", "code, zero - 127.0f)", "bytes"),
+    Mutant("nan_square_is_the_largest", BYTES_H, "nearest, zero + 255.0f)", "nearest, zero + 254.0f)", "bytes"),
+    Mutant("code_of_nan_is_a_number", BYTES_H, "choose(code < -127.0f, nan", "choose(code < -128.0f, nan", "bytes"),
+    Mutant("square_of_nan_is_a_number", BYTES_H, "choose(code > 254.0f, nan", "choose(code > 255.0f, nan", "bytes"),
+    Mutant("moments_without_a_sign", BYTES_H, "part * magnitude_of(part)", "part * part", "bytes"),
+    Mutant("codes_without_a_sign", BYTES_H, "at_most(size, 127.0f)) | (bits & 0x80000000u)", "at_most(size, 127.0f)) | 0u", "bytes"),
+    Mutant("square_of_a_255th", BYTES_H, "code * 0.003937007874015748f", "code * 0.003921568627450981f", "bytes"),
+    Mutant("no_code_is_bounded", BYTES_H, "choose(size > most, T() + most, size)", "size", "", "15 random bits leave the largest code too: one of the two would do"),
+    # ---- Moments in bytes: the CPU
+    Mutant("peak_of_the_last_vector", CPU_BYTES, "peaks = peak > peaks ? peak : peaks;", "peaks = peak;", "bytes"),
+    Mutant("peak_of_half_a_vector", CPU_BYTES, "for (size_t i = 0; i < kWidth; ++i) {\n    peak", "for (size_t i = 0; i < kWidth; i += 2) {\n    peak", "bytes"),
+    Mutant("codes_behind_the_end", CPU_BYTES, "    values[i] = 0.0f;\n", "", "bytes"),
+    Mutant("same_dither_in_each_group", CPU_BYTES, "row_at(rows, at + i), uint32_t(at + i), slot", "row_at(rows, at + i), uint32_t(at), slot", "full_conformance"),
+    Mutant("same_dither_in_each_slot", CPU_BYTES, "uint32_t(i)), slot, key, flags)", "uint32_t(i)), 0, key, flags)", "full_conformance"),
+    Mutant("rows_not_copied", CPU_BYTES, "if (from != to) {", "if (false) {", "bytes"),
+    Mutant("rows_coded_anew", "csrc/cpu/kernel.cpp", "hyper.apply && fused_math::has_slot(form.rule, form.flags, slot)", "hyper.apply || fused_math::has_slot(form.rule, form.flags, slot)", "bytes"),
+    Mutant("threads_share_a_group", CPU, "const size_t from = rounded(begin - first);", "const size_t from = begin - first;", "bytes"),
+    Mutant("threads_leave_a_group_out", CPU, "std::min(rounded(last - first), ends[t] - first)", "last - first", "bytes"),
+    Mutant("gap_of_a_row_as_of_a_byte", CPU, "const size_t bytes = is_bytes ? size_t(kByteRow) : output->itemsize();", "const size_t bytes = output->itemsize();", "bytes"),
+    # ---- Moments in bytes: the graph, MLX's operations, Python
+    Mutant("rows_as_they_lie", STEP, "(is_known ? rows.flags().row_contiguous : is_own) ? rows", "(is_known || is_own) ? rows", "bytes"),
+    Mutant("composed_squares_become_zero", COMPOSED_BYTES, "code = choose(code > least, code, least);", "", "bytes"),
+    Mutant("composed_scale_of_almost_nothing", COMPOSED_BYTES, "largest < 0x1p-110f", "largest < 0x1p-126f", "bytes"),
+    Mutant("squares_read_as_signed", PACKING, "split_rows(arena, layout, number, slot.is_unsigned)", "split_rows(arena, layout, number, False)", "bytes"),
+    Mutant("squares_written_as_signed", PACKING, "joined_rows(values, layout, number, slot.is_unsigned)", "joined_rows(values, layout, number, False)", "bytes"),
+    Mutant("bytes_and_floats_together", PACKING, "x.dtype in (mx.int8, DTYPE)", "x.dtype == mx.int8", "bytes"),
+    Mutant("rows_of_another_shape", PACKING, "isinstance(value, (mx.array, Bytes)) else value", "isinstance(value, mx.array) else value", "bytes"),
+    Mutant("rows_of_any_shape", PACKING, "rows_shape(row.elements) if arena.dtype == DTYPE else row.shape", "arena.shape if arena.dtype == DTYPE else row.shape", "bytes"),
+    Mutant("small_tensors_wanted_in_bytes", PACKING, "if arena.is_small and chosen is not None and chosen == DTYPE:", "if False:", "bytes"),
+    Mutant("one_layout_for_every_bound", LAYOUT_PY, '(f"_{least_of_bytes}" if least_of_bytes else "")', '""', "bytes"),
+    Mutant("last_group_left_out", BYTES_PY, "first + -(-math.prod(shape) // _ext.BYTE_GROUP)", "first + math.prod(shape) // _ext.BYTE_GROUP", "bytes"),
 ]  # fmt: skip

@@ -17,6 +17,7 @@ MEASURING = "csrc/metal/measure.cpp"
 STEP = "csrc/math/frame.h"
 NORM = "csrc/math/norm.h"
 DONATION = "csrc/graph/donation.cpp"
+ROWS = "metal/byte_quads.h"
 
 MUTANTS = [
     # ---- The kernels: where a thread works
@@ -48,8 +49,8 @@ MUTANTS = [
     Mutant("flags_of_the_step", KERNEL, "(step_flags & ~uint32_t(kTensorFlags)) | (tensor.flags & uint32_t(kTensorFlags))", "step_flags"),
     Mutant("row_of_another_group", KERNEL, "uint64_t(tensor.group) * kGroupNumbers", "uint64_t(tensor.group)"),
     Mutant("norms_of_another_tensor", KERNEL, "uint64_t(tensor.number) * 2", "uint64_t(tensor.number)"),
-    Mutant("state_read_as_parameter", KERNEL, "slot_format(step_flags, slot, parameter_format, state_format)", "slot_format(step_flags, slot, parameter_format, parameter_format)"),
-    Mutant("slots_not_stored", KERNEL, "store_quad_of(format_of_slot(slot), to, at, kept[slot], count, wide);", "store_quad_of(format_of_slot(slot), to, at, kept[slot], 0, false);"),
+    Mutant("state_read_as_parameter", KERNEL, "slot_format(step_rule, step_flags, slot, parameter_format, state_format)", "slot_format(step_rule, step_flags, slot, parameter_format, parameter_format)"),
+    Mutant("slots_not_stored", KERNEL, "store_quad_of(format, to, at, kept[slot], count, wide);", "store_quad_of(format, to, at, kept[slot], 0, false);"),
     Mutant("average_of_the_first_slot", KERNEL, "kept[kMovingAverage][i] = e.average;", "kept[kMovingAverage][i] = e.slots.of[0];"),
     # ---- The kernel of the step: rules, places and numbers
     Mutant("rule_of_another_constant", KERNEL, "step_rule [[function_constant(0)]]", "step_rule [[function_constant(1)]]"),
@@ -57,9 +58,9 @@ MUTANTS = [
     Mutant("slots_swapped", KERNEL, "{{kept[0][i], kept[1][i], kept[2][i]}}", "{{kept[1][i], kept[0][i], kept[2][i]}}"),
     Mutant("third_slot_forgotten", KERNEL, "kept[2][i] = e.slots.of[2];", ""),
     Mutant("master_as_compensation", KERNEL, "kept[kMasterCopy][i],\n              kept[kCompensation][i],", "kept[kCompensation][i],\n              kept[kMasterCopy][i],"),
-    Mutant("compensation_in_float32", KERNEL, "slot_format(step_flags, slot, parameter_format, state_format)", "slot_format(step_flags, slot, kFloat32, state_format)"),
+    Mutant("compensation_in_float32", KERNEL, "slot_format(step_rule, step_flags, slot, parameter_format, state_format)", "slot_format(step_rule, step_flags, slot, kFloat32, state_format)"),
     Mutant("bytes_not_stored", "metal/quads.h", "      return store_quad((device int8_t*)to + at, values, count, wide);", "      return;"),
-    Mutant("slots_of_the_tensor", KERNEL, "if (keeps(slot)) {\n        device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);\n        store_quad_of(format_of_slot(slot), to, at, kept", "if (has_slot(step_rule, flags, slot)) {\n        device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);\n        store_quad_of(format_of_slot(slot), to, at, kept"),
+    Mutant("slots_of_the_tensor", KERNEL, "if (keeps(slot)) {\n        device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);\n        const uint32_t format", "if (has_slot(step_rule, flags, slot)) {\n        device char* to = buffer_of(buffers, slot_place(step_rule, step_flags, slot) + 1);\n        const uint32_t format"),
     Mutant("corrected_by_nobody", KERNEL, "lane == 0 ? step_rule : uint32_t(Rules::kCount)", "uint32_t(Rules::kCount)"),
     Mutant("corrected_without_a_barrier", KERNEL, "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    hyper.rule", "    hyper.rule"),
     Mutant("corrections_swapped", KERNEL, "hyper.rule.corrected_root = corrected[1]", "hyper.rule.corrected_root = corrected[0]"),
@@ -153,4 +154,19 @@ MUTANTS = [
     Mutant("sixth_of_the_sine", "csrc/math/elementary.h", "4.967053879312289e-9f", "-4.967053879312289e-9f", "schedules_exact"),
     Mutant("term_of_exp2", "csrc/math/elementary.h", "tail * z + 1.6666667e-1f", "tail * z + 1.6666e-1f", "schedules_exact"),
     Mutant("first_segment_for_ever", "csrc/math/schedule.h", "step < schedule.segments[i].start", "step <= schedule.segments[i].start", "schedules_exact"),
+    # ---- Moments in bytes
+    Mutant("peak_of_half_a_group", ROWS, "kGroupThreads = kByteGroup / kQuad", "kGroupThreads = kByteGroup / kQuad / 2", "bytes"),
+    Mutant("peak_of_what_is_not_there", ROWS, "i < count ? byte_peak(values[i], format) : 0u", "byte_peak(values[i], format)", "bytes"),
+    Mutant("dither_of_a_quad", ROWS, "slot_dither<float>(position + i, slot", "slot_dither<float>(position, slot"),
+    Mutant("dither_of_the_first_slot", ROWS, "slot_dither<float>(position + i, slot", "slot_dither<float>(position + i, 0"),
+    Mutant("scale_by_every_thread", ROWS, "if (count > 0 && at % kByteGroup == 0) {", "if (count > 0) {", "bytes"),
+    Mutant("scale_by_nobody", ROWS, "if (count > 0 && at % kByteGroup == 0) {", "if (count > kQuad && at % kByteGroup == 0) {", "bytes"),
+    Mutant("scale_read_by_the_idle", ROWS, "count > 0 ? *(device const float*)row : 0.0f", "*(device const float*)row", "bytes"),
+    Mutant("scale_stored_before_it_is_read", ROWS, "  quad.scale = bits_to_float(simd_shuffle_xor(float_to_bits(quad.scale), ushort(0)));\n", "", "bytes"),
+    Mutant("squares_loaded_with_a_sign", ROWS, "load_quad((device const uint8_t*)codes, 1, count, wide)", "load_quad((device const int8_t*)codes, 1, count, wide)", "bytes"),
+    Mutant("codes_at_the_scale", ROWS, "device const char* codes = row + kByteScale + at % kByteGroup;", "device const char* codes = row + at % kByteGroup;", "bytes"),
+    Mutant("row_of_the_element", ROWS, "return rows + at / kByteGroup * kByteRow;", "return rows + at * kByteRow;", "bytes"),
+    Mutant("gap_keeps_its_rows", ROWS, "ByteQuad{float4(0.0f), 0.0f}, 1, false)", "ByteQuad{float4(0.0f), 0.0f}, 0, false)", "bytes"),
+    Mutant("idle_threads_leave", KERNEL, "if (piece.count == 0 && state_format != kBytes) {", "if (piece.count == 0) {", "bytes"),
+    Mutant("skipped_rows_coded_anew", KERNEL, "hyper.apply && has_slot(step_rule, flags, slot)\n", "true\n", "bytes"),
 ]  # fmt: skip
