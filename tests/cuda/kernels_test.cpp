@@ -441,7 +441,7 @@ void test_step(int round, Counted& counted) {
     t.shape = random_shape();
     if (number == 0) {
       // With bytes, rows of whole groups.
-      const int columns = has_bytes && below(2) ? int(kByteGroup) : 4;
+      const int columns = has_bytes ? int(kByteGroup) : 4;
       t.shape = {4 * (1 + below(20)), columns * (1 + below(columns > 4 ? 3 : 20))};
     } else if (number == 1) {
       t.shape = {2 + below(7), 2 + below(7), 2 + below(7)};
