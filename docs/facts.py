@@ -20,6 +20,7 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adamax", "Lion", "Muon", "RMSprop", "Adag
 OPTIONS: dict[str, dict[str, Any]] = {
     "amsgrad=True": {"amsgrad": True},
     "state_dtype=mx.bfloat16": {"state_dtype": mx.bfloat16},
+    'state_dtype="8bit"': {"state_dtype": "8bit"},
     "compensated=True": {"compensated": True},
     "master_weights=True": {"master_weights": True},
     "ema_decay=0.999": {"ema_decay": 0.999},

@@ -51,7 +51,8 @@ def as_integer(
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
-        number = operator.index(None if isinstance(value, bool) else value)
+        given: Any = None if isinstance(value, bool) else value
+        number = operator.index(given)
     except TypeError:
         error = ValueError if isinstance(value, float) else TypeError
         shown = value if isinstance(value, float) else type(value).__name__
