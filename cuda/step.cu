@@ -52,7 +52,6 @@ struct StepKnown {
   }
   static constexpr uint32_t words_of(uint32_t format) {
     // Of bytes also what coding takes.
-    // Of bytes also what coding takes.
     return format == kFloat32 ? 4 : format == kInt8 ? 1 : is_byte_format(format) ? 5 : 2;
   }
   /// Quads that a thread loads before it uses one: two where registers are left. Rounding at
