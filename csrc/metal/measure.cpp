@@ -1,6 +1,7 @@
 // The measurement of the gradients on Metal, in the order of csrc/math/norm.h: the sums
 // of all chunks, side by side; then those of arrays; then of all gradients.
 #include "graph/measure.h"
+#include "graph/step.h"
 
 #include <algorithm>
 

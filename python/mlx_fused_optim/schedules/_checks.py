@@ -51,8 +51,9 @@ def as_integer(
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
-        given: Any = None if isinstance(value, bool) else value
-        number = operator.index(given)
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         error = ValueError if isinstance(value, float) else TypeError
         shown = value if isinstance(value, float) else type(value).__name__
