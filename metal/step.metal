@@ -88,8 +88,10 @@ inline uint32_t format_of_slot(int slot) {
 
   for (uint32_t pass = 0; pass < kPasses; ++pass) {
     const Piece piece = piece_of_thread(tensor, block, pass, lane, lanes);
-    // Later passes lie further on; but with bytes all threads of a group go on together.
-    if (piece.count == 0 && state_format != kBytes) {
+    // Later passes lie further on. With bytes the threads of a group go on together: until
+    // the first of all has nothing left.
+    if (state_format == kBytes ? piece_of_thread(tensor, block, pass, 0, lanes).count == 0
+                               : piece.count == 0) {
       break;
     }
     const uint32_t count = piece.count;

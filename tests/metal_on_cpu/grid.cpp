@@ -45,7 +45,8 @@ struct Group {
   std::vector<Fiber> fibers;
   std::function<void(uint32_t)> call; // one thread, by its lane
   std::map<std::string, std::vector<char>> shared;
-  std::array<uint32_t, kMostFibers> shuffled{}; // by lane
+  std::array<std::array<uint32_t, kMostFibers>, 2> shuffled{}; // by lane
+  std::array<uint32_t, kMostFibers> shuffles{}; // that a lane has called
   ucontext_t scheduler;
   uint32_t running = 0;
 };
@@ -108,12 +109,13 @@ extern "C" uint32_t metal_on_cpu_shuffle_xor(uint32_t value, uint32_t mask) {
     std::fputs("[metal_on_cpu] a shuffle beyond its SIMD group, or in no threadgroup\n", stderr);
     std::abort();
   }
+  // By turns in two places: who writes one again has passed the barrier of the other, before
+  // which all have read it.
   const uint32_t lane = current->running;
-  current->shuffled[lane] = value;
+  auto& values = current->shuffled[current->shuffles[lane]++ % 2];
+  values[lane] = value;
   metal_on_cpu_barrier(2);
-  value = current->shuffled[lane ^ mask];
-  metal_on_cpu_barrier(2);
-  return value;
+  return values[lane ^ mask];
 }
 
 void run_grid(
@@ -134,7 +136,7 @@ void run_grid(
           {uint32_t(first + lane), lane, group, uint32_t(threads), uint32_t(size)});
     };
     if (kernel.cooperative) {
-      Group together{&memory, std::vector<Fiber>(size), call, {}, {}, {}, 0};
+      Group together{&memory, std::vector<Fiber>(size), call, {}, {}, {}, {}, 0};
       run_by_turns(together, first, lanes);
       continue;
     }

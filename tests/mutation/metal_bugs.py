@@ -167,6 +167,6 @@ MUTANTS = [
     Mutant("codes_at_the_scale", ROWS, "device const char* codes = row + kByteScale + at % kByteGroup;", "device const char* codes = row + at % kByteGroup;", "bytes"),
     Mutant("row_of_the_element", ROWS, "return rows + at / kByteGroup * kByteRow;", "return rows + at * kByteRow;", "bytes"),
     Mutant("gap_keeps_its_rows", ROWS, "ByteQuad{float4(0.0f), 0.0f}, 1, false)", "ByteQuad{float4(0.0f), 0.0f}, 0, false)", "bytes"),
-    Mutant("idle_threads_leave", KERNEL, "if (piece.count == 0 && state_format != kBytes) {", "if (piece.count == 0) {", "bytes"),
+    Mutant("idle_threads_leave", KERNEL, "state_format == kBytes ? piece_of_thread(tensor, block, pass, 0, lanes).count == 0", "false ? false", "bytes"),
     Mutant("skipped_rows_coded_anew", KERNEL, "hyper.apply && has_slot(step_rule, flags, slot)\n", "true\n", "bytes"),
 ]  # fmt: skip
