@@ -64,7 +64,7 @@ mx::array memory(Owner owner, int which) {
 
 /// A step of two tensors of 64 elements, and its graph before it is evaluated.
 struct Step {
-  StepNode node{{StepPlan{.kept = {.parameter = mx::float32, .state = mx::float32}}}, {}};
+  StepNode node{{StepPlan{}}, {}};
   std::vector<mx::array> inputs, outputs;
 
   Step(Owner parameters, Owner momentum, bool whole) {

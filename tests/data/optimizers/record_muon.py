@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 SHAPES = {"square": (16, 16), "tall": (24, 8), "wide": (6, 30)}
 STEPS = 8
@@ -19,6 +18,8 @@ CONFIGURATIONS = [
 
 
 def main():
+    import torch  # not where tests are collected
+
     random = np.random.default_rng(15)
     draw = {name: lambda s=shape: random.standard_normal(s) for name, shape in SHAPES.items()}
     first = {name: x().astype(np.float32) for name, x in draw.items()}
