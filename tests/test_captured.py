@@ -321,7 +321,8 @@ LATER = {
     "clip_norm": 1.0, "clip_value": 1.0, "grad_scale": 2.0, "skip_nonfinite": True,
     "decoupled": True, "maximize": True, "trust_coefficient": 0.5, "ema_decay": 0.5, "seed": 3,
     "state_dtype": mx.float32, "min_8bit_size": 64, "master_weights": True,
-    "rounding": "stochastic", "compensated": True, "groups": [(lambda path, array: True, {"momentum": 0.25})],
+    "rounding": "stochastic", "compensated": True,
+    "groups": [(lambda path, array: True, {"momentum": 0.25})],
     "learning_rate": optim.cosine_decay(0.5, 10),
 }  # fmt: skip
 
