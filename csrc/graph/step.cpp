@@ -1,6 +1,7 @@
 #include "graph/step.h"
 
 #include <algorithm>
+#include <string_view>
 
 #include "composed/step.h"
 #include "composed/switch.h"
@@ -232,7 +233,7 @@ std::vector<mx::array> measure(
 mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
   const bool is_known = rows.is_available() && !rows.is_tracer();
   const bool is_own =
-      rows.has_primitive() && dynamic_cast<const FusedStep*>(&rows.primitive()) != nullptr;
+      rows.has_primitive() && std::string_view(rows.primitive().name()) == "FusedStep";
   return (is_known ? rows.flags().row_contiguous : is_own) ? rows
                                                            : mx::contiguous(rows, false, stream);
 }
