@@ -145,6 +145,12 @@ __device__ int64_t gradient_step_of(const Tiled& tensor) {
   return int64_t(kPassRows) * tensor.row_stride;
 }
 
+/// Whether an access to the arenas is a quad. Asked each time: what is kept in a register here
+/// spills elsewhere.
+__device__ bool has_wide_arenas(const StepCommon& common, const Tiled& tensor) {
+  return (common.aligned >> tensor.arena & 1) && (tensor.wide & kWideArenas);
+}
+
 __device__ Way find_way(const Tiled& tensor) {
   const uint32_t block = blockIdx.x - tensor.first_block;
   const uint32_t tiles = (tensor.columns + kTileColumns - 1) / kTileColumns;
@@ -311,8 +317,6 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   const Tiled& tensor = find_tensor(launch);
   const StepArena& arena = launch.common.arenas[tensor.arena];
   compute_numbers<Known>(launch.common, arena, tensor, shared);
-  const bool aligned = launch.common.aligned >> tensor.arena & 1;
-  const uint32_t wide = tensor.wide & ~(aligned ? 0u : uint32_t(kWideArenas));
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   Way way = find_way(tensor);
   bool is_first = true;
@@ -321,7 +325,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   do {
     Quads quads[kInFlight];
     const bool whole = way.whole >= kInFlight;
-    if (whole && (wide & kWideGradient)) {
+    if (whole && (tensor.wide & kWideGradient)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         load<true>(
@@ -342,7 +346,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
             count_of(way, n));
       }
     }
-    if (whole && (wide & kWideArenas)) {
+    if (whole && has_wide_arenas(launch.common, tensor)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         load<Known, true>(quads[n], arena, tensor, way.at + n * step_of(tensor), kQuad);
@@ -365,7 +369,7 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
         update<Known>(quads[n], position, hyper, tensor);
       }
     }
-    if (whole && (wide & kWideArenas)) {
+    if (whole && has_wide_arenas(launch.common, tensor)) {
 #pragma unroll
       for (uint32_t n = 0; n < kInFlight; ++n) {
         store<Known, true>(quads[n], arena, way.at + n * step_of(tensor), kQuad);

@@ -59,6 +59,11 @@ def copied(arrays):
     return [mx.array(np.array(a.astype(mx.float32))).astype(a.dtype) for a in arrays]
 
 
+def lazy(arrays):
+    """To be evaluated with what is made of them."""
+    return [mx.stop_gradient(a) for a in arrays]
+
+
 def run(device, parameters, gradients, options, rate, steps=3, evaluate_each=True):
     """The parameters, the momentum arenas and the counters after some steps."""
     previous = mx.default_device()
@@ -189,6 +194,27 @@ def test_several_arenas_count_one_step():
     layout = _ext.Layout(_ext.Tree(parameters, parameters, "test"))
     assert len(layout.arenas) == 19 + 2
     assert_devices_agree(parameters, lambda: gradients, rate=optim.exponential_decay(0.1, 0.9))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_arenas_that_share_a_launch(dtype, options):
+    """Gradients that are there, lazy ones (a launch an arena), and the CPU; of all kinds of
+    launches, and with more arenas than kernels for few tensors take."""
+    shapes = [(1024, 2000), (2100, 1000), (1 << 22,), (128, 128, 128), (7, 5), (4100, 1000)]
+    parameters = [random(shape, dtype, i) for i, shape in enumerate(shapes)] * 2
+    gradients = [random(shape, dtype, 10 + i) for i, shape in enumerate(shapes)] * 2
+    gradients[1] = random(shapes[1][::-1], dtype, 20).T
+    gradients[3] = random(shapes[3], dtype, 21).transpose(2, 1, 0)
+    gradients[8] = gradients[8][::-1]
+    mx.eval(gradients)
+    layout = _ext.Layout(_ext.Tree(parameters, parameters, "test"))
+    assert len(layout.arenas) > 4
+    assert_devices_agree(parameters, lambda: gradients, options)
+    there = run(GPU, parameters, lambda: gradients, options, 0.1)
+    assert_same(there, run(GPU, parameters, lambda: lazy(gradients), options, 0.1))
+    some = [*gradients[:3], *lazy(gradients[3:5]), *gradients[5:]]
+    assert_same(there, run(GPU, parameters, lambda: some, options, 0.1, steps=3))
 
 
 def test_a_momentum_arena_that_is_not_contiguous():

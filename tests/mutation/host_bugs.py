@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant("gradients_let_go", CPU, "  encoder.add_temporaries(node_.gradients);\n", "", "nodes"),
     Mutant("tensors_of_the_first_arena", "csrc/cuda/batches.cpp", "arenas_ - 1};", "0};", "cuda_host"),
     Mutant("place_of_no_arena", "cuda/step.cu", "random_key(control.seed, step, arena.place)", "random_key(control.seed, step, control.place)", "cuda_host"),
-    Mutant("all_aligned_as_the_first", "cuda/step.cu", "  const bool aligned = launch.common.aligned >> tensor.arena & 1;\n  const uint32_t wide", "  const bool aligned = launch.common.aligned & 1;\n  const uint32_t wide", "cuda_host"),
+    Mutant("all_aligned_as_the_first", "cuda/step.cu", "return (common.aligned >> tensor.arena & 1) &&", "return (common.aligned & 1) &&", "cuda_host"),
     Mutant("few_of_many_arenas", "csrc/cuda/packing.h", " && launch.tensors[count - 1].arena < kFewArenas;", ";", "cuda_host"),
     Mutant("float32_has_a_master", STEP, "flags &= ~(kMaster | kCompensated);", "flags &= ~kCompensated;", "full_step"),
     Mutant("composed_group", COMPOSED, "int(plan_.group(i))", "0", "transforms_full full_conformance"),
