@@ -419,7 +419,13 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
   const uint64_t row = uint64_t(square / squares_in_row) * kSquare;
   const uint32_t column = square % squares_in_row * kSquare;
 
-  Quads quads[kSteps] = {};
+  Quads quads[kSteps];
+  if constexpr (Known::kHasBytes) { // who has none keeps together with who has
+#pragma unroll
+    for (Quads& none : quads) {
+      none = {};
+    }
+  }
 #pragma unroll
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
@@ -457,21 +463,21 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
   for (uint32_t k = 0; k < kSteps; ++k) {
     const uint32_t j = line + k * kLines;
     const bool inside = row + j < rows && column + along < columns;
-    const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
-    // What was loaded is stored to the bit where the step is skipped. With bytes a warp keeps
-    // together.
-    if (hyper.apply && (inside || Known::kHasBytes)) {
+    if (inside || Known::kHasBytes) {
+      const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
       float gradients[kQuad];
 #pragma unroll
       for (uint32_t w = 0; w < kQuad; ++w) {
         gradients[w] = turned[along + w][j];
       }
-      update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
-    }
-    if (inside && aligned) {
-      store<Known, true>(quads[k], arena, at, kQuad);
-    } else if (inside) {
-      store<Known, false>(quads[k], arena, at, kQuad);
+      if (hyper.apply) { // else what was loaded is stored, to the bit
+        update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
+      }
+      if (inside && aligned) {
+        store<Known, true>(quads[k], arena, at, kQuad);
+      } else if (inside) {
+        store<Known, false>(quads[k], arena, at, kQuad);
+      }
     }
   }
   if (square == 0) {

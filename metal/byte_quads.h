@@ -7,26 +7,28 @@
 
 constant constexpr uint32_t kGroupThreads = kByteGroup / kQuad;
 
-inline device char* row_at(device char* rows, uint64_t at) {
-  return rows + at / kByteGroup * kByteRow;
-}
-
 /// The codes of a quad, and the scale of its group.
 struct ByteQuad {
   float4 codes;
   float scale;
 };
 
+/// A scale is memory of the group's first thread alone, which reads and writes it for all.
+inline bool has_scale(uint64_t at, uint32_t count) { return count > 0 && at % kByteGroup == 0; }
+
+/// `lane` is the thread's in its threadgroup. Every thread of the SIMD group calls it.
 inline ByteQuad load_bytes(
     uint32_t format,
     device const char* rows,
     uint64_t at,
     uint32_t count,
-    bool wide) {
+    bool wide,
+    uint32_t lane) {
   device const char* row = rows + at / kByteGroup * kByteRow;
   device const char* codes = row + kByteScale + at % kByteGroup;
-  // A thread with nothing to do is at no row of its own.
-  const float scale = count > 0 ? *(device const float*)row : 0.0f;
+  const uint32_t first = lane % kSimdWidth / kGroupThreads * kGroupThreads;
+  const uint32_t own = has_scale(at, count) ? *(device const uint32_t*)row : 0u;
+  const float scale = bits_to_float(simd_shuffle(own, ushort(first)));
   return format == kByteSquares
       ? ByteQuad{load_quad((device const uint8_t*)codes, 1, count, wide), scale}
       : ByteQuad{load_quad((device const int8_t*)codes, 1, count, wide), scale};
@@ -39,14 +41,14 @@ inline void store_bytes(
     ByteQuad quad,
     uint32_t count,
     bool wide) {
-  device char* row = row_at(rows, at);
+  device char* row = rows + at / kByteGroup * kByteRow;
   device char* codes = row + kByteScale + at % kByteGroup;
   if (format == kByteSquares) {
     store_quad((device uint8_t*)codes, quad.codes, count, wide);
   } else {
     store_quad((device int8_t*)codes, quad.codes, count, wide);
   }
-  if (count > 0 && at % kByteGroup == 0) {
+  if (has_scale(at, count)) {
     *(device float*)row = quad.scale;
   }
 }
@@ -81,12 +83,6 @@ inline ByteQuad bytes_of_values(
     const float dither = slot_dither<float>(position + i, slot, key, flags);
     quad.codes[i] = byte_code(values[i], scale, dither, format);
   }
-  return quad;
-}
-
-/// What was loaded, to be stored again: when all threads of the group have its scale.
-inline ByteQuad bytes_as_they_were(ByteQuad quad) {
-  quad.scale = bits_to_float(simd_shuffle_xor(float_to_bits(quad.scale), ushort(0)));
   return quad;
 }
 

@@ -108,7 +108,7 @@ inline uint32_t format_of_slot(int slot) {
       if (keeps(slot)) {
         device const char* from = buffer_of(buffers, slot_place(step_rule, step_flags, slot));
         if (is_byte_format(format_of_slot(slot))) {
-          bytes[slot] = load_bytes(format_of_slot(slot), from, at, count, wide);
+          bytes[slot] = load_bytes(format_of_slot(slot), from, at, count, wide, lane);
           kept[slot] = values_of_bytes(format_of_slot(slot), bytes[slot]);
         } else {
           kept[slot] = load_quad_of(format_of_slot(slot), from, at, 1, count, wide);
@@ -146,9 +146,10 @@ inline uint32_t format_of_slot(int slot) {
         if (!is_byte_format(format)) {
           store_quad_of(format, to, at, kept[slot], count, wide);
         } else {
-          bytes[slot] = hyper.apply && has_slot(step_rule, flags, slot)
-              ? bytes_of_values(format, kept[slot], count, uint32_t(at), slot, hyper.key, flags)
-              : bytes_as_they_were(bytes[slot]);
+          if (hyper.apply && has_slot(step_rule, flags, slot)) { // else to the bit
+            bytes[slot] =
+                bytes_of_values(format, kept[slot], count, uint32_t(at), slot, hyper.key, flags);
+          }
           store_bytes(format, to, at, bytes[slot], count, wide);
         }
       }

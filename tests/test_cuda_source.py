@@ -214,8 +214,8 @@ def test_every_kind_of_step_compiles_and_spills_next_to_nothing(compiler, part):
         limits = [limit for name, limit in most.items() if description.startswith(name)]
         assert all(int(registers) <= limit for limit in limits), line
         if "schedules 0xffffffff" not in description:  # of which one may spill
-            # ptxas spills a register or two of a few kernels at their limit, on newer GPUs more.
-            most = {"100": 24, "120": 48}.get(capability, 8)
+            # On these ptxas spills a few registers of some kernels at their limit.
+            most = {"100": 24, "120": 40}.get(capability, 0)
             assert max(int(stack), int(spilled)) <= most, line
 
 

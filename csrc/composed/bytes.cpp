@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "composed/operators.h"
+#include "graph/layout.h"
 
 namespace mlx_fused_optim {
 
@@ -10,15 +11,13 @@ namespace {
 
 using namespace fused_math;
 
-/// In groups, one a row.
-mx::array grouped(const mx::array& x, mx::StreamOrDevice s) {
-  const int group = kByteGroup, size = static_cast<int>(x.size());
-  const auto flat = mx::reshape(x, {size}, s);
-  const int missing = (group - size % group) % group;
-  return mx::reshape(
-      missing ? mx::pad(flat, {{0, missing}}, mx::array(0, x.dtype()), "constant", s) : flat,
-      {-1, group},
-      s);
+/// In groups, one a row. Flat only where a group is not whole: int32 counts no longer axis.
+mx::array grouped(mx::array x, mx::StreamOrDevice s) {
+  constexpr int kGroup = kByteGroup;
+  if (const int rest = x.size() % kGroup) {
+    x = mx::pad(mx::flatten(x, s), {{0, kGroup - rest}}, mx::array(0, x.dtype()), "constant", s);
+  }
+  return mx::reshape(x, {-1, kGroup}, s);
 }
 
 } // namespace
@@ -78,12 +77,11 @@ mx::array of_bytes_composed(
     const auto part = (code * 0.007874015748031496f) * scale;
     value = choose(code < -127.0f, nan, part * magnitude_of(part));
   }
-  int size = 1;
-  for (auto length : shape) {
-    size *= length;
+  if (value.array.size() == element_count(shape)) {
+    return mx::reshape(value.array, shape, s);
   }
-  const auto flat = mx::reshape(value.array, {-1}, s);
-  return mx::reshape(mx::slice(flat, {0}, {size}, s), shape, s);
+  const int size = static_cast<int>(element_count(shape));
+  return mx::reshape(mx::slice(mx::flatten(value.array, s), {0}, {size}, s), shape, s);
 }
 
 } // namespace mlx_fused_optim

@@ -10,8 +10,8 @@ namespace mlx_fused_optim {
 
 namespace mx = mlx::core;
 
-/// Rows of bytes, {groups, kByteRow} of uint8, of float32 numbers: to nearest, or with 16
-/// random bits each. What is missing of the last group is zeros.
+/// Rows of bytes, {groups, kByteRow} of uint8, of float32 numbers: to nearest, or with
+/// random bits of each (fused_math::byte_dither). What is missing of the last group is zeros.
 mx::array as_bytes_composed(
     const mx::array& x,
     uint32_t format,

@@ -103,7 +103,7 @@ WORDS = """state_dtype (Dtype or str): float32, float16 or bfloat16, of what the
             Default: {state_dtype}. Not float16 for a second moment: with ``beta2`` 0.999
             one of gradients below 5e-3 stays 0, and steps are up to 30 times too large.
             ``"8bit"``: a byte each, and a float32 scale for 64 neighbours; steps are computed
-            in float32, and what they keep is within 1/127 of its group's
+            in float32, and what they keep is, to nearest, within 1/127 of its group's
             largest magnitude, mostly far closer.
         min_8bit_size (int): Tensors of fewer elements keep float32 with ``"8bit"``.
             Default: ``4096``.

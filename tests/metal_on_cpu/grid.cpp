@@ -104,8 +104,13 @@ extern "C" void metal_on_cpu_barrier(int flags) {
   swapcontext(&current->fibers[current->running].context, &current->scheduler);
 }
 
-extern "C" uint32_t metal_on_cpu_shuffle_xor(uint32_t value, uint32_t mask) {
-  if (!current || mask >= 32) {
+namespace {
+
+constexpr uint32_t kSimdThreads = 32;
+
+/// The value that the thread of this lane of the threadgroup has given.
+uint32_t shuffled(uint32_t value, uint32_t (*from)(uint32_t lane, uint32_t of), uint32_t of) {
+  if (!current || of >= kSimdThreads) {
     std::fputs("[metal_on_cpu] a shuffle beyond its SIMD group, or in no threadgroup\n", stderr);
     std::abort();
   }
@@ -115,7 +120,20 @@ extern "C" uint32_t metal_on_cpu_shuffle_xor(uint32_t value, uint32_t mask) {
   auto& values = current->shuffled[current->shuffles[lane]++ % 2];
   values[lane] = value;
   metal_on_cpu_barrier(2);
-  return values[lane ^ mask];
+  return values[from(lane, of)];
+}
+
+} // namespace
+
+extern "C" uint32_t metal_on_cpu_shuffle(uint32_t value, uint32_t lane) {
+  return shuffled(
+      value,
+      [](uint32_t own, uint32_t of) { return own / kSimdThreads * kSimdThreads + of; },
+      lane);
+}
+
+extern "C" uint32_t metal_on_cpu_shuffle_xor(uint32_t value, uint32_t mask) {
+  return shuffled(value, [](uint32_t own, uint32_t of) { return own ^ of; }, mask);
 }
 
 void run_grid(

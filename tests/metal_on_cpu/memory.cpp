@@ -10,7 +10,6 @@ namespace metal_on_cpu {
 namespace {
 
 constexpr uint32_t kMany = ~0u; // more than one reader
-constexpr uint32_t kTogether = 1u << 31; // all of a SIMD group
 
 // Looked at in each access: of a model that takes no call.
 [[gnu::tls_model("initial-exec")]] thread_local Memory* watched = nullptr;
@@ -104,19 +103,7 @@ void Memory::share(const void* begin, size_t size, const std::string& name) {
   forget_places();
 }
 
-uint32_t Memory::reader_with(uint32_t reader) const {
-  const uint32_t together = kTogether | simd_group();
-  const bool is_neighbour =
-      reader == together || (reader >= simd_group() && reader < simd_group() + kSimdThreads);
-  return reader == 0 || reader == thread_ ? thread_ : is_neighbour ? together : kMany;
-}
-
-bool Memory::is_over(uint32_t reader, uint32_t turn) const {
-  return reader != kMany && reader_with(reader) != kMany && turn < turn_;
-}
-
 void Memory::barrier() {
-  ++turn_;
   for (auto& region : regions_) {
     if (region.kind == Region::shared) {
       region.users->clear();
@@ -182,14 +169,13 @@ void Memory::check(Region& region, const char* address) {
   }
   auto* readers = &region.users->readers[at];
   auto* writers = &region.users->writers[at];
-  auto* turns = &region.users->turns[at];
   const uint32_t thread = thread_;
   uint32_t written = 0, written_by_others = 0, read = 0, read_by_others = 0; // bytes
   for (size_t i = 0; i < size; ++i) {
     written += writers[i] != 0;
     written_by_others += writers[i] != 0 && writers[i] != thread;
     read += readers[i] != 0;
-    read_by_others += readers[i] != 0 && readers[i] != thread && !is_over(readers[i], turns[i]);
+    read_by_others += readers[i] != 0 && readers[i] != thread;
   }
   if (written_by_others) {
     return report(region, address, size, "touches what another thread wrote");
@@ -204,8 +190,7 @@ void Memory::check(Region& region, const char* address) {
     if (write) {
       writers[i] = thread;
     } else {
-      readers[i] = reader_with(readers[i]);
-      turns[i] = turn_;
+      readers[i] = readers[i] == 0 || readers[i] == thread ? thread : kMany;
     }
   }
   region.traffic.read_again += write ? 0 : read;

@@ -49,12 +49,10 @@ class Memory {
   std::map<std::string, Traffic> traffic() const;
 
  private:
-  static constexpr uint32_t kSimdThreads = 32;
   struct Users { // of each byte: numbers of threads, or 0
     std::vector<uint32_t> readers, writers;
-    std::vector<uint32_t> turns; // of the readers
-    void clear() { readers.clear(), writers.clear(), turns.clear(); }
-    void resize(size_t size) { readers.resize(size), writers.resize(size), turns.resize(size); }
+    void clear() { readers.clear(), writers.clear(); }
+    void resize(size_t size) { readers.resize(size), writers.resize(size); }
   };
   struct Region {
     const char* begin = nullptr;
@@ -74,12 +72,6 @@ class Memory {
 
   Place find(const char* address);
   void forget_places() { places_.fill({}); }
-  /// The first thread of that which runs and its neighbours, whose shuffles are barriers.
-  uint32_t simd_group() const { return thread_ - (thread_ - threads_before_ - 1) % kSimdThreads; }
-  /// Who has read a byte, after the thread that runs.
-  uint32_t reader_with(uint32_t reader) const;
-  /// Whether a neighbour has read it before a shuffle, or a barrier.
-  bool is_over(uint32_t reader, uint32_t turn) const;
   template <size_t size, bool write>
   void check(Region& region, const char* address);
   void report(const Region& region, const char* address, size_t size, const std::string& what);
@@ -89,7 +81,6 @@ class Memory {
   std::map<const char*, Users> users_; // by the region's beginning
   uint32_t threads_before_ = 0; // of earlier dispatches since the barrier
   uint32_t thread_ = 0;
-  uint32_t turn_ = 0;
   uint32_t last_thread_ = 0;
   std::string error_;
 };

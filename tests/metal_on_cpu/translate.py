@@ -262,6 +262,7 @@ ALLOWED = {
     "precise::fma",
     "precise::rint",
     "precise::sqrt",
+    "simd_shuffle",
     "simd_shuffle_xor",
     "threadgroup_barrier",
     "make_float4",  # float4(...) to us
