@@ -147,7 +147,7 @@ __device__ int64_t gradient_step_of(const Tiled& tensor) {
 
 /// Whether an access to the arenas is a quad. Asked each time: what is kept in a register here
 /// spills elsewhere.
-__device__ bool has_wide_arenas(const StepCommon& common, const Tiled& tensor) {
+__device__ bool has_wide_arenas(const StepCommon& common, const Matrix& tensor) {
   return (common.aligned >> tensor.arena & 1) && (tensor.wide & kWideArenas);
 }
 
@@ -392,9 +392,11 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
 
 // ---- Transposed gradients -----------------------------------------------------------
 
-/// Blocks of a multiprocessor: as above, but a thread has two quads of everything.
+/// Blocks of a multiprocessor: as above, but a thread has two quads of everything. Rounding at
+/// random takes a register more.
 template <typename K>
-constexpr uint32_t kTurnedBlocks = StepKnown<K>::words() <= 12 ? 2 : 1;
+constexpr uint32_t kTurnedBlocks =
+    StepKnown<K>::words() + (K::kFlags & kStochastic ? 1 : 0) <= 12 ? 2 : 1;
 
 /// A square of the gradient, read along its rows and used along the parameter's. One more
 /// column spreads a column of the square over the banks of shared memory.
@@ -408,7 +410,6 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
   __shared__ StepHyper shared;
   const Turned& tensor = find_tensor(launch);
   const StepArena& arena = launch.common.arenas[tensor.arena];
-  const bool aligned = launch.common.aligned >> tensor.arena & 1;
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
   const uint32_t along = threadIdx.x % kPerLine * kQuad;
   const uint32_t line = threadIdx.x / kPerLine;
@@ -439,7 +440,7 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
     const uint32_t j = line + k * kLines;
     if (row + j < rows && column + along < columns) {
       const uint64_t at = offset_of(tensor) + (row + j) * columns + column + along;
-      if (aligned) {
+      if (has_wide_arenas(launch.common, tensor)) {
         load<Known, true>(quads[k], arena, tensor, at, kQuad);
       } else {
         load<Known, false>(quads[k], arena, tensor, at, kQuad);
@@ -473,7 +474,7 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
       if (hyper.apply) { // else what was loaded is stored, to the bit
         update<Known>(quads[k], gradients, static_cast<uint32_t>(at), hyper, tensor);
       }
-      if (inside && aligned) {
+      if (inside && has_wide_arenas(launch.common, tensor)) {
         store<Known, true>(quads[k], arena, at, kQuad);
       } else if (inside) {
         store<Known, false>(quads[k], arena, at, kQuad);
