@@ -734,10 +734,23 @@ def test_what_is_not_finite_spoils_itself(rule, bad):
         assert not np.isinf(numbers[key]).any()
 
 
+def coded_by_somebody_else(optimizer):
+    """Scales of twice the size, which no coding of ours gives: coding anew would show."""
+    for entry in optimizer.state["arenas"].values():
+        for slot in entry.keys() - {"table"}:
+            for number, arena in enumerate(entry[slot]):
+                if arena.dtype == mx.uint8:
+                    rows = np.array(arena)
+                    scales = np.ascontiguousarray(rows[:, :4]).view(np.float32) * 2
+                    rows[:, :4] = scales.view(np.uint8)
+                    entry[slot][number] = mx.array(rows)
+
+
 @every_rule
 def test_a_skipped_step_leaves_every_byte(rule):
     optimizer = make(rule, min_8bit_size=0, skip_nonfinite=True, rounding="stochastic")
     parameters = stepped(optimizer, 2)
+    coded_by_somebody_else(optimizer)
     before = bits_of(optimizer)
     gradients = tree(5)
     gradients["b"] = mx.where(mx.arange(33) == 4, mx.inf, gradients["b"])
