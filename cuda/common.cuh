@@ -20,6 +20,8 @@ struct bfloat16 {
 };
 struct bytes; // rows of csrc/math/bytes.h
 
+constexpr uint32_t kLeastUsual = 0x0d000000u; // 2^-101, as bits
+
 #ifdef __CUDACC__ // else tests/cuda/emulation.h has them
 __device__ inline float float_of_half(uint16_t bits) {
   float x;
@@ -36,6 +38,14 @@ __device__ inline uint32_t bfloat16_pair(float x, float y) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
   return pair;
+}
+/// The root, rounded to nearest, of what is finite and at least kLeastUsual: as the compiler has
+/// it, without its question for each.
+__device__ inline float root_of_usual(float x) {
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float root = x * inverse;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * inverse, root);
 }
 #endif
 

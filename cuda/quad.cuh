@@ -178,16 +178,31 @@ __device__ inline void store(
   }
 }
 
+// Bytes become numbers, and back, as the end of 2^23: conversions are as slow as roots.
+__device__ inline float number_of_byte(uint32_t word, uint32_t k) {
+  return fused_math::bits_to_float(__byte_perm(word, 0x4b000000u, 0x7440 | k)) - 8388608.0f;
+}
+__device__ inline float number_of_signed_byte(uint32_t word, uint32_t k) {
+  return number_of_byte(word ^ 0x80808080u, k) - 128.0f;
+}
+/// Of numbers to which integer_base() is added.
+__device__ inline uint32_t word_of_bytes(const float (&based)[kQuad]) {
+  uint32_t bits[kQuad];
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    bits[k] = fused_math::float_to_bits(based[k]);
+  }
+  return __byte_perm(
+      __byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+}
+
 __device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[kQuad]) {
   auto& words = quad.words;
   if (is_byte_format(format)) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      // As the end of 2^23, which takes no conversion: these are as slow as a root.
-      const bool is_unsigned = format == kByteSquares;
-      const uint32_t byte = (words[0] ^ (is_unsigned ? 0 : 0x80808080u)) >> 8 * k & 0xff;
       const float code =
-          fused_math::bits_to_float(0x4b000000u | byte) - (is_unsigned ? 8388608.0f : 8388736.0f);
+          format == kByteSquares ? number_of_byte(words[0], k) : number_of_signed_byte(words[0], k);
       values[k] = fused_math::byte_value(code, fused_math::bits_to_float(words[1]), format);
     }
   } else if (format == kFloat32) {
@@ -204,7 +219,7 @@ __device__ inline void widen(const Quad& quad, uint32_t format, float (&values)[
   } else if (format == kInt8) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      values[k] = static_cast<float>(static_cast<int8_t>(words[0] >> 8 * k));
+      values[k] = number_of_signed_byte(words[0], k);
     }
   } else {
 #pragma unroll
@@ -226,11 +241,12 @@ __device__ inline void narrow(const float (&values)[kQuad], uint32_t format, Qua
     return;
   }
   if (format == kInt8) {
-    words[0] = 0;
+    float based[kQuad];
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      words[0] |= (static_cast<uint32_t>(static_cast<int32_t>(values[k])) & 0xff) << 8 * k;
+      based[k] = values[k] + fused_math::integer_base();
     }
+    words[0] = word_of_bytes(based);
     return;
   }
 #pragma unroll
@@ -268,7 +284,8 @@ __device__ inline void round_and_narrow(float (&values)[kQuad], uint32_t format,
   narrow(values, format, quad); // which rounds to float16
 }
 
-/// To codes, with the scale of the group, whose 16 threads all come here.
+/// To codes, with the scale of the group, whose 16 threads all come here. Where nothing of a quad
+/// is an exception, none is looked for in each element.
 __device__ inline void narrow_to_bytes(
     uint32_t format,
     const float (&values)[kQuad],
@@ -277,25 +294,49 @@ __device__ inline void narrow_to_bytes(
     int slot,
     fused_math::RandomKey key,
     uint32_t flags) {
-  uint32_t peak = 0;
+  const bool is_squares = format == kByteSquares;
+  uint32_t bits[kQuad];
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
-    peak = max(peak, fused_math::byte_peak(values[k], format));
+    bits[k] = fused_math::float_to_bits(values[k]) & (is_squares ? ~0u : 0x7fffffffu);
+  }
+  uint32_t peak = max(max(bits[0], bits[1]), max(bits[2], bits[3]));
+  const uint32_t least = min(min(bits[0], bits[1]), min(bits[2], bits[3]));
+  const bool is_usual = least >= kLeastUsual && peak < 0x7f800000u;
+  if (!is_usual) {
+    peak = 0;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      peak = max(peak, fused_math::byte_peak(values[k], format));
+    }
   }
 #pragma unroll
   for (uint32_t mask = 1; mask < kByteGroup / kQuad; mask *= 2) {
     peak = max(peak, __shfl_xor_sync(~0u, peak, mask));
   }
-  const fused_math::ByteScale scale = fused_math::byte_scale(peak, format);
-  quad = {{0, fused_math::float_to_bits(scale.scale), 0, 0}};
+  const fused_math::ByteScale scale = peak >= kLeastUsual
+      ? fused_math::byte_scale_of(root_of_usual(fused_math::bits_to_float(peak)), format)
+      : fused_math::byte_scale(peak, format);
+  float codes[kQuad];
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
-    const float dither = fused_math::slot_dither<float>(position + k, slot, key, flags);
-    const float code = fused_math::byte_code(values[k], scale, dither, format);
-    // The integer's low byte, as above.
-    const uint32_t bits = fused_math::float_to_bits(code + fused_math::integer_base());
-    quad.words[0] |= (bits & 0xff) << 8 * k;
+    codes[k] = fused_math::slot_dither<float>(position + k, slot, key, flags);
   }
+  if (is_usual) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      // The rule has the root of a square.
+      const float root = is_squares ? fused_math::root(values[k])
+                                    : root_of_usual(fused_math::magnitude_of(values[k]));
+      codes[k] = fused_math::usual_byte_code(values[k], root, scale, codes[k], format);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      codes[k] = fused_math::byte_code(values[k], scale, codes[k], format);
+    }
+  }
+  quad = {{word_of_bytes(codes), fused_math::float_to_bits(scale.scale), 0, 0}};
 }
 
 } // namespace

@@ -59,10 +59,23 @@ struct StepKnown {
   static constexpr bool kRoundsToHalf =
       (kMay & kStochastic) && (kFormat == kFloat16 || kStateFormat == kFloat16);
   static constexpr uint32_t kInFlight = words() <= 12 && !kRoundsToHalf ? 2 : 1;
+  static constexpr uint32_t kPasses = passes_of(kHasBytes);
+};
+
+/// As BiasesInTurn, for a warp: neighbours take one each.
+struct BiasesOfLanes {
+  Real of[2];
+  __device__ static BiasesOfLanes at(Real first, Real second, uint64_t t) {
+    const Real own = bias_of(threadIdx.x % 2 ? second : first, t);
+    auto from = [&](int lane) -> Real {
+      return {__shfl_sync(~0u, own.hi, lane), __shfl_sync(~0u, own.lo, lane)};
+    };
+    return {{from(0), from(1)}};
+  }
 };
 
 /// A warp computes the numbers of the step, for this block's tensor: a lane each scalar,
-/// which may be a schedule's. None may be used before the next barrier.
+/// which may be a schedule's, then all lanes the rest. None may be used before the next barrier.
 template <typename Known>
 __device__ void compute_numbers(
     const StepCommon& common,
@@ -83,16 +96,11 @@ __device__ void compute_numbers(
     }
   }
   __syncwarp();
-  if (threadIdx.x != 0) {
-    return;
-  }
   const uint32_t flags = is_generic(Known::kMay) ? control.flags : Known::kMay;
-  StepHyper hyper = step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
+  StepHyper hyper =
+      step_hyper_of<BiasesOfLanes>(control, Known::kRule, flags, step, scalars, common.measured);
   hyper.key = random_key(control.seed, step, arena.place);
-  if (common.step_out && blockIdx.x == 0) {
-    *common.step_out = step + hyper.apply;
-  }
-  shared = step_tensor_hyper(
+  const StepHyper own = step_tensor_hyper<BiasesOfLanes>(
       control,
       hyper,
       Known::kRule,
@@ -100,6 +108,12 @@ __device__ void compute_numbers(
       (tensor.flags & Known::kMay) | Known::kHas,
       common.groups + uint64_t(tensor.group) * kGroupNumbers,
       common.measured + kMeasuredTensors + uint64_t(tensor.number) * 2);
+  if (threadIdx.x == 0) {
+    shared = own;
+    if (common.step_out && blockIdx.x == 0) {
+      *common.step_out = step + hyper.apply;
+    }
+  }
 }
 
 __device__ uint64_t offset_of(const Tensor& tensor) { return uint64_t(tensor.place) * kPlace; }
@@ -138,8 +152,6 @@ struct Way {
   uint32_t rest; // elements of each of the others
 };
 
-/// Rows that a block has at a time, and from a quad of a thread to its next.
-constexpr uint32_t kPassRows = kThreads / kTileLanes;
 __device__ uint64_t step_of(const Tiled& tensor) { return uint64_t(kPassRows) * tensor.columns; }
 __device__ int64_t gradient_step_of(const Tiled& tensor) {
   return int64_t(kPassRows) * tensor.row_stride;
@@ -151,11 +163,12 @@ __device__ bool has_wide_arenas(const StepCommon& common, const Matrix& tensor) 
   return (common.aligned >> tensor.arena & 1) && (tensor.wide & kWideArenas);
 }
 
+template <uint32_t passes>
 __device__ Way find_way(const Tiled& tensor) {
   const uint32_t block = blockIdx.x - tensor.first_block;
   const uint32_t tiles = (tensor.columns + kTileColumns - 1) / kTileColumns;
   const uint32_t column = block % tiles * kTileColumns + threadIdx.x % kTileLanes * kQuad;
-  const uint64_t row = uint64_t(block / tiles) * kTileRows + threadIdx.x / kTileLanes;
+  const uint64_t row = uint64_t(block / tiles) * (kPassRows * passes) + threadIdx.x / kTileLanes;
   const uint64_t first = row * tensor.columns + column;
   Way way = {
       offset_of(tensor) + first,
@@ -165,8 +178,7 @@ __device__ Way find_way(const Tiled& tensor) {
       0};
   if (column < tensor.columns) {
     const uint32_t width = min(kQuad, tensor.columns - column);
-    for (uint64_t next = first; way.quads < kPasses && next < tensor.size;
-         next += step_of(tensor)) {
+    for (uint64_t next = first; way.quads < passes && next < tensor.size; next += step_of(tensor)) {
       const uint64_t left = tensor.size - next;
       way.rest = left < width ? uint32_t(left) : width;
       ++way.quads;
@@ -318,9 +330,9 @@ __device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
   const StepArena& arena = launch.common.arenas[tensor.arena];
   compute_numbers<Known>(launch.common, arena, tensor, shared);
   const uint32_t format = format_of<Known::kGradients>(tensor.gradient_type);
-  Way way = find_way(tensor);
+  Way way = find_way<Known::kPasses>(tensor);
   bool is_first = true;
-  uint32_t turns = kPasses / kInFlight; // with bytes all threads take all of them
+  uint32_t turns = Known::kPasses / kInFlight; // with bytes all threads take all of them
 #pragma unroll 1
   do {
     Quads quads[kInFlight];

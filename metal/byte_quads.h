@@ -81,7 +81,7 @@ inline ByteQuad bytes_of_values(
   ByteQuad quad = {float4(0.0f), scale.scale};
   UNROLLED for (uint32_t i = 0; i < kQuad; ++i) {
     const float dither = slot_dither<float>(position + i, slot, key, flags);
-    quad.codes[i] = byte_code(values[i], scale, dither, format);
+    quad.codes[i] = byte_code(values[i], scale, dither, format) - integer_base();
   }
   return quad;
 }

@@ -61,7 +61,7 @@ void write_group(
   }
   memcpy(row, &scale.scale, sizeof(scale.scale));
   for (size_t i = 0; i < kByteGroup; ++i) {
-    row[kByteScale + i] = uint8_t(int32_t(values[i]));
+    row[kByteScale + i] = uint8_t(fused_math::float_to_bits(values[i]));
   }
 }
 

@@ -104,7 +104,8 @@ bool Batches::add(
   }
   const bool wide_gradient =
       aligned && m.column_stride == 1 && m.columns % kQuad == 0 && m.row_stride % kQuad == 0;
-  const uint64_t tiles = divide_up(m.rows, kTileRows) * divide_up(m.columns, kTileColumns);
+  const uint64_t tiles =
+      divide_up(m.rows, tile_rows(has_bytes_)) * divide_up(m.columns, kTileColumns);
   add_matrix(
       tiled,
       tensor,

@@ -25,14 +25,17 @@ constexpr uint32_t kThreads = 256;
 /// A thread updates this many neighbours at a time, several times: a block costs a
 /// search of the table and the numbers of the step, so it should have work to do.
 constexpr uint32_t kQuad = 4;
-constexpr uint32_t kPasses = 4;
-constexpr uint32_t kTile = kThreads * kQuad * kPasses; // elements of a block
+/// More where an element takes long: where moments are bytes.
+constexpr uint32_t passes_of(bool has_bytes) { return has_bytes ? 8 : 4; }
+constexpr uint32_t kTile = kThreads * kQuad * passes_of(false); // elements of a block
 
 /// A gradient that is a matrix is read in tiles of this many columns: sectors are used
 /// whole along its rows and the parameter's.
 constexpr uint32_t kTileColumns = 16;
 constexpr uint32_t kTileLanes = kTileColumns / kQuad; // threads for a row of a tile
-constexpr uint32_t kTileRows = kThreads / kTileLanes * kPasses;
+/// Rows that a block has at a time, and from a quad of a thread to its next.
+constexpr uint32_t kPassRows = kThreads / kTileLanes;
+constexpr uint32_t tile_rows(bool has_bytes) { return kPassRows * passes_of(has_bytes); }
 
 /// That of `x @ W.T` is transposed, and turned in squares of this side, in elements.
 constexpr uint32_t kSquare = 64;

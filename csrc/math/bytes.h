@@ -43,14 +43,17 @@ struct ByteScale {
   float coder; // the largest code / scale
 };
 
+/// Of a group that is not zeros, from the root of its largest magnitude.
+MATH_FN ByteScale byte_scale_of(float root, uint32_t format) {
+  return {root, divide_float(format == kByteSquares ? 254.0f : 127.0f, root)};
+}
+
 /// A group of less than 2^-110 is zeros, as its smallest codes would be subnormal numbers, which
 /// a GPU may take for 0.
 MATH_FN ByteScale byte_scale(uint32_t peak, uint32_t format) {
   const float largest = bits_to_float(peak);
-  const float scale = sqrt_float(largest);
-  return largest < 7.703719777548943e-34f
-      ? ByteScale{0.0f, 0.0f}
-      : ByteScale{scale, divide_float(format == kByteSquares ? 254.0f : 127.0f, scale)};
+  return largest < 7.703719777548943e-34f ? ByteScale{0.0f, 0.0f}
+                                          : byte_scale_of(sqrt_float(largest), format);
 }
 
 /// 15 random bits as a number between -0.5 and 0.5, both apart: added before a code is rounded,
@@ -69,25 +72,35 @@ MATH_FN T at_most(T size, float most) {
   return choose(size > most, T() + most, size);
 }
 
-/// The code of an element, an integer; `dither` is 0 to round to nearest even.
+/// integer_base() and the code of an element that is normal and finite, and if it is a square
+/// above 0, in a group that is not zeros. `root` is that of its magnitude; `dither` is 0 to round
+/// to nearest even.
+template <typename T>
+MATH_FN T usual_byte_code(T x, T root, ByteScale scale, T dither, uint32_t format) {
+  if (format == kByteSquares) {
+    const T code = (at_most(root * scale.coder, 254.0f) + dither) + integer_base();
+    const T least = T() + (integer_base() + 1.0f);
+    return choose(code > least, code, least);
+  }
+  const T size = at_most(root * scale.coder, 127.0f);
+  const T exact = Bits<T>::to(Bits<T>::of(size) | (Bits<T>::of(x) & 0x80000000u));
+  return (exact + dither) + integer_base();
+}
+
+/// Likewise, of any element.
 template <typename T>
 MATH_FN T byte_code(T x, ByteScale scale, T dither, uint32_t format) {
   using U = typename Bits<T>::type;
-  const U bits = Bits<T>::of(x);
-  const U magnitude = bits & 0x7fffffffu;
-  const T zero = T();
+  const U magnitude = Bits<T>::of(x) & 0x7fffffffu;
+  const T zero = T() + integer_base();
   const auto is_normal = magnitude >= 0x00800000u; // as a GPU may take what is not for 0
   if (format == kByteSquares) { // whose root the rule has, too
-    const T size = choose(is_normal, root(x) * scale.coder, zero);
-    const T code = ((at_most(size, 254.0f) + dither) + integer_base()) - integer_base();
-    const T least = choose(is_normal & (zero + scale.coder > zero), zero + 1.0f, zero);
-    const T nearest = choose(code > least, code, least);
-    return choose((x >= zero) & (magnitude < 0x7f800000u), nearest, zero + 255.0f);
+    const T usual = usual_byte_code(x, root(x), scale, dither, format);
+    const T code = choose(is_normal & (T() + scale.coder > T()), usual, zero);
+    return choose((x >= T()) & (magnitude < 0x7f800000u), code, zero + 255.0f);
   }
-  const T size = choose(is_normal, root(Bits<T>::to(magnitude)) * scale.coder, zero);
-  const T exact = Bits<T>::to(Bits<T>::of(at_most(size, 127.0f)) | (bits & 0x80000000u));
-  const T code = ((exact + dither) + integer_base()) - integer_base();
-  return choose(magnitude < 0x7f800000u, code, zero - 128.0f);
+  const T usual = usual_byte_code(x, root(Bits<T>::to(magnitude)), scale, dither, format);
+  return choose(magnitude < 0x7f800000u, choose(is_normal, usual, zero), zero - 128.0f);
 }
 
 template <typename T>

@@ -264,16 +264,25 @@ MATH_FN Real bias_of(Real factor, uint64_t t) {
   return exponential_weight(multiply(log2, real_from_integer(t))).rest;
 }
 
+/// 1 - factor^t of both factors, one after the other. Threads of a GPU may share them.
+struct BiasesInTurn {
+  Real of[2];
+  MATH_MEMBER BiasesInTurn at(Real first, Real second, uint64_t t) {
+    return {{bias_of(first, t), bias_of(second, t)}};
+  }
+};
+
 /// The two numbers of a bias correction at update `t`, counted from 1. `low` are the second
 /// parts of the factors.
+template <typename Biases>
 MATH_FN RuleNumbers<float> bias_corrected(
     RuleNumbers<float> n,
     float low0,
     float low1,
     uint64_t t) {
-  const Real first = bias_of({n.scalar[0], low0}, t), second = bias_of({n.scalar[1], low1}, t);
-  n.corrected_rate = divide({n.learning_rate, 0.0f}, first).hi;
-  n.corrected_root = reciprocal_root(second).hi;
+  const Biases biases = Biases::at({n.scalar[0], low0}, {n.scalar[1], low1}, t);
+  n.corrected_rate = divide({n.learning_rate, 0.0f}, biases.of[0]).hi;
+  n.corrected_root = reciprocal_root(biases.of[1]).hi;
   return n;
 }
 
@@ -284,7 +293,7 @@ MATH_FN float low_part(MATH_CONSTANT StepControl& control, int i) {
 
 /// The numbers of a step but for those of a tensor, of its scalars. `measured` is
 /// read only with kMeasuredFlags.
-template <typename Measured>
+template <typename Biases = BiasesInTurn, typename Measured>
 MATH_FN StepHyper step_hyper_of(
     MATH_CONSTANT StepControl& control,
     uint32_t rule,
@@ -301,7 +310,7 @@ MATH_FN StepHyper step_hyper_of(
         is_constant(control, kFirstRuleScalar + i) ? control.rest[i] : 1.0f - scalar;
   }
   if (Rules::is_bias_corrected(rule, flags)) {
-    hyper.rule = bias_corrected(
+    hyper.rule = bias_corrected<Biases>(
         hyper.rule,
         low_part(control, kFirstRuleScalar),
         low_part(control, kFirstRuleScalar + 1),
@@ -329,7 +338,7 @@ step_hyper(MATH_CONSTANT StepControl& control, uint64_t step, Given given, Measu
 /// The numbers of one tensor. `flags` are the tensor's own. `group` is its row of
 /// StepGroup (read with kGroups), `norms` the norms of its gradient and its parameter (read
 /// with kTrustRatio).
-template <typename Group, typename Norms>
+template <typename Biases = BiasesInTurn, typename Group, typename Norms>
 MATH_FN StepHyper step_tensor_hyper(
     MATH_CONSTANT StepControl& control,
     StepHyper hyper,
@@ -351,7 +360,7 @@ MATH_FN StepHyper step_tensor_hyper(
       n.rest[i] = times * n.rest[i] + group[kFirstScalarPlusRest + at];
     }
     if (Rules::is_bias_corrected(rule, flags)) {
-      n = bias_corrected(n, low[0], low[1], step + 1);
+      n = bias_corrected<Biases>(n, low[0], low[1], step + 1);
     }
     hyper.rule = n;
     hyper.weight_decay = group[kWeightDecayTimes] * hyper.weight_decay + group[kWeightDecayPlus];

@@ -180,8 +180,8 @@ void read_back(const Batches& batches, Checker& checker) {
   for (auto& batch : batches.tiled) {
     for_each_block(*batch, [&](const Tiled& t, uint64_t tile) {
       const uint64_t across = divide_up(t.columns, kTileColumns);
-      const uint64_t row = tile / across * kTileRows, column = tile % across * kTileColumns;
-      for (uint64_t r = row; r < row + kTileRows; ++r) {
+      const uint64_t row = tile / across * tile_rows(false), column = tile % across * kTileColumns;
+      for (uint64_t r = row; r < row + tile_rows(false); ++r) {
         for (uint64_t c = column; c < column + kTileColumns && c < t.columns; ++c) {
           const uint64_t i = r * t.columns + c;
           if (i < t.size) {

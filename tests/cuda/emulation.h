@@ -55,6 +55,17 @@ inline uint32_t bfloat16_pair(float x, float y) {
   return half(x) | half(y) << 16;
 }
 
+inline float root_of_usual(float x) { return fused_math::sqrt_float(x); }
+/// Four of the eight bytes of both words.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t chosen) {
+  const uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t word = 0;
+  for (int k = 0; k < 4; ++k) {
+    word |= uint32_t(both >> 8 * (chosen >> 4 * k & 7) & 0xff) << 8 * k;
+  }
+  return word;
+}
+
 template <typename T>
 T __ldca(const T* from) {
   return *from;
@@ -188,4 +199,8 @@ T __shfl_down_sync(uint32_t, T value, uint32_t distance) {
 template <typename T>
 T __shfl_xor_sync(uint32_t, T value, uint32_t mask) {
   return emulation::shuffle(value, threadIdx.x % 32 ^ mask);
+}
+template <typename T>
+T __shfl_sync(uint32_t, T value, uint32_t lane) {
+  return emulation::shuffle(value, lane);
 }

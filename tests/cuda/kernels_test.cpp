@@ -98,7 +98,7 @@ void set_row(
   char* row = rows.data() + at / kByteGroup * kByteRow;
   std::memcpy(row, &scale.scale, kByteScale);
   for (size_t i = 0; i < count; ++i) {
-    const float code = byte_code(values[i], scale, dither(at + i), format);
+    const float code = byte_code(values[i], scale, dither(at + i), format) - integer_base();
     row[kByteScale + i] = static_cast<char>(static_cast<int>(code));
   }
 }
