@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -29,13 +30,17 @@ MOST = {"float32": 2e-2, "bfloat16": 0.25}
 SLOW = 1 << 18  # elements of a matrix that NumPy should not be asked about
 
 
-def shapes_of(name: str, layers: int, width: int) -> list[tuple[int, int]]:
+Shapes = tuple[tuple[int, int], ...]
+
+
+def shapes_of(name: str, layers: int, width: int) -> Shapes:
     if name == "lora":
-        return [(1024, 8), (8, 1024)] * 64
-    return [*[(width, width)] * 4, (4 * width, width), (width, 4 * width)] * layers
+        return ((1024, 8), (8, 1024)) * 64
+    return (*((width, width),) * 4, (4 * width, width), (width, 4 * width)) * layers
 
 
-def values(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
+@cache
+def values(shapes: Shapes, seed: int) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
     return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
@@ -43,7 +48,7 @@ def values(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
 class OfMlx:
     """An optimizer with the interface of mlx.optimizers."""
 
-    def __init__(self, optimizer: Any, shapes: list[tuple[int, int]], compiled: bool):
+    def __init__(self, optimizer: Any, shapes: Shapes, compiled: bool):
         self.parameters, self.gradients = (
             {"w": [mx.array(a) for a in values(shapes, seed)]} for seed in (1, 2)
         )
@@ -63,7 +68,7 @@ class OfMlx:
 
 
 class OfTorch:
-    def __init__(self, shapes: list[tuple[int, int]], device: str):
+    def __init__(self, shapes: Shapes, device: str):
         import torch
 
         self.parameters = [
@@ -109,7 +114,7 @@ def candidates(device: str) -> dict[str, Callable[[Any], Any]]:
     return made
 
 
-def verify(name: str, candidate: Any, shapes: list[tuple[int, int]]) -> None:
+def verify(name: str, candidate: Any, shapes: Shapes) -> None:
     """The first step, of some matrices."""
     candidate.step()
     most = MOST["bfloat16" if "bfloat16" in name else "float32"]

@@ -16,14 +16,15 @@ include(cuda/source.cmake)
 add_library(mlx_fused_optim_cuda SHARED
   csrc/cuda/batches.cpp csrc/cuda/compiler.cpp csrc/cuda/disk_cache.cpp csrc/cuda/encoding.cpp
   csrc/cuda/kernels.cpp csrc/cuda/measure.cpp csrc/cuda/measure_batches.cpp csrc/cuda/memory.cpp
-  csrc/cuda/packing.cpp csrc/cuda/schedule.cpp csrc/cuda/step.cpp csrc/cuda/variants.cpp)
+  csrc/cuda/pace.cpp csrc/cuda/packing.cpp csrc/cuda/schedule.cpp csrc/cuda/step.cpp csrc/cuda/variants.cpp)
 target_include_directories(mlx_fused_optim_cuda PRIVATE csrc csrc/cuda/include ${cuda_source_dir})
 target_compile_options(mlx_fused_optim_cuda PRIVATE -Wall -Wextra)
 # libmlx brings the driver and NVRTC with it where it has CUDA; a libmlx without CUDA, like the
 # one of most build machines, lacks symbols that resolve elsewhere.
 target_link_libraries(mlx_fused_optim_cuda PRIVATE mlx)
 set_source_files_properties(
-  csrc/cuda/encoding.cpp csrc/cuda/measure.cpp csrc/cuda/memory.cpp csrc/cuda/schedule.cpp csrc/cuda/step.cpp
+  csrc/cuda/encoding.cpp csrc/cuda/measure.cpp csrc/cuda/memory.cpp csrc/cuda/pace.cpp
+  csrc/cuda/schedule.cpp csrc/cuda/step.cpp
   PROPERTIES UNITY_GROUP mlx) # see CMakeLists.txt
 set_source_files_properties(
   csrc/cuda/batches.cpp csrc/cuda/disk_cache.cpp csrc/cuda/kernels.cpp csrc/cuda/measure_batches.cpp

@@ -253,6 +253,25 @@ def test_an_arena_bounds_a_batch():
     assert max(len(b.tensors) for b in batches) == 4  # a sixteenth of 256 MiB
 
 
+@pytest.mark.skipif(mx.default_device() == mx.cpu, reason="nothing is launched ahead on a CPU")
+def test_a_gpu_does_not_have_the_products_of_all_batches_at_once():
+    """Launched ahead without end, they would be 15 of half the size of all directions."""
+    parameters = {"w": [mx.random.normal((1024, 1024)) for _ in range(64)]}
+    gradients = {"w": [mx.random.normal((1024, 1024)) for _ in range(64)]}
+    optimizer = optim.Muon(0.1, ns_dtype=mx.bfloat16)
+    optimizer.init(parameters)
+    mx.eval(parameters, gradients, optimizer.state)
+    for _ in range(3):
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+    size = 4 * 64 * 1024 * 1024
+    # Directions and updates, and what two or three batches of 16 have under way.
+    assert mx.get_peak_memory() - before < 4 * size
+
+
 @pytest.mark.parametrize("large", [1, 1 << 20])
 def test_batches_that_wait_for_each_other(monkeypatch, large):
     """The numbers are the same, and large batches are no earlier than their turn."""

@@ -14,6 +14,7 @@ from bits import DTYPES, of_mlx
 from conformance import LAYOUTS
 from full_references import measured_float32
 from full_step import Full, first_state, full_step
+from mlx_fused_optim import _ext
 
 BOUND = 1e-6  # relative; csrc/math/norm.h derives 7.5e-7
 NORM = Full(clip_norm=1.0)
@@ -54,6 +55,24 @@ def test_error_by_size(size, dtype):
     values = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     gradient = mx.array(values).astype(DTYPES[dtype])
     assert_close(norm(gradient), exact(np.array(gradient.astype(mx.float32))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_norms_of_tensors(count, dtype):
+    """Each has its own, in their order; of any size, magnitude and layout."""
+    random = np.random.default_rng(count)
+    sizes = (3, 2049, 0, 5000)
+    scales = (1.0, 1e-30, 1e30, 1e-3) if dtype != "float16" else (1.0, 1e-3, 1e3, 1e-2)
+    tensors = []
+    for i in range(count):
+        values = random.standard_normal((sizes[i % 4], 7)) * scales[i % 3]
+        tensors.append(mx.array(values.astype(np.float32)).astype(DTYPES[dtype]))
+        tensors[-1] = tensors[-1].T if i % 2 else tensors[-1]
+    norms = np.array(_ext.norms(tensors))
+    assert norms.shape == (count,) and norms.dtype == np.float32
+    for got, tensor in zip(norms, tensors, strict=True):
+        assert_close(float(got), exact(np.array(tensor.astype(mx.float32))))
 
 
 def long_gradient(size: int, dtype: mx.Dtype) -> tuple[mx.array, float]:

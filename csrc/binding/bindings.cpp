@@ -15,6 +15,7 @@
 #include "composed/bytes.h"
 #include "composed/switch.h"
 #include "graph/errors.h"
+#include "graph/measure.h"
 #include "graph/step.h"
 #include "graph/tracing.h"
 
@@ -286,15 +287,21 @@ NB_MODULE(_ext, m) {
       "Whether arrays depend on an input of a function that is being compiled or vectorised.");
   m.def(
       "arena_view",
-      [](const mx::array& arena, std::vector<int> lengths, size_t offset, mx::StreamOrDevice s) {
-        return arena_tensor(arena, mx::Shape(lengths.begin(), lengths.end()), offset, s);
+      [](const mx::array& arena,
+         std::vector<int> lengths,
+         size_t offset,
+         bool paced,
+         mx::StreamOrDevice s) {
+        return arena_tensor(arena, mx::Shape(lengths.begin(), lengths.end()), offset, s, paced);
       },
       "arena"_a,
       "shape"_a,
       "offset"_a,
       nb::kw_only(),
+      "paced"_a = false,
       "stream"_a = nb::none(),
-      "A tensor of a flat arena, without a copy.");
+      "A tensor of a flat arena, without a copy. ``paced`` is for the beginning of a round: see\n"
+      "csrc/graph/view.h.");
 
   m.def(
       "arena_views",
@@ -471,6 +478,16 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       "[measured, steps skipped], for a step of parts of this tree.");
+
+  m.def(
+      "norms",
+      [](const std::vector<mx::array>& tensors, mx::StreamOrDevice s) {
+        return norms_of(tensors, mx::to_stream(s));
+      },
+      "tensors"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "The norm of each of at least one tensor, in float32.");
 
   nb::class_<PreparedStep>(
       m, "PreparedStep", "A step that is taken again: see csrc/binding/prepared.h.")

@@ -41,6 +41,8 @@ struct Backend {
       const mx::array& steps,
       mx::array& rates,
       mx::Stream stream);
+
+  void (*pace)(mx::Stream stream); // see graph/view.h
 };
 
 /// The backend, loaded at the first call. Throws std::runtime_error, with the

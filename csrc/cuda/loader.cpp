@@ -6,6 +6,7 @@
 
 #include "cuda/backend.h"
 #include "graph/donation.h"
+#include "graph/view.h"
 
 namespace mlx_fused_optim {
 
@@ -71,5 +72,7 @@ void MeasureGradients::eval_gpu(
 void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {
   cuda::backend().evaluate_schedule(schedule_, inputs[0], output, stream());
 }
+
+void pace(mx::Stream stream) { cuda::backend().pace(stream); }
 
 } // namespace mlx_fused_optim

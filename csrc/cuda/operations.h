@@ -12,5 +12,6 @@ void evaluate_schedule(
     const mx::array& steps,
     mx::array& rates,
     mx::Stream stream);
+void pace(mx::Stream stream);
 
 } // namespace mlx_fused_optim::cuda

@@ -207,7 +207,7 @@ void step(const Step& step) {
   start_if_idle(encoder);
 }
 
-constexpr Backend kBackend = {step, measure, evaluate_schedule};
+constexpr Backend kBackend = {step, measure, evaluate_schedule, pace};
 
 extern "C" __attribute__((visibility("default"))) const Backend* mlx_fused_optim_cuda_backend() {
   return &kBackend;

@@ -150,6 +150,26 @@ std::vector<mx::array> measure_composed(
   return {mx::stack(measured, 0, s), skipped};
 }
 
+mx::array norms_of(const std::vector<mx::array>& tensors, mx::Stream s) {
+  // Measured as gradients and parameters by turns, since the norms of a pair lie together.
+  MeasurePlan plan{{}, (tensors.size() + 1) / 2, true};
+  plan.control.flags = kTrustRatio;
+  std::vector<mx::array> inputs;
+  for (size_t first : {0, 1}) {
+    for (size_t i = first; i < 2 * plan.gradient_count; i += 2) {
+      inputs.push_back(i < tensors.size() ? tensors[i] : mx::array(0.0f));
+    }
+  }
+  inputs.push_back(mx::array(uint64_t(0), mx::uint64));
+  inputs.push_back(mx::array(uint64_t(0), mx::uint64));
+  constexpr int kFirst = kMeasuredTensors;
+  return mx::slice(
+      measure_gradients(plan, inputs, s)[0],
+      {kFirst},
+      {kFirst + static_cast<int>(tensors.size())},
+      s);
+}
+
 std::vector<mx::array> MeasureGradients::jvp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& tangents,

@@ -82,4 +82,7 @@ std::vector<mx::array> measure_composed(
     const std::vector<mx::array>& inputs,
     mx::Stream stream);
 
+/// The norm of each of at least one tensor.
+mx::array norms_of(const std::vector<mx::array>& tensors, mx::Stream stream);
+
 } // namespace mlx_fused_optim

@@ -535,9 +535,10 @@ mx::array arena_tensor(
     const mx::array& arena,
     const mx::Shape& shape,
     size_t offset,
-    mx::StreamOrDevice s) {
+    mx::StreamOrDevice s,
+    bool paced) {
   return composed_is_asked_for() ? composed_tensor(arena, shape, offset, mx::to_stream(s))
-                                 : arena_view(arena, shape, offset, s);
+                                 : arena_view(arena, shape, offset, s, paced);
 }
 
 std::vector<mx::array> arena_tensors(

@@ -227,7 +227,8 @@ mx::array arena_tensor(
     const mx::array& arena,
     const mx::Shape& shape,
     size_t offset,
-    mx::StreamOrDevice s = {});
+    mx::StreamOrDevice s = {},
+    bool paced = false);
 
 /// All of them.
 std::vector<mx::array> arena_tensors(

@@ -21,9 +21,10 @@ void add_views(
     const std::shared_ptr<const Arena>& layout,
     size_t first,
     size_t count,
-    mx::Stream stream) {
+    mx::Stream stream,
+    bool paced = false) {
   const size_t begin = views.size();
-  auto node = std::make_shared<ArenaViews>(stream, layout, first, count);
+  auto node = std::make_shared<ArenaViews>(stream, layout, first, count, paced);
   for (size_t i = first; i < first + count; ++i) {
     views.emplace_back(layout->shapes[i], arena.dtype(), node, std::vector<mx::array>{arena});
   }
@@ -57,11 +58,14 @@ mx::array arena_view(
     const mx::array& arena,
     const mx::Shape& shape,
     size_t offset,
-    mx::StreamOrDevice s) {
+    mx::StreamOrDevice s,
+    bool paced) {
   auto layout = std::make_shared<Arena>(Arena{arena.dtype()});
   layout->shapes = {shape};
   layout->offsets = {offset};
-  return arena_views(arena, std::move(layout), s)[0];
+  std::vector<mx::array> views;
+  add_views(views, arena, layout, 0, 1, mx::to_stream(s), paced);
+  return views[0];
 }
 
 mx::array pack_arena(

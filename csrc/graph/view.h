@@ -10,18 +10,34 @@
 
 namespace mlx_fused_optim {
 
+/// A step in rounds calls it at the beginning of each, on a GPU that lets the host run ahead: waits
+/// until the round before the last is done, and so its memory free. Of csrc/{metal,cuda,no_gpu}.
+void pace(mx::Stream stream);
+
 /// `count` tensors of a row-contiguous arena, from the tensor `first` on. Several a node,
 /// because MLX evaluates and queues node by node; only a few, because it also visits every
 /// output of a node for each of them.
 class ArenaViews : public mx::Primitive {
  public:
-  ArenaViews(mx::Stream stream, std::shared_ptr<const Arena> layout, size_t first, size_t count)
-      : mx::Primitive(stream), layout_(std::move(layout)), first_(first), count_(count) {}
+  ArenaViews(
+      mx::Stream stream,
+      std::shared_ptr<const Arena> layout,
+      size_t first,
+      size_t count,
+      bool paced = false)
+      : mx::Primitive(stream),
+        layout_(std::move(layout)),
+        first_(first),
+        count_(count),
+        paced_(paced) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     eval(inputs, outputs);
   }
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    if (paced_) {
+      pace(stream());
+    }
     eval(inputs, outputs);
   }
 
@@ -50,6 +66,7 @@ class ArenaViews : public mx::Primitive {
   std::shared_ptr<const Arena> layout_; // only shapes and offsets count
   size_t first_;
   size_t count_;
+  bool paced_;
 };
 
 /// All tensors of a row-contiguous arena.
@@ -63,7 +80,8 @@ mx::array arena_view(
     const mx::array& arena,
     const mx::Shape& shape,
     size_t offset,
-    mx::StreamOrDevice s = {});
+    mx::StreamOrDevice s = {},
+    bool paced = false);
 
 /// The way back: the tensors in one flat array of `size` elements, with zeros
 /// between them. All have the dtype of the arena. New memory, even of one tensor.

@@ -3,6 +3,7 @@
 
 #include "graph/measure.h"
 #include "graph/step.h"
+#include "graph/view.h"
 
 namespace mlx_fused_optim {
 
@@ -23,5 +24,7 @@ void EvaluateSchedule::eval_gpu(const std::vector<mx::array>&, mx::array&) {
       "[Schedule] no GPU implementation in this build: got a GPU stream, "
       "call the schedule on the CPU.");
 }
+
+void pace(mx::Stream) {} // never called
 
 } // namespace mlx_fused_optim

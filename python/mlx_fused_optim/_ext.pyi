@@ -99,12 +99,18 @@ def arena_view(
     shape: Sequence[int],
     offset: int,
     *,
+    paced: bool = False,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> mx.array: ...
 def arena_views(arena: mx.array, layout: Layout, number: int) -> list[mx.array]: ...
 def batch_views(
     arena: mx.array, shape: Sequence[int], count: int, offset: int, pitch: int
 ) -> list[mx.array]: ...
+def norms(
+    tensors: Sequence[mx.array],
+    *,
+    stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> mx.array: ...
 def pack_slot(
     tensors: Sequence[mx.array | None], layout: Layout, number: int, dtype: mx.Dtype | None
 ) -> mx.array: ...

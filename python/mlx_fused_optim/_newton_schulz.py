@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -37,8 +37,9 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     ),
 }
 SCALES = ("original", "match_rms_adamw")
-# Batches of so many elements wait for each other: MLX evaluates breadth first, and would have the
-# products of all of them at once. Of smaller ones that would be no harm.
+# Batches of so many elements wait for each other: MLX evaluates breadth first, and where work is
+# launched ahead would have the products of all of them at once. Of smaller ones that would be no
+# harm.
 _LARGE = 1 << 20
 
 
@@ -59,17 +60,18 @@ class NewtonSchulz(NamedTuple):
                 arena = directions[batch.arena]
                 place = batch.offset, batch.pitch
                 if batch.is_matrix:
-                    stack = _stacked(arena, batch)
-                    if last is not None and stack.size >= _LARGE:
-                        stack = mx.depends([stack], [last])[0]
-                    last = self._function(batch.shape)(stack)
+                    if last is not None and batch.is_large:
+                        arena = mx.depends([arena], [last])[0]
+                    # Of each matrix, without the powers of two that squares would lose.
+                    norms = _ext.norms(batch.views(arena))
+                    last = self._function(batch.shape)(_stacked(arena, batch), norms)
                     arena, place = last.reshape(-1), (0, batch.size)
-                views = _ext.batch_views(arena, batch.shape, len(batch.tensors), *place)
+                views = batch.views(arena, *place)
                 for tensor, view in zip(batch.tensors, views, strict=True):
                     updates[tensor] = view
         return updates
 
-    def _function(self, shape: tuple[int, ...]) -> Callable[[mx.array], mx.array]:
+    def _function(self, shape: tuple[int, ...]) -> Callable[[mx.array, mx.array], mx.array]:
         on_gpu = mx.default_device().type == mx.gpu
         dtype = self.dtype or ("bfloat16" if on_gpu else "float32")
         rows, columns = shape[0], math.prod(shape[1:])
@@ -94,6 +96,15 @@ class Batch(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         return len(self.shape) > 1 and self.size > 0
+
+    @property
+    def is_large(self) -> bool:
+        return self.size * len(self.tensors) >= _LARGE
+
+    def views(self, arena: mx.array, offset: int | None = None, pitch: int = 0) -> list[mx.array]:
+        """The tensors, where they lie, or at other places."""
+        place = (self.offset, self.pitch) if offset is None else (offset, pitch)
+        return _ext.batch_views(arena, self.shape, len(self.tensors), *place)
 
 
 _batches: Recent[list[Batch]] = Recent(64)
@@ -127,9 +138,10 @@ def _found_batches(layout: Layout) -> list[Batch]:
 def _stacked(arena: mx.array, batch: Batch) -> mx.array:
     """(matrices, rows, columns), without a copy unless there is memory between them."""
     count, rows, size = len(batch.tensors), batch.shape[0], batch.size
+    view = partial(_ext.arena_view, arena, offset=batch.offset, paced=batch.is_large)
     if batch.pitch == size:
-        return _ext.arena_view(arena, (count, rows, size // rows), batch.offset)
-    with_gaps = _ext.arena_view(arena, (count, batch.pitch), batch.offset)
+        return view((count, rows, size // rows))
+    with_gaps = view((count, batch.pitch))
     return with_gaps[:, :size].reshape(count, rows, -1)
 
 
@@ -148,15 +160,15 @@ def _made(
     is_tall: bool,
     is_long: bool,
     on_gpu: bool,
-) -> Callable[[mx.array], mx.array]:
+) -> Callable[[mx.array, mx.array], mx.array]:
     # Where products are exact to float32: on a CPU. MLX's CUDA multiplies float32 as TF32.
     through_gram = is_long and dtype == "float32" and not on_gpu
     iterate = _by_gram_matrices if through_gram else _by_products
 
-    def function(stack: mx.array) -> mx.array:
+    def function(stack: mx.array, norms: mx.array) -> mx.array:
         if not coefficients:
-            return scale * _normalized(stack)
-        x = _normalized(stack.swapaxes(1, 2) if is_tall else stack).astype(DTYPES[dtype])
+            return scale * _normalized(stack, norms)
+        x = _normalized(stack.swapaxes(1, 2) if is_tall else stack, norms).astype(DTYPES[dtype])
         return iterate(x, coefficients, scale, is_tall)
 
     # On a CPU mx.compile would need a compiler of C++, and has little to fuse.
@@ -216,13 +228,10 @@ def _applied(factor: mx.array, x: mx.array, a: float, scale: float, is_tall: boo
     return mx.addmm(x, left, right, alpha=scale, beta=scale * a)
 
 
-def _normalized(x: mx.array) -> mx.array:
-    """Over the Frobenius norm. Over the largest magnitude first: squares of finite numbers may
-    be infinite, or nothing. What has no normal number stays what it is, about zero."""
-    peak = mx.max(mx.abs(x), axis=(1, 2), keepdims=True)
-    x = x / mx.where(peak < 2.0**-126, 1.0, peak)
-    norm = mx.sqrt(mx.sum(mx.square(x), axis=(1, 2), keepdims=True))
-    return x / mx.where(norm < 1.0, 1.0, norm)
+def _normalized(x: mx.array, norms: mx.array) -> mx.array:
+    """Over the Frobenius norm; what has no normal number for one stays what it is, about zero."""
+    norms = norms.reshape(-1, 1, 1)
+    return x / mx.where(norms < 2.0**-126, 1.0, norms)
 
 
 # ---- Checks ------------------------------------------------------------------------
