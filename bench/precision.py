@@ -5,7 +5,8 @@
 
 Two tasks on data that is on the machine already: the 1797 handwritten digits that
 scikit-learn ships, and characters of the Python manual that every Python ships, learnt by a
-small transformer. Every mode starts from the same weights (rounded to its dtype) and sees
+small transformer. A third, where its files are installed, fine-tunes a small pretrained model: see
+passages.py. Every mode starts from the same weights (rounded to its dtype) and sees
 the same batches. --write puts the optimizer's table into docs/precision.md; --costs
 trains nothing and only weighs and times the step of every mode.
 """
@@ -33,6 +34,7 @@ import numpy as np
 
 try:
     import demo
+    import passages
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -120,13 +122,13 @@ OPTIONS = {
 CHOICES = {
     "sgd": Choice(
         lambda rate, **options: optim.SGD(rate, momentum=0.9, **options),
-        {"digits": 0.02, "characters": 0.1},
+        {"digits": 0.02, "characters": 0.1, "passages": 1.0},
         SGD_MODES,
         {**OPTIONS, "trust_coefficient=0.001": Mode(mx.float32, {"trust_coefficient": 1e-3})},
     ),
     "adamw": Choice(
         lambda rate, **options: optim.AdamW(rate, bias_correction=True, **options),
-        {"digits": 0.001, "characters": 0.002},
+        {"digits": 0.001, "characters": 0.002, "passages": 0.003},
         ADAMW_MODES,
         {**OPTIONS, "amsgrad": Mode(mx.float32, {"amsgrad": True})},
     ),
@@ -217,6 +219,13 @@ def characters(context: int = 64, size: int = 16) -> Task:
         lambda step: cut(train, starts[step]),
         held_out,
     )
+
+
+def topics(size: int = 64) -> Task:
+    source = passages.Passages()
+    batches = [source.draw(size, held_out=False) for _ in range(2000)]
+    held_out = [source.draw(256, held_out=True) for _ in range(8)]
+    return Task("passages", source.model, lambda step: batches[step % len(batches)], held_out)
 
 
 # ---- Training ----------------------------------------------------------------------
@@ -411,6 +420,8 @@ def main(arguments: list[str] | None = None) -> None:
     costs(choice, choice.modes["float32"])  # what a device does at its first step only
     rows = []
     tasks = [] if options.costs else [digits(), characters()]
+    if tasks and passages.files():
+        tasks.append(topics())
     for name in names:
         mode = choice.modes[name]
         cost = costs(choice, mode)

@@ -27,6 +27,7 @@ def test_a_short_run_is_written_and_becomes_the_table(optimizer, precision, tmp_
     monkeypatch.setattr(precision, "REPORT", tmp_path / "precision.md")
     few = partial(precision.characters, context=16, size=4)
     monkeypatch.setattr(precision, "characters", few)
+    monkeypatch.setattr(precision.passages, "files", list)  # not installed
     marks = [mark.format(optimizer) for mark in precision.MARKS]
     precision.REPORT.write_text("before\n" + "".join(marks) + "after\n")
     path = tmp_path / "run.json"
@@ -43,6 +44,33 @@ def test_a_short_run_is_written_and_becomes_the_table(optimizer, precision, tmp_
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert all(f"| {mode} |" in text for mode in modes)
+
+
+def test_a_pretrained_model_is_fine_tuned_on_what_is_not_held_out(precision, tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    weights, tokenizer_file = (tmp_path / name for name in ("v.safetensors", "tokenizer.json"))
+    words = ["unknown", "the", "a", "of", "is", "to", "and", "in"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tokenizer_file))
+    mx.save_safetensors(str(weights), {"vectors": mx.random.normal((8, 16)).astype(mx.float16)})
+    monkeypatch.setattr(precision.passages, "files", lambda: [weights, tokenizer_file])
+    task, source = precision.topics(size=8), precision.passages.Passages()
+    for held_out in (False, True):
+        tokens, topics = source.draw(50, held_out)
+        assert tokens.shape == (50, precision.passages.TOKENS)
+        for row, topic in zip(tokens.tolist(), topics.tolist(), strict=True):
+            ids = source.tokens[topic].tolist()
+            border = len(ids) * 9 // 10
+            part = ids[border:] if held_out else ids[:border]
+            assert any(part[i : i + len(row)] == row for i in range(len(part)))
+    choice = precision.CHOICES["adamw"]
+    losses = {
+        name: precision.train(task, choice, choice.modes[name], 20)
+        for name in ("float32", "float32, moments 8 bits")
+    }
+    assert all(0 < loss < 10 for loss in losses.values())
 
 
 def test_costs_alone_train_nothing(precision, tmp_path, monkeypatch):
