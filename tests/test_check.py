@@ -34,6 +34,7 @@ def test_speed_is_shown(capsys, monkeypatch):
 
 def test_a_wrong_step_is_found(capsys, monkeypatch):
     monkeypatch.setattr(check, "DTYPES", {"float32": mx.float32})
+    monkeypatch.setattr(check, "BEYOND", {})
     right = reference.step
 
     def no_decay(*arguments, weight_decay=0.0, **options):
@@ -45,7 +46,8 @@ def test_a_wrong_step_is_found(capsys, monkeypatch):
     assert "NOT ALL HELD" in out
     for name in ("weight decay", "AdamW", "Lion"):
         assert f"- bits of float32 arithmetic, rounded once: {name}, float32, " in out
-    assert out.count("| no |") == 2
+    (row,) = [line for line in out.splitlines() if line.startswith("| bits of float32 arith")]
+    assert row.endswith("| no |")
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "Lion", "RMSprop", "AdaDelta"])
