@@ -23,7 +23,7 @@ PEERS = {
     "optax jit": "#c3ced8",
 }
 LEFT, COLUMN, LONGEST = 12, 176, 118  # the longest bar of a group, before its number
-TOP, ROW, BAR = 62, 82, 13
+TOP, ROW, BAR = 74, 82, 13
 WIDTH = LEFT + COLUMN * len(COLUMNS)
 # On a dark page the words are light; the bars stand out on both.
 STYLE = (
@@ -55,14 +55,14 @@ def draw(runs: dict[str, dict[str, Any]]) -> str:
         f'<text x="{LEFT}" y="18" class="head">One optimizer step in float32, milliseconds: '
         "shorter is better</text>",
     ]
-    x = WIDTH - 290
+    x = LEFT
     for peer, colour in PEERS.items():
-        lines.append(f'<rect x="{x}" y="9" width="10" height="10" fill="{colour}"/>')
-        lines.append(f'<text x="{x + 14}" y="18">{peer}</text>')
-        x += 26 + 6 * len(peer)
+        lines.append(f'<rect x="{x}" y="28" width="10" height="10" fill="{colour}"/>')
+        lines.append(f'<text x="{x + 14}" y="37">{peer}</text>')
+        x += 36 + 7 * len(peer)
     for column, (name, title) in enumerate(COLUMNS.items()):
         x = LEFT + COLUMN * column
-        lines.append(f'<text x="{x}" y="44" class="head">{title}</text>')
+        lines.append(f'<text x="{x}" y="62" class="head">{title}</text>')
         results = {result["name"]: result["candidates"] for result in runs[name]["results"]}
         for row, work in enumerate(rows):
             lines += _group(results[work], x, TOP + ROW * row + 18)
