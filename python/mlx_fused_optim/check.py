@@ -1,10 +1,10 @@
 """``python -m mlx_fused_optim.check``: do the fused steps hold their word on this machine?
 
-It runs every optimizer on MLX's default device (or the one given with ``--device``), compares
+It runs every optimizer but Muon on MLX's default device (or the one given with ``--device``), compares
 its bits with the same arithmetic in plain MLX operations and with ``mlx.optimizers``,
-times two against those, and prints a table to paste into an issue. It takes about half
-a minute and needs nothing but the installed package. The exit code is 0 if all held, 1 if
-not.
+times two against those and against a copy, and prints a table to paste into an issue
+(``--json FILE`` writes it down as well). It takes about half a minute and needs nothing but
+the installed package. The exit code is 0 if all held, 1 if not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import itertools
+import json
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -301,15 +303,41 @@ class Model(NamedTuple):
     name: str
     shapes: list[tuple[int, ...]]
 
+    def least_bytes(self, moments: int) -> int:
+        """What a step cannot do without: parameters and moments both ways, gradients in."""
+        return 4 * (3 + 2 * moments) * sum(map(math.prod, self.shapes))
+
 
 MODELS = [
     Model("448 adapters of 16 x 1024", [(16, 1024)] * 448),
     Model("12 matrices of 1024 x 1024", [(1024, 1024)] * 12),
 ]
+# What is timed, and how many moments it keeps.
 TIMED = {
-    "SGD with momentum": Case("SGD", {"momentum": 0.9}),
-    "AdamW": Case("AdamW", {}),
+    "SGD with momentum": (Case("SGD", {"momentum": 0.9}), 1),
+    "AdamW": (Case("AdamW", {}), 2),
 }
+COPIED = 1 << 26  # elements: more than a cache holds
+
+
+def copy_speed(repeats: int = 15) -> float:
+    """GB/s, read and written, of a copy's work: a change of sign, in place, so that no memory is
+    made for it; the fastest of a few. On a CPU, where an operation of MLX has one thread, a part
+    for each core. A step whose arrays a cache holds can be faster."""
+    device = mx.default_device()
+    parts = min(os.cpu_count() or 1, 16) if device == mx.Device(mx.cpu) else 1
+    streams = [mx.new_stream(device) for _ in range(parts)]
+    arrays = [mx.ones(COPIED // parts) for _ in streams]
+    mx.eval(arrays)
+    size = 2 * sum(array.nbytes for array in arrays)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        # Nobody holds the old ones when it is evaluated: it may write where it reads.
+        arrays = [mx.negative(arrays.pop(0), stream=stream) for stream in streams]
+        mx.eval(arrays)
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds) / 1e9
 
 
 def step_of(optimizer: mlx.optimizers.Optimizer, compiled: bool) -> Callable[[Any, Any], Any]:
@@ -381,6 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each timing; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what is printed, as JSON too")
     options = parser.parse_args(arguments)
     if options.device:
         device = mx.Device(getattr(mx, options.device))
@@ -389,8 +418,9 @@ def main(arguments: list[str] | None = None) -> int:
         mx.set_default_device(device)
     start = time.perf_counter()
 
+    record: dict[str, Any] = {"environment": dict(environment()), "checks": [], "steps": []}
     print("| | |\n|---|---|")
-    for name, value in environment():
+    for name, value in record["environment"].items():
         print(f"| {name} | {value} |")
     print("\n| check | asked | held |\n|---|---|---|", flush=True)
     wrong = []
@@ -401,17 +431,27 @@ def main(arguments: list[str] | None = None) -> int:
         result = answered(check)
         verdict = "no" if result.wrong else "yes"
         print(f"| {result.question} | {result.asked} | {verdict} |", flush=True)
+        record["checks"].append(result._asdict())
         wrong += [f"- {result.question}: {what}" for what in result.wrong]
     if options.seconds > 0 and not wrong:
-        print("\n| one step, float32 | fused | mlx | mlx compiled |")
-        print("|---|---|---|---|", flush=True)
-        for (name, case), model in itertools.product(TIMED.items(), MODELS):
+        copy = record["copy_gb_s"] = copy_speed()
+        print(f"\nA copy: {copy:.0f} GB/s, read and written.\n")
+        print("| one step, float32 | fused | mlx | mlx compiled | fused, of a copy's speed |")
+        print("|---|---|---|---|---|", flush=True)
+        for (name, (case, moments)), model in itertools.product(TIMED.items(), MODELS):
             ms = timed(case, model, options.seconds)
-            columns = " | ".join(f"{value:.2f} ms" for value in ms.values())
-            print(f"| {name}, {model.name} | {columns} |", flush=True)
+            speeds = {key: model.least_bytes(moments) / t / 1e6 for key, t in ms.items()}
+            columns = [f"{t:.2f} ms, {speeds[key]:.0f} GB/s" for key, t in ms.items()]
+            columns.append(f"{speeds['fused'] / copy:.0%}")
+            print(f"| {name}, {model.name} | {' | '.join(columns)} |", flush=True)
+            step = {"optimizer": name, "model": model.name, "ms": ms, "gb_s": speeds}
+            record["steps"].append(step)
     print(f"\n{'NOT ALL HELD' if wrong else 'All held'}, in {time.perf_counter() - start:.0f} s.")
     if wrong:
         print("\n".join(wrong[:20]))
+    if options.json:
+        record["held"] = not wrong
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
     return 1 if wrong else 0
 
 
