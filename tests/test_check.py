@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import pytest
 from mlx_fused_optim import check, reference
+from mlx_fused_optim._requirements import MLX_VERSION
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def test_all_held(capsys):
     assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
     assert out.count("| yes |") == 5 and "| no |" not in out and "All held, in" in out
-    assert "| mlx | 0.32.4 |" in out and "| device | Device(cpu, 0)" in out
+    assert f"| mlx | {MLX_VERSION} |" in out and "| device | Device(cpu, 0)" in out
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_what_is_printed_is_written_down(small, tmp_path, capsys):
     file = tmp_path / "check.json"
     assert check.main(["--seconds", "0.05", "--json", str(file)]) == 0
     record = json.loads(file.read_text())
-    assert record["held"] and record["environment"]["mlx"] == "0.32.4"
+    assert record["held"] and record["environment"]["mlx"] == MLX_VERSION
     assert all(row["wrong"] == [] for row in record["checks"])
     assert sum(row["asked"] for row in record["checks"]) > 10
     assert record["copy_gb_s"] > 0
