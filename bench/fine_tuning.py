@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -158,20 +159,30 @@ def compared(folder: Path, run: Run, usual: dict[str, Any], repeats: int) -> str
     return f"| {' | '.join(columns)} |"
 
 
+def caption(given: argparse.Namespace, run: dict[str, Any], load: float) -> str:
+    """What the table is of, and whether to believe it; the load is that of the end."""
+    from report import BUSY
+
+    machine = run["machine"]
+    text = (
+        f"A Llama of {given.layers} layers of {given.width}, in float32: `python "
+        f"bench/fine_tuning.py --iters {given.iters} --repeats {given.repeats} --write`, on "
+        f"{machine.get('gpu', machine['processor'])} with {machine['cores']} cores, MLX "
+        f"{run['versions']['mlx']}, {run['date']}; load average {machine['load']} at the start, "
+        f"{load:.1f} at the end."
+    )
+    # A run itself keeps a core busy, and the compiler now and then another.
+    if max(machine["load"], load - 1) > BUSY * machine["cores"]:
+        text += " **The machine was busy with other work**: memory and losses count, times do not."
+    return text
+
+
 def lines_of(given: argparse.Namespace) -> Iterator[str]:
     """The table and what it is of."""
-    from timing import header
+    from timing import header  # not for the children, one of which is mlx-lm alone
 
     gpu = mx.default_device() == mx.Device(mx.gpu)
     run = header("gpu" if gpu else "cpu")
-    machine = run["machine"]
-    yield (
-        f"A Llama of {given.layers} layers of {given.width}, in float32, by `python "
-        f"bench/fine_tuning.py --write` on {machine.get('gpu', machine['processor'])} with "
-        f"{machine['cores']} cores, MLX {run['versions']['mlx']}, {run['date']}; load average at "
-        f"the start {machine['load']}:"
-    )
-    yield ""
     pairs = ("ms an iteration", "ms of the CPUs", "peak MB", "loss")
     yield f"| | trained | {' | '.join(f'{name} | with accel' for name in pairs)} |"
     yield "|---|---|" + "---:|" * 8
@@ -187,6 +198,8 @@ def lines_of(given: argparse.Namespace) -> Iterator[str]:
         make(Path(name), **shape)
         for chosen in RUNS:
             yield compared(Path(name), chosen, usual, given.repeats)
+    yield ""
+    yield caption(given, run, os.getloadavg()[0])
 
 
 def written(text: str, lines: list[str]) -> str:

@@ -289,7 +289,7 @@ def check_schedules() -> Result:
         optimizer.state["step"] = mx.array(step, mx.uint64)
         optimizer.apply_gradients({"w": mx.zeros(3)}, {"w": mx.zeros(3)})
         mx.eval(optimizer.state)
-        exact = RATE * math.exp2(step * math.log2(0.999999))
+        exact = RATE * 2.0 ** (step * math.log2(0.999999))
         error = abs(optimizer.learning_rate.item() - exact)
         if error > 2 * math.ulp(exact) * 2**29 or optimizer.step.item() != step + 1:
             wrong.append(f"step {step}")
