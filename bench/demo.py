@@ -191,19 +191,21 @@ def compared(ours: Training, theirs: Training) -> str:
 
 
 def costs(ours: Training, others: list[Training], gradients_ms: float) -> str:
-    """In words, what the optimizer takes: its time, its share of a step, and its memory."""
-    best = min(others, key=lambda training: training.own_ms)
+    """In words, what the update takes: its time, its share of a step, and its memory."""
 
-    def share(training: Training) -> str:
-        return f"{training.own_ms / (gradients_ms + training.own_ms):.0%}"
+    def time_of(training: Training) -> str:
+        share = training.own_ms / (gradients_ms + training.own_ms)
+        return f"{training.own_ms:.2f} ms, {share:.0%} of a step"
 
-    ratio = (gradients_ms + best.own_ms) / (gradients_ms + ours.own_ms)
-    return (
-        f"The update takes {ours.own_ms:.2f} ms, {share(ours)} of a step; that of {best.name} "
-        f"takes {best.own_ms:.2f} ms, {share(best)}. A whole step is {ratio:.2f} times as fast. "
-        f"An update needs {ours.new_bytes / 2**20:.2f} MiB of new memory, and "
-        f"{best.new_bytes / 2**20:.2f} there."
-    )
+    text = f"The update takes {time_of(ours)}."
+    for other in others:
+        ratio = (gradients_ms + other.own_ms) / (gradients_ms + ours.own_ms)
+        text += (
+            f" With {other.name}: {time_of(other)}, so a whole step is {ratio:.2f} times as fast "
+            "with ours."
+        )
+    there = " and ".join(f"{other.new_bytes / 2**20:.2f}" for other in others)
+    return f"{text} New memory for an update: {ours.new_bytes / 2**20:.2f} MiB, there {there}."
 
 
 def summary(trainings: list[Training], task: Any, gradients_ms: float) -> Table:
