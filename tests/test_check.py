@@ -20,7 +20,7 @@ def same_device():
 def test_all_held(capsys):
     assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| yes |") == 5 and "| no |" not in out and "All held, in" in out
+    assert out.count("| yes |") == 6 and "| no |" not in out and "All held, in" in out
     assert f"| mlx | {MLX_VERSION} |" in out and "| device | Device(cpu, 0)" in out
 
 
@@ -111,6 +111,28 @@ def test_a_wrong_rule_is_found(name, capsys, monkeypatch):
     assert check.check_parity().wrong
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"nesterov": False}, {"ns_steps": 4}, {"scale": "match_rms_adamw"}], ids=str
+)
+def test_a_wrong_muon_is_found(wrong, monkeypatch):
+    assert check.check_muon().wrong == []
+    right = check.optim.Muon
+    monkeypatch.setattr(check.optim, "Muon", lambda *args, **kw: right(*args, **kw, **wrong))
+    assert len(check.check_muon().wrong) >= 5
+
+
+def test_muon_of_bfloat16_is_within_what_is_allowed(monkeypatch):
+    """As a GPU's products are by default; not within what is allowed of float32's."""
+    right = check.optim.Muon
+
+    def half(rate, ns_dtype):
+        return right(rate, ns_dtype=mx.bfloat16)
+
+    monkeypatch.setattr(check.optim, "Muon", half)
+    wrong = check.check_muon().wrong
+    assert wrong and all("products of float32" in what for what in wrong)
+
+
 def test_a_wrong_option_is_found(capsys, monkeypatch):
     monkeypatch.setattr(check, "OPTIMIZERS", {"AdamW": check.OPTIMIZERS["AdamW"]})
     right = reference.step
@@ -156,7 +178,7 @@ def test_an_exception_is_an_answer(capsys, monkeypatch):
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
     # On a GPU one more: whether the CPU has the same bits.
-    checks = 5 if mx.default_device() == mx.Device(mx.cpu) else 6
+    checks = 6 if mx.default_device() == mx.Device(mx.cpu) else 7
     assert out.count("| no |") == checks and "RuntimeError: no such kernel" in out
 
 
