@@ -148,7 +148,8 @@ nb::dict flags() {
       {"compensated", kCompensated},
       {"stochastic", kStochastic},
       {"ema", kAverage},
-      {"direction", kDirection}};
+      {"direction", kDirection},
+      {"pack", kPack}};
   nb::dict bits;
   for (auto [name, bit] : named) {
     bits[name] = static_cast<uint32_t>(bit);
@@ -258,11 +259,12 @@ NB_MODULE(_ext, m) {
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/graph/layout.h.")
       .def(
           "__init__",
-          [](Layout* self, const Tree& tree, size_t least_of_bytes) {
-            new (self) Layout(make_layout(tree.specs(), least_of_bytes));
+          [](Layout* self, const Tree& tree, size_t least_of_bytes, size_t limit) {
+            new (self) Layout(make_layout(tree.specs(), least_of_bytes, limit));
           },
           "tree"_a,
-          "least_of_bytes"_a = 0)
+          "least_of_bytes"_a = 0,
+          "limit"_a = 0)
       .def(
           "__init__",
           [](Layout* self, nb::list rows, size_t least_of_bytes) {
@@ -471,6 +473,17 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       "[measured, steps skipped], for a step of parts of this tree.");
+  m.def(
+      "pack_gradients",
+      [](const Tree& tree, const Layout& layout, mx::StreamOrDevice s) {
+        return pack_gradients(layout, tree.gradients(), s);
+      },
+      "tree"_a,
+      "layout"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "The gradients of each arena in one flat array, in new memory; of a single tensor as it is.");
+  m.def("after", &after, "x"_a, "other"_a, "``x``, once the other array is there: on its stream.");
 
   nb::class_<PreparedStep>(
       m, "PreparedStep", "A step that is taken again: see csrc/binding/prepared.h.")

@@ -264,7 +264,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   }
   auto exact = w - ruled.change;
   if (flags & kDirection) {
-    next.parameter = ruled.change;
+    next.parameter = stored(ruled.change, plan_.parameter_out_dtype(), std::nullopt);
   } else if (is_master24(flags)) {
     exact = of(as_master24_composed(exact.array, random, s));
     const auto parts = parts_of_master24_composed(exact.array, s);

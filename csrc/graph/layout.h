@@ -89,7 +89,8 @@ class Fingerprint {
 std::string fingerprint_text(uint64_t number);
 
 /// Assigns every tensor to an arena of its dtype, in order. Those of fewer elements than
-/// `least_of_bytes` have arenas of their own.
-Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes = 0);
+/// `least_of_bytes` have arenas of their own. `limit` is that of an arena in bytes, for what is
+/// no state; 0 for the usual one.
+Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes = 0, size_t limit = 0);
 
 } // namespace mlx_fused_optim

@@ -531,6 +531,33 @@ std::vector<mx::array> measure_step(
   return measure(control, given, {}, gradients, step, options.skipped, stream);
 }
 
+std::vector<mx::array> pack_gradients(
+    const Layout& layout,
+    const std::vector<mx::array>& gradients,
+    mx::StreamOrDevice s) {
+  using fused_math::kSgd;
+  Layout several; // the arenas of several tensors
+  for (auto& arena : layout.arenas) {
+    if (arena->tensors.size() > 1) {
+      several.arenas.push_back(arena);
+    }
+  }
+  std::vector<mx::array> packed;
+  if (!several.arenas.empty()) {
+    StepOptions options{"pack_gradients", kSgd, {0.0, 0.0, 1.0}};
+    options.scalars.resize(fused_math::kFirstRuleScalar + rules()[kSgd].scalars.size(), 0.0);
+    options.flags = fused_math::kDirection | fused_math::kPack;
+    const mx::array step(uint64_t(0), mx::uint64);
+    packed = fused_step(several, gradients, gradients, {}, step, options, s).parameters;
+  }
+  std::vector<mx::array> all;
+  for (size_t a = 0, next = 0; a < layout.arenas.size(); ++a) {
+    auto& tensors = layout.arenas[a]->tensors;
+    all.push_back(tensors.size() > 1 ? std::move(packed[next++]) : gradients[tensors[0]]);
+  }
+  return all;
+}
+
 mx::array arena_tensor(
     const mx::array& arena,
     const mx::Shape& shape,

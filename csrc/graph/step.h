@@ -68,7 +68,7 @@ struct StepPlan {
   /// nobody has to know it: a compiled step need not capture it then, as with mlx.optimizers.
   bool reads_step() const;
   mx::Dtype parameter_out_dtype() const {
-    return flags() & fused_math::kDirection ? mx::float32 : arena->dtype;
+    return dtype_of(fused_math::parameter_out_format(flags(), control.parameter_format));
   }
   bool has(int slot) const { return kept.has(slot); }
   mx::Dtype slot_dtype(int slot) const { return kept.dtype(slot); }
@@ -166,6 +166,13 @@ std::vector<mx::array> measure_step(
     const std::vector<mx::array>& gradients,
     const mx::array& step,
     const StepOptions& options,
+    mx::StreamOrDevice s = {});
+
+/// The gradients of each arena in one flat array, in new memory: a step that puts out what it
+/// reads. Of a single tensor it is the gradient as it is. Gradients have the layout's dtypes.
+std::vector<mx::array> pack_gradients(
+    const Layout& layout,
+    const std::vector<mx::array>& gradients,
     mx::StreamOrDevice s = {});
 
 /// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits

@@ -82,7 +82,7 @@ class Layout:
     """Where each tensor lives: see csrc/graph/layout.h."""
 
     @overload
-    def __init__(self, tree: Tree, least_of_bytes: int = 0) -> None: ...
+    def __init__(self, tree: Tree, least_of_bytes: int = 0, limit: int = 0) -> None: ...
     @overload
     def __init__(
         self, rows: list[tuple[Path, tuple[int, ...], mx.Dtype]], least_of_bytes: int = 0
@@ -166,6 +166,13 @@ def measure_step(
     *,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> list[mx.array]: ...
+def pack_gradients(
+    tree: Tree,
+    layout: Layout,
+    *,
+    stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> list[mx.array]: ...
+def after(x: mx.array, other: mx.array) -> mx.array: ...
 
 class PreparedStep:
     """A step that is taken again: see csrc/binding/prepared.h."""

@@ -68,6 +68,12 @@ def layout_of(tree: _ext.Tree, least_of_bytes: int = 0) -> Layout:
     return _layouts.find(key) or _layouts.keep(key, Layout(key, _ext.Layout(tree, least_of_bytes)))
 
 
+def layout_of_gradients(tree: _ext.Tree, limit: int) -> Layout:
+    """Arenas of at most ``limit`` bytes, which are no state's."""
+    key = f"{_key(tree.fingerprint, 0)} {limit}"
+    return _layouts.find(key) or _layouts.keep(key, Layout(key, _ext.Layout(tree, 0, limit)))
+
+
 def layout_of_rows(
     rows: list[tuple[Path, tuple[int, ...], mx.Dtype]], least_of_bytes: int = 0
 ) -> Layout:

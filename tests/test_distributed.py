@@ -1,0 +1,83 @@
+"""Several processes: 2, 3 and 4 on this machine, over the ring; and what one can tell."""
+
+import functools
+import inspect
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_fused_optim as optim
+import pytest
+import ring_checks
+from ring import launched
+
+FILE = str(Path(ring_checks.__file__))
+CHECKS = tuple(
+    name
+    for name, check in vars(ring_checks).items()
+    if inspect.isfunction(check) and list(inspect.signature(check).parameters) == ["group"]
+)
+
+
+@functools.cache
+def outcomes(size):
+    return launched(size, FILE, CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_on_a_ring(size, check):
+    for rank, outcome in enumerate(outcomes(size)):
+        assert not outcome[check], f"rank {rank}: {outcome[check]}"
+
+
+def test_a_check_that_fails_is_seen():
+    """One that does not exist, and so on every process."""
+    for outcome in launched(2, FILE, ["no_such_check"]):
+        assert "no_such_check" in outcome["no_such_check"]
+
+
+class Two:
+    """What a group is asked for."""
+
+    def size(self):
+        return 2
+
+
+def test_one_collective_for_each_flat_array(monkeypatch):
+    """Of mixed dtypes too, on the stream that is asked for; a large tensor is not copied."""
+    calls = []
+
+    def all_sum(x, *, group, stream):
+        calls.append((x.dtype, x.size, stream))
+        return x + x
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    stream = mx.new_stream(mx.default_device())
+    gradients = {str(i): mx.ones(64, [mx.float32, mx.bfloat16][i % 2]) for i in range(40)}
+    gradients["large"] = mx.ones(5000)
+    averaged = optim.average_gradients(gradients, Two(), 8192, stream)
+    assert all(mx.array_equal(averaged[key], g) for key, g in gradients.items())
+    assert {s for _, _, s in calls} == {stream}
+    # 20 x 256 bytes of each dtype, which is what the narrow ones take with their gaps.
+    assert [(dtype, size) for dtype, size, _ in calls] == [
+        (mx.float32, 20 * 64),
+        (mx.bfloat16, 20 * 128),
+        (mx.float32, 5000),
+    ]
+
+
+def test_of_one_process_it_is_what_was_given():
+    gradients = {"w": mx.ones(3)}
+    assert optim.average_gradients(gradients) is gradients
+    given = inspect.signature(optim.average_gradients).parameters
+    mlx = inspect.signature(nn.average_gradients).parameters
+    assert [(p.name, p.default) for p in given.values()] == [
+        (p.name, p.default) for p in mlx.values()
+    ]
+
+
+def test_what_cannot_be_averaged():
+    for leaf, words in ((mx.ones(2, mx.complex64), "complex64"), (1.0, "float")):
+        with pytest.raises(ValueError, match=rf"\[average_gradients\] .*'w'.*{words}"):
+            optim.average_gradients({"w": leaf}, Two())
