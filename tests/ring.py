@@ -17,7 +17,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 MARK = "outcome of "
 SECONDS = 120  # for everything; an idle machine takes five
@@ -34,40 +36,46 @@ def ports(count: int) -> list[int]:
     return found
 
 
-def started(size: int, program: list[str], **options) -> list[subprocess.Popen]:
+def started(size: int, program: list[str], outputs: list[IO[str]]) -> list[subprocess.Popen]:
     """The processes of a group, whose environment is that of mlx.launch."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as hosts:
         json.dump([[f"127.0.0.1:{port}"] for port in ports(size)], hosts)
     environment = {**os.environ, "MLX_HOSTFILE": hosts.name, "OMP_NUM_THREADS": "1"}
     return [
-        subprocess.Popen(program, env={**environment, "MLX_RANK": str(rank)}, **options)
-        for rank in range(size)
+        subprocess.Popen(
+            program,
+            env={**environment, "MLX_RANK": str(rank)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, output in enumerate(outputs)
     ]
 
 
 def launched(size: int, file: str, checks: Iterable[str]) -> list[dict[str, str]]:
-    """Of each process what came of each check: "" where it held, or what to read."""
+    """Of each process what came of each check: "" where it held, or what to read. A process ends
+    at the first that does not hold; the others cannot go on without it."""
     program = [sys.executable, __file__, file, *checks]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    processes = started(size, program, **pipes)
-    end = time.monotonic() + SECONDS
-    outcomes = []
-    try:
-        for process in processes:
-            try:
-                output, _ = process.communicate(timeout=max(end - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, _ = process.communicate()
-                output += f"\nstopped after {SECONDS} seconds"
-            marked = [line[len(MARK) :] for line in output.splitlines() if line.startswith(MARK)]
-            outcome = dict(map(json.loads, marked))
-            outcomes.append({name: outcome.get(name, output) for name in checks})
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(size)]
+        with ExitStack() as files:
+            opened = [files.enter_context(path.open("w")) for path in outputs]
+            processes = started(size, program, opened)
+        end = time.monotonic() + SECONDS
+        while any(p.poll() is None for p in processes) and time.monotonic() < end:
+            if any(p.poll() for p in processes):
+                end = min(end, time.monotonic() + 2)  # for the others' own words
+            time.sleep(0.02)
         for process in processes:
             process.kill()
             process.wait()
-    return outcomes
+        return [_outcomes(path.read_text(), checks) for path in outputs]
+
+
+def _outcomes(output: str, checks: Iterable[str]) -> dict[str, str]:
+    marked = [line[len(MARK) :] for line in output.splitlines() if line.startswith(MARK)]
+    outcomes = dict(map(json.loads, marked))
+    return {name: outcomes.get(name, f"not finished: ...{output[-800:]}") for name in checks}
 
 
 def main(file: str, *checks: str) -> None:
@@ -79,12 +87,16 @@ def main(file: str, *checks: str) -> None:
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True, backend="ring")
     for name in checks:
+        begin = time.monotonic()
         try:
             getattr(module, name)(group)
             text = ""
         except BaseException:
             text = traceback.format_exc()
+        print(f"{name}: {time.monotonic() - begin:.1f} s")
         print(MARK + json.dumps([name, text]), flush=True)
+        if text:
+            os._exit(1)
 
 
 if __name__ == "__main__":

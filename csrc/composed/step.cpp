@@ -254,7 +254,12 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   Random random;
   if (flags & kStochastic) {
     random = random_bits_composed(
-        arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s);
+        arena.shapes[i],
+        arena.begin + arena.offsets[i],
+        control_.seed,
+        *in_.step,
+        control_.place,
+        s);
   }
   for (int slot = 0; slot < Rules::slots(control_.rule, flags); ++slot) {
     next.slots[slot] = stored_slot(ruled.slots.of[slot], slot, random);

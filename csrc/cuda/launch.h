@@ -63,6 +63,7 @@ constexpr SlotWay kContiguousWay = {1, 1, 0};
 struct StepArena {
   void* parameters_out;
   uint64_t place; // of its random bits, see fused_math::random_key
+  uint32_t begin; // likewise
   SlotArena slots[fused_math::kSlots];
 };
 

@@ -54,7 +54,10 @@ struct Arena {
   std::vector<int> tensors = {}; // indices into Layout::tensors
   std::vector<mx::Shape> shapes = {}; // of each of `tensors`
   std::vector<size_t> offsets = {}; // elements, likewise
-  uint64_t fingerprint = 0; // of its tensors
+  // Of its tensors, which are the place of random bits; or that of a whole arena of which this
+  // is the part that begins there (elements).
+  uint64_t fingerprint = 0;
+  uint32_t begin = 0;
   bool is_small = false; // its tensors have no moments in bytes
 };
 
@@ -62,6 +65,7 @@ struct Layout {
   std::vector<TensorSpec> tensors;
   std::vector<std::shared_ptr<const Arena>> arenas; // shared with every step's graph
   uint64_t fingerprint = 0; // of all tensors
+  std::string name = {}; // of one that is not the usual one of its tensors
 };
 
 size_t element_count(const mx::Shape& shape);

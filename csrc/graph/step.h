@@ -161,18 +161,21 @@ StepResult fused_step(
     const StepOptions& options,
     mx::StreamOrDevice s = {});
 
-/// With kMeasuredFlags, what StepResult has under `measured`, of all these gradients.
+/// With kMeasuredFlags, what StepResult has under `measured`, of all these tensors.
 std::vector<mx::array> measure_step(
+    const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
     const mx::array& step,
     const StepOptions& options,
     mx::StreamOrDevice s = {});
 
-/// The gradients of each arena in one flat array, in new memory: a step that puts out what it
-/// reads. Of a single tensor it is the gradient as it is. Gradients have the layout's dtypes.
-std::vector<mx::array> pack_gradients(
+/// The arrays of each arena in one flat array, in new memory: a step that puts out what it
+/// reads. They have the layout's dtypes. With `skips_single` an array that is alone in its
+/// arena stays as it is.
+std::vector<mx::array> pack_arrays(
     const Layout& layout,
-    const std::vector<mx::array>& gradients,
+    const std::vector<mx::array>& arrays,
+    bool skips_single,
     mx::StreamOrDevice s = {});
 
 /// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits

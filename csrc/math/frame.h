@@ -136,9 +136,9 @@ struct StepControl {
   uint32_t rule; // its place in Rules
   uint32_t parameter_format; // Format
   uint32_t state_format; // likewise, of the rule's slots
-  uint32_t reserved;
+  uint32_t begin; // in `place`, where this arena begins
   uint64_t seed; // of rounding at random
-  uint64_t place; // likewise: the arena
+  uint64_t place; // likewise: the arena, or that of which it is a part
   Schedule schedules[kMostSchedules];
 };
 static_assert(sizeof(StepControl) <= 4096, "Metal takes at most 4 KiB by value");
@@ -317,7 +317,7 @@ MATH_FN StepHyper step_hyper_of(
   hyper.trust_ratio = 1.0f;
   hyper.average_weight = control.average_weight;
   hyper.apply = flags & kSkipNonfinite ? measured[kMeasuredApply] != 0.0f : 1;
-  hyper.key = random_key(control.seed, step, control.place);
+  hyper.key = random_key(control.seed, step, control.place, control.begin);
   return hyper;
 }
 
