@@ -43,6 +43,9 @@ class Two:
     def size(self):
         return 2
 
+    def rank(self):
+        return 0
+
 
 def test_one_collective_for_each_flat_array(monkeypatch):
     """Of mixed dtypes too, on the stream that is asked for; a large tensor is not copied."""
@@ -81,3 +84,66 @@ def test_what_cannot_be_averaged():
     for leaf, words in ((mx.ones(2, mx.complex64), "complex64"), (1.0, "float")):
         with pytest.raises(ValueError, match=rf"\[average_gradients\] .*'w'.*{words}"):
             optim.average_gradients({"w": leaf}, Two())
+
+
+def test_an_optimizer_that_cannot_be_sharded():
+    class Own(optim.SGD):
+        def apply_single(self, gradient, parameter, state):
+            return parameter
+
+    import mlx.optimizers
+
+    for optimizer in (optim.Muon(0.1), Own(0.1), mlx.optimizers.SGD(0.1), None):
+        with pytest.raises(
+            TypeError, match=r"\[Sharded\] the optimizer is of the wrong type: got "
+        ):
+            optim.Sharded(optimizer)
+
+
+def test_nothing_to_gather():
+    with pytest.raises(ValueError, match=r"\[Sharded\] nothing to gather: got no state"):
+        optim.Sharded(optim.SGD(0.1), Two()).gathered_state()
+
+
+def test_a_mark_that_is_none():
+    sharded = optim.Sharded(optim.SGD(0.1), Two())
+    for mark in (mx.zeros(4), mx.zeros(2, mx.uint32)):
+        with pytest.raises(ValueError, match=r"\[Sharded\] state\['shard'\] is of the wrong type"):
+            sharded.state = {**sharded.state, "shard": mark}
+
+
+def test_of_one_process_it_is_the_optimizer():
+    alone, sharded = optim.AdamW(0.1), optim.Sharded(optim.AdamW(0.1))
+    parameters = {"w": mx.ones(3)}
+    sharded.init(parameters)
+    expected = alone.apply_gradients(parameters, parameters)
+    got = sharded.apply_gradients(parameters, parameters)
+    assert mx.array_equal(got["w"], expected["w"])
+    assert sharded.gathered_state().keys() == alone.state.keys()
+    assert sharded.step == 1 and sharded.learning_rate == alone.learning_rate
+    sharded.learning_rate = 0.5
+    assert sharded.optimizer.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_every_tensor_is_one_process_and_none_has_much_more(size):
+    """Also of more processes than tensors."""
+    from mlx_fused_optim import _ext
+    from mlx_fused_optim._layout import layout_of
+    from mlx_fused_optim._shards import Shards
+
+    shapes = [(64, i) for i in range(1, 30)] + [(0,), (4096,)]
+    dtypes = [mx.float32, mx.bfloat16]
+    tree = [mx.zeros(shape, dtypes[i % 2]) for i, shape in enumerate(shapes)]
+    whole = layout_of(_ext.Tree(tree, tree, "test"))
+    shards = [Shards(whole, rank, size) for rank in range(size)]
+    assert [number for one in shards for number in one.own] == [*range(len(shapes))]
+    weights = [sum(tree[number].nbytes for number in one.own) for one in shards]
+    largest = max(a.nbytes for a in tree) + 256 * len(shapes)
+    assert max(weights) <= sum(weights) / size + largest
+    for one in shards:
+        for rounds in (one.parameters, one.gradients([mx.float16] * len(shapes))):
+            seen = [t for _, _, tensors, *_ in rounds.arenas.arenas for t in tensors]
+            assert sorted(seen) == [*range(len(shapes))]
+            for whole_arena, slice_ in zip(rounds.arenas.arenas, rounds.slices.arenas, strict=True):
+                assert whole_arena[1] == (size * slice_[1][0],)
