@@ -88,7 +88,8 @@ __device__ void compute_numbers(
   }
   const uint32_t flags = is_generic(Known::kMay) ? control.flags : Known::kMay;
   StepHyper hyper = step_hyper_of(control, Known::kRule, flags, step, scalars, common.measured);
-  hyper.key = random_key(control.seed, step, arena.place, arena.begin);
+  const uint32_t begin = tensor.arena == 0 ? control.begin : 0;
+  hyper.key = random_key(control.seed, step, arena.place, begin);
   if (common.step_out && blockIdx.x == 0) {
     *common.step_out = step + hyper.apply;
   }

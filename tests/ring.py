@@ -1,4 +1,5 @@
-"""Programs of several processes on this machine, over MLX's ring.
+"""Programs of several processes on this machine, over MLX's ring; or over NCCL, a GPU each, with
+MLX_FUSED_OPTIM_TEST_NCCL as the number of GPUs.
 
 ``launched(n, CHECKS)`` starts ``python ring.py FILE CHECK...`` n times; each process calls the
 checks of a file in turn with the group, and says how each went. So starting is paid for once,
@@ -21,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+GPUS = int(os.environ.get("MLX_FUSED_OPTIM_TEST_NCCL", "0"))
 MARK = "outcome of "
 SECONDS = 120  # for everything; an idle machine takes five
 
@@ -40,16 +42,24 @@ def started(size: int, program: list[str], outputs: list[IO[str]]) -> list[subpr
     """The processes of a group, whose environment is that of mlx.launch."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as hosts:
         json.dump([[f"127.0.0.1:{port}"] for port in ports(size)], hosts)
-    environment = {**os.environ, "MLX_HOSTFILE": hosts.name, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MLX_HOSTFILE": hosts.name}
+    if GPUS:
+        environment.pop("MLX_HOSTFILE")
+        environment |= {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(ports(1)[0])}
+        environment["MLX_WORLD_SIZE"] = str(size)
     return [
         subprocess.Popen(
             program,
-            env={**environment, "MLX_RANK": str(rank)},
+            env={**environment, "MLX_RANK": str(rank), **_device(rank)},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         for rank, output in enumerate(outputs)
     ]
+
+
+def _device(rank: int) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": str(rank)} if GPUS else {}
 
 
 def launched(size: int, file: str, checks: Iterable[str]) -> list[dict[str, str]]:
@@ -84,8 +94,9 @@ def main(file: str, *checks: str) -> None:
     spec = importlib.util.spec_from_file_location("checks", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    mx.set_default_device(mx.cpu)
-    group = mx.distributed.init(strict=True, backend="ring")
+    if not GPUS:
+        mx.set_default_device(mx.cpu)
+    group = mx.distributed.init(strict=True, backend="nccl" if GPUS else "ring")
     for name in checks:
         begin = time.monotonic()
         try:

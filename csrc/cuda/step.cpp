@@ -131,7 +131,6 @@ StepArena step_arena(const StepPlan& plan, const StepInputs& in, const StepOutpu
   StepArena arena{};
   arena.parameters_out = pointer<void>(out.parameters);
   arena.place = plan.control.place;
-  arena.begin = plan.control.begin;
   for (int slot = 0; slot < kSlots; ++slot) {
     arena.slots[slot] = {pointer<void>(in.slots[slot]), pointer<void>(out.slots[slot])};
   }

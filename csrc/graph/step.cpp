@@ -250,7 +250,7 @@ struct Gathered {
   /// Whether another arena joins those that are there.
   bool takes(const Arena& arena) const {
     const size_t more = arena.size * arena.dtype.size();
-    return is_open && !node.plans.empty() && node.plans.size() < kMostArenas &&
+    return is_open && !node.plans.empty() && node.plans.size() < kMostArenas && arena.begin == 0 &&
         node.plans[0].arena->dtype == arena.dtype &&
         node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit;
   }

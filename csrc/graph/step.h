@@ -184,7 +184,8 @@ constexpr size_t kMostArenas = 16;
 
 /// What a node does, arena by arena, and the gradients that it holds.
 struct StepNode {
-  std::vector<StepPlan> plans; // of arenas of one dtype; the first may write the step
+  // Of arenas of one dtype. The first may write the step, and begin within a whole arena.
+  std::vector<StepPlan> plans;
   std::vector<mx::array> gradients; // of those that do not wait for theirs
 
   /// The names for each plan.

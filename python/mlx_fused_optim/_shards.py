@@ -112,8 +112,9 @@ def _rounds(runs: list[list[int]], padded: dict[int, int], item: int) -> list[li
 
 def broadcast(x: mx.array, is_mine: bool, group: mx.distributed.Group) -> mx.array:
     """That of the one process whose it is, to the bit, evaluated."""
-    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.dtype.size]
-    bits = mx.view(mx.contiguous(x), words) if is_mine else mx.zeros(x.shape, words)
+    words = mx.uint32 if x.dtype.size == 4 else mx.uint8  # NCCL knows no others
+    bits = mx.view(mx.contiguous(x), words)
+    bits = bits if is_mine else mx.zeros_like(bits)
     received = mx.view(mx.distributed.all_sum(bits, group=group), x.dtype)
     mx.eval(received)
     return received

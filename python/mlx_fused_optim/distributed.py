@@ -380,8 +380,7 @@ class Sharded:
         step all processes find out together whether they may begin."""
         try:
             tree = _ext.Tree(gradients, parameters, _OP)
-            self._check_model(parameters)
-            told = [1, *_words(tree.fingerprint), _crc(_described(self.optimizer)), self._counter()]
+            told = [] if self._agreed else self._told(tree, parameters)
         except Exception:
             if not self._agreed:
                 with suppress(ValueError):  # the others' error, which is about this one
@@ -441,21 +440,20 @@ class Sharded:
                 + "counted from 0, or a whole state of gathered_state()."
             )
 
-    def _check_model(self, parameters: Any) -> None:
-        if self._agreed or not isinstance(parameters, Module):
-            return
-        for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
-            if isinstance(module, FullyShardedModule):
-                raise ValueError(
-                    f"[Sharded] the parameters are spread over processes already: got those of "
-                    f"mlx.nn.fully_shard in '{path}', allowed a model that every process has "
-                    "whole; or the optimizer alone."
-                )
-
-    def _counter(self) -> int:
+    def _told(self, tree: _ext.Tree, parameters: Any) -> list[int]:
+        """What this process is about to do, for the others; its tensors, options and step."""
+        if isinstance(parameters, Module):
+            for path, module in parameters.named_modules():  # type: ignore[no-untyped-call]
+                if isinstance(module, FullyShardedModule):
+                    raise ValueError(
+                        f"[{_OP}] the parameters are spread over processes already: got those of "
+                        f"mlx.nn.fully_shard in '{path}', allowed a model that every process has "
+                        "whole; or the optimizer alone."
+                    )
         step = self.optimizer.state.get("step", 0)
         is_known = not (isinstance(step, mx.array) and _ext.has_placeholders([step]))
-        return 0 if self._agreed or not is_known else int(step) % 2**32
+        number = int(step) % 2**32 if is_known else 0
+        return [1, *_words(tree.fingerprint), _crc(_described(self.optimizer)), number]
 
     def _agree(self, told: list[int]) -> None:
         """Raise ValueError, on every process, where one has told something else."""
@@ -544,7 +542,9 @@ def _crc(text: str) -> int:
 def _described(optimizer: FusedOptimizer) -> str:
     """What a step of it consists of, in words that are the same in every process."""
     hyper, options = optimizer._hyper(), optimizer._options
-    rate = optimizer._schedulers.get("learning_rate")
+    rate = optimizer._schedulers.get("learning_rate", optimizer.state.get("learning_rate"))
+    if isinstance(rate, mx.array) and not _ext.has_placeholders([rate]):
+        rate = rate.tolist()
     parts = [type(optimizer).__name__, hyper.flags, rate, *hyper.scalars, *options]
     return repr([_told(part) for part in parts])
 
