@@ -277,6 +277,31 @@ def a_whole_state_is_shared_out(group):
             assert again.state.get("arenas", {}).keys() == sharded.state.get("arenas", {}).keys()
 
 
+def an_optimizer_that_has_a_state_is_shared_out(group):
+    alone, expected, _, got = both(group, OPTIMIZERS["adamw"], range(2))
+    used = OPTIMIZERS["adamw"]()
+    used.state = dict(alone.state)
+    used.init(expected)
+    sharded = optim.Sharded(used, group)
+    own = lambda t: gradients_of(group.rank(), t)  # noqa: E731
+    same(
+        stepped(sharded, got, own, [3]),
+        stepped(alone, expected, lambda t: mean_of(group, t), [3]),
+    )
+    assert len(used.state.get("arenas", {})) <= 1  # nothing is left of the others' tensors
+
+
+def an_option_that_is_set_counts_from_the_next_step(group):
+    alone, expected, sharded, got = both(group, OPTIMIZERS["momentum"], range(2))
+    alone.ema_decay = sharded.optimizer.ema_decay = 0.9
+    before = sharded.gathered_state()
+    own = lambda t: gradients_of(group.rank(), t)  # noqa: E731
+    got = stepped(sharded, got, own, [3])
+    same(got, stepped(alone, expected, lambda t: mean_of(group, t), [3]))
+    same(sharded.gathered_state(), dict(alone.state))
+    assert before["arenas"].keys() == alone.state["arenas"].keys()
+
+
 def a_part_goes_on_where_it_was(group):
     import io
 

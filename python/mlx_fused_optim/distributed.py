@@ -228,7 +228,8 @@ class Sharded:
         self._group = group or mx.distributed.init()
         self._stream = communication_stream
         self._known: Recent[Shards] = Recent(4)
-        self._shards: Shards | None = None  # of the state
+        self._shards: Shards | None = None  # of the state, and what that has
+        self._wanted: _packing.Wanted | None = None
         self._agreed = False
         self._scatters = False
 
@@ -338,16 +339,15 @@ class Sharded:
         Raises:
             ValueError: There is no state yet: neither a step nor :meth:`init`.
         """
-        inner, shards = self.optimizer, self._shards
+        inner, shards, wanted = self.optimizer, self._shards, self._wanted
         if self._group.size() == 1:
             return dict(inner.state)
-        if shards is None:
+        if shards is None or wanted is None:
             raise ValueError(
                 "[Sharded] nothing to gather: got no state, allowed after a step or init()."
             )
         is_kept = to is None or to == self._group.rank()
         rule = inner._rule.slots
-        wanted = wanted_slots(inner._hyper(), inner._options)
         own = inner.state.get("arenas", {}).get(shards.layout.key, {})
         entry: dict[str, Any] = {"table": encoded(shards.whole)}
         for name in wanted.slots:
@@ -405,7 +405,8 @@ class Sharded:
         inner = self.optimizer
         slots, state = inner._rule.slots, inner.state
         _packing.check_scalars(state, _OP)
-        if inner._initialized and not _packing.is_edited(state, inner._known, slots):
+        is_as_left = not _packing.is_edited(state, inner._known, slots)
+        if inner._initialized and SHARD in state and is_as_left:
             return
         self._check_shard(state)
         if SHARD in state:
@@ -426,6 +427,7 @@ class Sharded:
             mark = [*self._place, *_words(shards.whole.made.fingerprint)]
             self.optimizer.state[SHARD] = mx.array(mark, mx.uint32)
         self._shards = shards
+        self._wanted = wanted_slots(self.optimizer._hyper(), self.optimizer._options)
 
     @property
     def _place(self) -> list[int]:
