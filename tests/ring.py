@@ -66,6 +66,14 @@ def launched(size: int, file: str, checks: Iterable[str]) -> list[dict[str, str]
     """Of each process what came of each check: "" where it held, or what to read. A process ends
     at the first that does not hold; the others cannot go on without it."""
     program = [sys.executable, __file__, file, *checks]
+    for _ in range(3):
+        outcomes = _launched(size, program, checks)
+        if not any("Couldn't bind" in text for o in outcomes for text in o.values()):
+            break  # somebody else may have taken a port that was free
+    return outcomes
+
+
+def _launched(size: int, program: list[str], checks: Iterable[str]) -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(size)]
         with ExitStack() as files:
