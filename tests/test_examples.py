@@ -2,10 +2,12 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import mlx_fused_optim
 import pytest
+from ring import started
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -91,3 +93,16 @@ def test_mlx_lm_takes_our_options(optimizer, tmp_path, monkeypatch):
     }
     assert re.search(wanted[optimizer], ours), ours
     assert "2 steps of" in report
+
+
+@pytest.mark.parametrize("average", [[], ["--average"]], ids=["sharded", "averaged"])
+def test_two_processes_train_one_model(average, tmp_path):
+    """The program itself asks that they have the same model in the end."""
+    program = [sys.executable, str(EXAMPLES / "data_parallel.py"), "--steps", "12", *average]
+    with (tmp_path / "0").open("w") as first, (tmp_path / "1").open("w") as second:
+        processes = started(2, program, [first, second])
+        codes = [process.wait(timeout=120) for process in processes]
+    told = (tmp_path / "0").read_text()
+    assert codes == [0, 0], told + (tmp_path / "1").read_text()
+    before, after = map(float, re.search(r"2 processes, loss (\S+) -> (\S+)", told).groups())
+    assert after < before - 0.5
