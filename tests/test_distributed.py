@@ -176,6 +176,31 @@ def test_every_tensor_is_one_process_and_none_has_much_more(size):
             assert sorted(seen) == [*range(len(shapes))]
             for whole_arena, slice_ in zip(rounds.arenas.arenas, rounds.slices.arenas, strict=True):
                 assert whole_arena[1] == (size * slice_[1][0],)
+                # A kernel zeroes from the end of a tensor to the next multiple of 256 bytes.
+                dtype, (elements,), tensors, offsets, *_ = whole_arena
+                rest = [*offsets[1:], elements]
+                for number, begin, end in zip(tensors, offsets, rest, strict=True):
+                    assert begin * dtype.size % 256 == 0
+                    assert begin + -(-tree[number].size * dtype.size // 256) * 256 // dtype.size <= end
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_gradients_of_another_dtype_are_packed_whole(dtype):
+    """On whatever device this runs."""
+    from mlx_fused_optim import _ext
+    from mlx_fused_optim._layout import layout_of
+    from mlx_fused_optim._shards import Shards
+
+    shapes = [(3,), (33, 8), (64,), (700,), (5, 2, 3), (0, 4), (129,)]
+    parameters = [mx.zeros(shape) for shape in shapes]
+    gradients = [mx.random.normal(shape).astype(dtype) for shape in shapes]
+    shards = Shards(layout_of(_ext.Tree(gradients, parameters, "test")), 0, 2)
+    rounds = shards.gradients([dtype] * len(shapes))
+    found = {}
+    for number, packed in enumerate(_ext.pack_arrays(gradients, rounds.arenas)):
+        views = _ext.arena_views(packed, rounds.arenas, number)
+        found |= zip(rounds.arenas.arenas[number][2], views, strict=True)
+    assert all(mx.array_equal(found[i], g) for i, g in enumerate(gradients))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)

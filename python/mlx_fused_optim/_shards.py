@@ -12,6 +12,7 @@ from ._recent import Recent
 
 # Bytes of an array that is communicated, if several tensors are: as of an arena.
 SHARE, SMALLEST, LARGEST = 16, 8 << 20, 128 << 20
+_ALIGNMENT = 256  # bytes, at which a tensor begins
 
 
 class Rounds(NamedTuple):
@@ -49,18 +50,21 @@ class Shards:
         tensors = zip(self.whole.tensors, dtypes, strict=True)
         rows = [(path, shape, dtype) for (path, shape, _), dtype in tensors]
         places = {number: place for place, number in enumerate(self.own)}
+        # A kernel zeroes the gap behind a tensor, which is longer in elements where they are smaller.
+        units = [_ALIGNMENT // dtype.size for dtype in dtypes]
+        padded = {t: -(-n // units[t]) * units[t] for t, n in self._padded.items()}
         arenas: list[Any] = []
         slices: list[Any] = []
         for dtype in dict.fromkeys(dtypes):
             runs = [[t for t in run if dtypes[t] == dtype] for run in self._runs]
-            for parts in _rounds(runs, self._padded, dtype.size):
-                length = max(sum(self._padded[t] for t in part) for part in parts)
+            for parts in _rounds(runs, padded, dtype.size):
+                length = max(sum(padded[t] for t in part) for part in parts)
                 offsets = {}
                 for rank, part in enumerate(parts):
                     at = rank * length
                     for t in part:
                         offsets[t] = at
-                        at += self._padded[t]
+                        at += padded[t]
                 first, mine = self._rank * length, parts[self._rank]
                 of_slice = [places[t] for t in mine], [offsets[t] - first for t in mine]
                 arenas.append((dtype, len(parts) * length, [*offsets], [*offsets.values()], *_END))
