@@ -882,18 +882,20 @@ def test_a_rate_that_is_set_between_steps():
 
 @pytest.mark.skipif(not mx.metal.is_available() and mx.default_device() != mx.cpu, reason="CPU")
 @pytest.mark.parametrize("others", [False, True])
-def test_compiled_steps(others):
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_compiled_steps(others, shapeless):
     def made():
         options = {"others": optim.AdamW(optim.cosine_decay(0.01, 9))} if others else {}
         return optim.Muon(optim.cosine_decay(0.1, 9), clip_norm=1.0, skip_nonfinite=True, **options)
 
-    shapes = {k: SHAPES[k] for k in ("a", "b", "up", "norm")}
+    names = ("a", "b", "up", "odd", "odd_too", "lora_a", "filter", "norm")
+    shapes = {k: SHAPES[k] for k in names}
     want, eager = tree(0, shapes=shapes), made()
     got, optimizer = want, made()
     optimizer.init(got)
     step = mx.compile(
         lambda parameters, gradients: optimizer.apply_gradients(gradients, parameters),
-        inputs=optimizer.state, outputs=optimizer.state,
+        inputs=optimizer.state, outputs=optimizer.state, shapeless=shapeless,
     )  # fmt: skip
     for seed in (1, 2, 3):
         gradients = tree(seed, shapes=shapes)
