@@ -1088,6 +1088,21 @@ def test_attributes_that_make_no_sense_are_refused_at_the_step(name, value):
     )
 
 
+def test_a_list_of_coefficients_that_changes():
+    """Attributes are plain: the next step has what the list says then."""
+    triples = [(3.0, -2.0, 0.5), (2.0, -1.5, 0.4)]
+    optimizer = optim.Muon(0.1, ns_coefficients=triples)
+    parameters = train(optimizer, tree(0), (1,))
+    triples[1] = (1.0, 0.0, 0.0)
+    other = optim.Muon(0.1, ns_coefficients=list(triples))
+    other.state = dict(optimizer.state)
+    want = train(other, parameters, (2,))
+    assert identical(train(optimizer, parameters, (2,)), want)
+    triples[1] = (1.0, 0.0)
+    call = lambda: train(optimizer, parameters, (3,))  # noqa: E731
+    assert_refused(call, "Muon", "ns_coefficients")
+
+
 def test_nothing_has_changed_where_one_of_both_refuses():
     """A group of Muon's that takes no tensor: found after the others have taken their step."""
     nothing = [(lambda path, array: False, {"weight_decay": 0.0})]

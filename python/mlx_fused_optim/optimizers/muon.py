@@ -18,7 +18,7 @@ from .._packing import OTHERS, check_scalars
 from .._paths import name_of
 from .._recent import Recent
 from .._rules import DTYPES, UNIT, Rule, Slots
-from .._step import Hyper, measured_step
+from .._step import Hyper, measured_step, never_changes
 from .base import FusedOptimizer, Number
 
 if TYPE_CHECKING:
@@ -192,8 +192,12 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     def _hyper(self) -> Hyper:
         given = (self.ns_steps, self.ns_coefficients, self._ns_dtype, self.scale)
         if self._between is None or not all(map(operator.is_, given, self._between[0])):
-            self._between = given, checked_newton_schulz(self._op, *given)
-        return super()._hyper()._replace(between=self._between[1])
+            between = checked_newton_schulz(self._op, *given)
+            # A list of coefficients is looked at each time.
+            self._between = (given, between) if all(map(never_changes, given)) else None
+        else:
+            between = self._between[1]
+        return super()._hyper()._replace(between=between)
 
     def _take_step(
         self,
