@@ -229,6 +229,19 @@ def test_infinities_spread_no_further_than_their_matrix():
     assert np.isfinite(numbers(updates["b"])).all() and np.isfinite(numbers(updates["c"])).all()
 
 
+def test_norms_at_the_end_of_float32():
+    """Beyond it a matrix moves nothing, and is no NaN; within it its direction counts."""
+    x = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    x /= np.linalg.norm(x)
+    scales = {"one": 1.0, "last": 3e38, "first": 2e-38, "beyond": 2e38, "below": 1e-41}
+    gradients = {key: mx.array(x * np.float32(scale)) for key, scale in scales.items()}
+    gradients["beyond"] = 2 * gradients["beyond"]
+    updates = {key: numbers(update) for key, update in update_of(gradients).items()}
+    for key in ("last", "first"):  # of which 2e-38 has elements that are subnormal
+        assert np.abs(updates[key] - updates["one"]).max() < (CLOSE if key == "last" else 2e-3)
+    assert (updates["beyond"] == 0).all() and np.abs(updates["below"]).max() < 1e-38
+
+
 # ---- Batches ----------------------------------------------------------------------------------
 
 

@@ -58,7 +58,9 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     :math:`\mathrm{NS}(u) = U \, p(\Sigma / \lVert u \rVert) \, V^\top` for the Frobenius
     norm and :math:`p` the polynomials :math:`x \mapsto a x + b x^3 + c x^5`, applied ``ns_steps``
     times, which bring singular values near 1. A matrix of zeros stays one; any other direction
-    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm.
+    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm, as long as the
+    norm is a normal number of float32 (of less than 1.2e-38, the update is about zero; of
+    more than 3.4e38, it is).
 
     {frame}
 
