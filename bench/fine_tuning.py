@@ -1,11 +1,12 @@
 """Fine-tune a small random model with mlx-lm's own program, with accel and without.
 
-    python bench/fine_tuning.py [--iters N] [--repeats N] [--layers N] [--width N]
+    python bench/fine_tuning.py [--iters N] [--repeats N] [--layers N] [--width N] [--write]
 
-Each run is a process of its own and they take turns. It prints milliseconds an iteration (of the
-CPUs, which a busy machine disturbs less, and by the clock: the lower quartile of the reports of all
-runs), peak memory and the last loss, as a table. Nothing is downloaded: the model, the tokenizer
-and the data are made here.
+Each run is a process of its own and they take turns. It prints milliseconds an iteration (by the
+clock, and of the CPUs, which a busy machine disturbs less: medians of the reports of all runs),
+peak memory and the last loss, as a table; --write puts it into docs/accelerate.md. Nothing is
+downloaded: the model, the tokenizer and the data are made here, and what is ours comes from
+mlx-lm's configuration.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+
+PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"
+MARKS = "<!-- fine-tuning: begin -->\n", "<!-- fine-tuning: end -->\n"
 
 CONFIG = {
     "model_type": "llama",
@@ -37,7 +43,28 @@ CONFIG = {
 }
 WORDS = [*"abcdefghijklmnop"]
 EVERY = 5  # iterations of a report
-RUNS = [("lora", "adamw"), ("dora", "adam"), ("full", "adamw"), ("full", "sgd")]
+
+
+class Run(NamedTuple):
+    """A fine-tune with mlx-lm alone and with accel."""
+
+    kind: str
+    optimizer: str
+    ours: dict[str, Any] = {}  # noqa: RUF012  what only accel's configuration has
+
+    def __str__(self) -> str:
+        options = ", ".join(f"`{name}: {value}`" for name, value in self.ours.items())
+        return f"{self.kind}, `{self.optimizer}`" + (f", accel with {options}" if options else "")
+
+
+RUNS = [
+    Run("lora", "adamw"),
+    Run("dora", "adam"),
+    Run("full", "adamw"),
+    Run("full", "adamw", {"state_dtype": "8bit"}),
+    Run("full", "sgd"),
+    Run("full", "muon"),
+]
 
 
 def make(folder: Path, **config: object) -> None:
@@ -102,13 +129,63 @@ def measured(folder: Path, accel: bool, options: dict[str, Any]) -> list[dict[st
     return json.loads(out.read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iters", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=128)
-    given = parser.parse_args()
+def compared(folder: Path, run: Run, usual: dict[str, Any], repeats: int) -> str:
+    """A line of the table."""
+    options = {**usual, "fine_tune_type": run.kind, "optimizer": run.optimizer}
+    clock: dict[bool, list[float]] = {False: [], True: []}
+    cpu: dict[bool, list[float]] = {False: [], True: []}
+    last = {}
+    for repeat in range(repeats + 1):
+        for accel in clock:
+            own = {run.optimizer: run.ours if accel else {}}
+            reports = measured(folder, accel, {**options, "optimizer_config": own})
+            last[accel] = reports[-1]
+            if not repeat:  # MLX compiles
+                continue
+            # Validations are in the first and in the last.
+            for one, two in itertools.pairwise(reports[:-1]):
+                clock[accel].append(1e3 / two["iterations_per_second"])
+                cpu[accel].append(1e3 * (two["cpu"] - one["cpu"]) / EVERY)
+    weights = mx.load(str(folder / "adapters" / "adapters.safetensors"))
+    size = sum(array.size for array in weights.values())
+    columns = [
+        str(run),
+        f"{len(weights)} tensors, {size / 1e6:.2f} M",
+        *(f"{statistics.median(clock[accel]):.1f}" for accel in clock),
+        *(f"{statistics.median(cpu[accel]):.1f}" for accel in cpu),
+        *(f"{1e3 * last[accel]['peak_memory']:.1f}" for accel in last),
+        *(f"{last[accel]['train_loss']:.4f}" for accel in last),
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def caption(given: argparse.Namespace, run: dict[str, Any], load: float) -> str:
+    """What the table is of, and whether to believe it; the load is that of the end."""
+    from report import BUSY
+
+    machine = run["machine"]
+    text = (
+        f"A Llama of {given.layers} layers of {given.width}, in float32: `python "
+        f"bench/fine_tuning.py --iters {given.iters} --repeats {given.repeats} --write`, on "
+        f"{machine.get('gpu', machine['processor'])} with {machine['cores']} cores, MLX "
+        f"{run['versions']['mlx']}, {run['date']}; load average {machine['load']} at the start, "
+        f"{load:.1f} at the end."
+    )
+    # A run itself keeps a core busy, and the compiler now and then another.
+    if max(machine["load"], load - 1) > BUSY * machine["cores"]:
+        text += " **The machine was busy with other work**: memory and losses count, times do not."
+    return text
+
+
+def lines_of(given: argparse.Namespace) -> Iterator[str]:
+    """The table and what it is of."""
+    from timing import header  # not for the children, one of which is mlx-lm alone
+
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    run = header("gpu" if gpu else "cpu")
+    pairs = ("ms an iteration", "ms of the CPUs", "peak MB", "loss")
+    yield f"| | trained | {' | '.join(f'{name} | with accel' for name in pairs)} |"
+    yield "|---|---|" + "---:|" * 8
     shape = {
         "num_hidden_layers": given.layers,
         "hidden_size": given.width,
@@ -116,38 +193,41 @@ def main() -> None:
     }
     usual = {"train": True, "iters": given.iters, "num_layers": given.layers, "val_batches": 1}
     usual |= {"steps_per_report": EVERY, "learning_rate": 1e-4, "batch_size": 1}
-    pairs = ("CPU ms an iteration", "ms by the clock", "peak MB", "loss")
-    print(f"| | trained | {' | '.join(f'{name} | with accel' for name in pairs)} |")
-    print("|---|---|" + "---:|" * 8)
+    usual |= {"lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}}
     with tempfile.TemporaryDirectory() as name:
         make(Path(name), **shape)
-        for kind, optimizer in RUNS:
-            options = {**usual, "fine_tune_type": kind, "optimizer": optimizer}
-            options["lora_parameters"] = {"rank": 8, "dropout": 0.0, "scale": 20.0}
-            clock: dict[bool, list[float]] = {False: [], True: []}
-            cpu: dict[bool, list[float]] = {False: [], True: []}
-            last = {}
-            for repeat in range(given.repeats + 1):
-                for accel in clock:
-                    reports = measured(Path(name), accel, options)
-                    last[accel] = reports[-1]
-                    if not repeat:  # MLX compiles
-                        continue
-                    # Validations are in the first and in the last.
-                    for one, two in itertools.pairwise(reports[:-1]):
-                        clock[accel].append(1e3 / two["iterations_per_second"])
-                        cpu[accel].append(1e3 * (two["cpu"] - one["cpu"]) / EVERY)
-            weights = mx.load(str(Path(name) / "adapters" / "adapters.safetensors"))
-            size = sum(array.size for array in weights.values())
-            columns = [
-                f"{kind}, {optimizer}",
-                f"{len(weights)} tensors, {size / 1e6:.2f} M",
-                *(f"{statistics.quantiles(cpu[accel], n=4)[0]:.0f}" for accel in cpu),
-                *(f"{statistics.quantiles(clock[accel], n=4)[0]:.0f}" for accel in clock),
-                *(f"{1e3 * last[accel]['peak_memory']:.1f}" for accel in last),
-                *(f"{last[accel]['train_loss']:.4f}" for accel in last),
-            ]
-            print(f"| {' | '.join(columns)} |", flush=True)
+        for chosen in RUNS:
+            yield compared(Path(name), chosen, usual, given.repeats)
+    yield ""
+    yield caption(given, run, os.getloadavg()[0])
+
+
+def written(text: str, lines: list[str]) -> str:
+    """The page with its table renewed."""
+    begin, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+    return text[:begin] + "\n" + "\n".join(lines) + "\n\n" + text[end:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--write", action="store_true", help="renew the table of accelerate.md")
+    given = parser.parse_args()
+    least = 4 * EVERY  # two reports between the validations
+    if given.iters < least or given.repeats < 1:
+        parser.error(
+            f"too few: got --iters {given.iters} --repeats {given.repeats}, allowed {least} or "
+            "more and 1 or more"
+        )
+    lines = []
+    for line in lines_of(given):
+        print(line, flush=True)
+        lines.append(line)
+    if given.write:
+        PAGE.write_text(written(PAGE.read_text(), lines))
 
 
 if __name__ == "__main__":

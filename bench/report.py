@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, and the table in README.md, from the runs in bench/results.
+"""Write docs/benchmarks.md, docs/medians.md and their picture from the runs in bench/results.
 
 python bench/bench.py --json bench/results/NAME.json
 python bench/report.py
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import picture
+
 RESULTS = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-README = Path(__file__).parent.parent / "README.md"
-MARKS = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
+MEDIANS = REPORT.with_name("medians.md")
 
 # A load average above this, for each core, is somebody else's work.
 BUSY = 0.5
@@ -42,6 +43,25 @@ under `jax.jit` with donated parameters and state. "constant" is ours with a con
 """
 
 
+SUMMARY = """\
+# Benchmarks at a glance
+
+<!-- Written by bench/report.py from bench/results/*.json: change those. -->
+
+Medians of whole steps, ms, host time included: momentum or AdamW, weight decay and a decaying
+learning rate. The shortest time of a row is bold. [Benchmarks](benchmarks.md) says how it was
+measured and has quartiles, GB/s and memory; `make bench` measures on your machine.
+
+The picture has what all four of its runs have timed, each group on a scale of its own:
+
+![Bars of a step's time, ours beside mlx compiled, torch fused and optax jit](benchmarks.svg)
+
+Where we lose on a GPU, to torch's fused kernels, it is with many small tensors. Those runs launched
+a kernel for each sixteenth of a model; sixteenths whose gradients are there share launches since
+([CUDA](cuda.md)).
+"""
+
+
 def report(runs: dict[str, dict]) -> str:
     return "\n".join([INTRODUCTION, *(_run(name, run) for name, run in runs.items())])
 
@@ -50,14 +70,10 @@ def load() -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
-def readme(text: str, runs: dict[str, dict]) -> str:
-    """README.md with its table of medians renewed: every work, wins and losses alike."""
-    begin = text.index(MARKS[0]) + len(MARKS[0])
-    end = text.index(MARKS[1])
+def medians(runs: dict[str, dict]) -> str:
+    """A line for every work, wins and losses alike: the shortest time is bold."""
     lines = [
-        "",
-        "Medians of whole steps, ms: momentum or AdamW, weight decay and a decaying learning rate.",
-        "",
+        SUMMARY,
         "| | ours | compiled | mlx compiled | torch fused | optax jit |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -69,11 +85,17 @@ def readme(text: str, runs: dict[str, dict]) -> str:
             lines.append(heading)
         before = heading
         for result in run["results"]:
-            times = result["candidates"]
-            cells = [f"{times[p]['median_ms']:.2f}" if p in times else "" for p in peers]
+            times = {p: result["candidates"].get(p, {}).get("median_ms") for p in peers}
+            least = min(filter(None, times.values()))
+            cells = [_cell(time, time == least) for time in times.values()]
             title = _in_training(result) if result["kind"] == "training" else result["title"]
             lines.append(f"| {title} | {' | '.join(cells)} |")
-    return text[:begin] + "\n".join([*lines, ""]) + "\n" + text[end:]
+    return "\n".join([*lines, ""])
+
+
+def _cell(time: float | None, bold: bool) -> str:
+    text = "" if time is None else f"{time:.2f}"
+    return f"**{text}**" if bold else text
 
 
 def _device(run: dict) -> str:
@@ -176,8 +198,17 @@ def _ratios(times: dict) -> list[str]:
     return lines
 
 
+def written(runs: dict[str, dict]) -> dict[Path, str]:
+    """The files, and what is to be in them."""
+    return {
+        REPORT: report(runs),
+        MEDIANS: medians(runs),
+        picture.PICTURE: picture.draw(runs),
+    }
+
+
 if __name__ == "__main__":
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(report(load()))
-    README.write_text(readme(README.read_text(), load()))
-    print(f"Written: {REPORT} and {README}")
+    for path, text in written(load()).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(f"Written: {path}")

@@ -99,7 +99,8 @@ __device__ void compute_numbers(
   const uint32_t flags = is_generic(Known::kMay) ? control.flags : Known::kMay;
   StepHyper hyper =
       step_hyper_of<BiasesOfLanes>(control, Known::kRule, flags, step, scalars, common.measured);
-  hyper.key = random_key(control.seed, step, arena.place);
+  const uint32_t begin = tensor.arena == 0 ? control.begin : 0;
+  hyper.key = random_key(control.seed, step, arena.place, begin);
   const StepHyper own = step_tensor_hyper<BiasesOfLanes>(
       control,
       hyper,

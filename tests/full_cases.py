@@ -59,6 +59,7 @@ OWN: dict[str, Full] = {
     "momentum": Full(momentum=0.9, dampening=0.3),
     "muon_average": Full("muon", momentum=0.9),
     "muon_vectors": Full("muon", weight_decay=0.01),
+    "gradients": Full("sgd", momentum=None, nesterov=False, direction=True, pack=True),
     "bias_correction": Full("adam", bias_correction=True),
     "amsgrad": Full("adam", amsgrad=True),
     "groups_amsgrad": Full("adam", amsgrad=True, bias_correction=True, groups=GROUPS),
@@ -96,6 +97,7 @@ ALONE: dict[str, dict[str, Any]] = {
         "clip_norm": 1.3, "skip_nonfinite": True, "groups": GROUPS, "stochastic": True, "seed": 7,
         "state_dtype": "bfloat16", "direction": True,
     },
+    "pack": {"direction": True, "pack": True},
     "direction_8bit": {"weight_decay": 0.01, "state_dtype": "8bit", "direction": True},
 }  # fmt: skip
 
@@ -129,7 +131,7 @@ class FullCase:
 
     def out_dtype(self, dtype: str) -> str:
         """Of what a step puts out in the place of a parameter."""
-        return "float32" if self.options.direction else dtype
+        return self.options.out_dtype(dtype)
 
     def values(self) -> tuple[list[np.ndarray], list[list[np.ndarray]], dict[str, np.ndarray]]:
         """Bits of the first parameters, of the gradients of each step, and of the first slots

@@ -524,8 +524,8 @@ def full_step_float32(
                 new[slot] = as_rows(value, name, bits, wrong)
             else:
                 new[slot] = narrowed(stored(value, name, bits), name)
-        if options.direction:  # in float32; no case has anything of the frame's
-            new["parameter"] = narrowed(change, "float32")
+        if options.direction:  # no case has anything of the frame's
+            new["parameter"] = narrowed(change, options.out_dtype(dtype))
             return {name: bits.reshape(old[name].shape) for name, bits in new.items()}
         decays = has("weight_decay") and not coupled
         kept = np.float32(1) - own.rule.learning_rate * own.weight_decay
@@ -725,7 +725,7 @@ def full_step_float64(
         value = after[slot].stored(name, has("stochastic")) if slot in after else numbers[slot]
         new[slot] = value
     if options.direction:
-        return {**new, "parameter": change}
+        return {**new, "parameter": change.stored(dtype, False) if options.pack else change}
     if decays and decoupled:
         w = w * (Bounded(1.0) - own.rule.learning_rate * own.weight_decay)
 

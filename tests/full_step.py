@@ -80,6 +80,7 @@ class Full:
     ema_decay: float | None = None
     state_dtype: str | None = None
     direction: bool = False  # arenas of what the rule makes of the gradients, in float32
+    pack: bool = False  # with direction: in the parameters' dtypes
 
     @property
     def flags(self) -> set[str]:
@@ -104,6 +105,7 @@ class Full:
             "stochastic": self.stochastic,
             "ema": self.ema_decay is not None,
             "direction": self.direction,
+            "pack": self.pack,
         }
         for other in RULES.values():
             for name in set(other.flags) - set(RULES[self.rule].flags):
@@ -134,6 +136,10 @@ class Full:
         absent = {"learning_rate": 0.0, "weight_decay": 0.0, "grad_scale": 1.0, "momentum": 0.0}
         values = {name: getattr(self, name, None) for name in self.scalar_names}
         return {k: absent[k] if value is None else value for k, value in values.items()}
+
+    def out_dtype(self, dtype: str) -> str:
+        """Of what a step puts out in the place of a parameter."""
+        return "float32" if self.direction and not self.pack else dtype
 
     def slot_dtype(self, slot: str, dtype: str) -> str | None:
         """The dtype of a slot of the tensors of ``dtype``; None where they have none."""
@@ -239,16 +245,17 @@ def full_step(
         stream=stream,
     )
     if options.direction:
-        stepped = {"w": _tensors(_ext.Layout(tree), stepped)}
+        stepped = {"w": _tensors(_ext.Layout(tree), stepped, options)}
     return stepped["w"], State(slots, step, skipped, used, measured)
 
 
-def _tensors(layout: Any, arenas: Sequence[mx.array]) -> list[mx.array]:
-    """In float32, as the arenas must be, also of parameters of half types."""
+def _tensors(layout: Any, arenas: Sequence[mx.array], options: Full) -> list[mx.array]:
+    """In the dtype that the arenas must have."""
     from mlx_fused_optim import _ext
 
     tensors: dict[int, mx.array] = {}
     for number, (arena, row) in enumerate(zip(arenas, layout.arenas, strict=True)):
-        assert (arena.dtype, arena.shape) == (mx.float32, row[1])
+        dtype = DTYPES[options.out_dtype(dtype_name(row[0]))]
+        assert (arena.dtype, arena.shape) == (dtype, row[1])
         tensors.update(zip(row[2], _ext.arena_views(arena, layout, number), strict=True))
     return [tensors[i] for i in range(len(tensors))]

@@ -238,6 +238,20 @@ def test_report_tells_a_busy_machine(load, told):
 def test_report_is_current():
     runs = report.load()
     assert runs, "bench/results has no run"
-    assert report.REPORT.read_text() == report.report(runs), "run python bench/report.py"
-    text = report.README.read_text()
-    assert text == report.readme(text, runs), "run python bench/report.py"
+    for path, text in report.written(runs).items():
+        assert path.read_text() == text, f"{path.name}: run python bench/report.py"
+
+
+def test_the_picture_hides_no_loss():
+    """It has every work that its runs have in common, and says each time as the file does."""
+    picture, runs = importlib.import_module("picture"), report.load()
+    drawn = picture.draw(runs)
+    common = set.intersection(
+        *({r["name"] for r in runs[name]["results"]} for name in picture.COLUMNS)
+    )
+    assert picture.works(runs).keys() == common and len(common) >= 4
+    for name in picture.COLUMNS:
+        for result in runs[name]["results"]:
+            if result["name"] in common:
+                for peer in picture.PEERS:
+                    assert f">{result['candidates'][peer]['median_ms']:.2f}<" in drawn

@@ -1,11 +1,13 @@
 """``python -m mlx_fused_optim.check``: it says yes where all holds, and no where not."""
 
+import json
 import subprocess
 import sys
 
 import mlx.core as mx
 import pytest
 from mlx_fused_optim import check, reference
+from mlx_fused_optim._requirements import MLX_VERSION
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +20,62 @@ def same_device():
 def test_all_held(capsys):
     assert check.main(["--device", "cpu", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| yes |") == 5 and "| no |" not in out and "All held, in" in out
-    assert "| mlx | 0.32.4 |" in out and "| device | Device(cpu, 0)" in out
+    assert out.count("| yes |") == 6 and "| no |" not in out and "All held, in" in out
+    assert f"| mlx | {MLX_VERSION} |" in out and "| device | Device(cpu, 0)" in out
 
 
-def test_speed_is_shown(capsys, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
     monkeypatch.setattr(check, "OPTIMIZERS", {"AdamW": check.OPTIMIZERS["AdamW"]})
     monkeypatch.setattr(check, "BEYOND", {})
+    monkeypatch.setattr(check, "SHARED", {})
     monkeypatch.setattr(check, "MODELS", [check.Model("two small tensors", [(3,), (4, 5)])])
+    monkeypatch.setattr(check, "COPIED", 1 << 12)
+
+
+def test_speed_is_shown(small, capsys):
     assert check.main(["--seconds", "0.05"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "two small" in line]
-    assert [row.count(" ms ") for row in rows] == [3, 3]
-    assert rows[1].startswith("| AdamW, ")
+    assert [row.count(" ms, ") for row in rows] == [3, 3]
+    assert [row.count(" GB/s |") for row in rows] == [3, 3]
+    assert rows[1].startswith("| AdamW, ") and rows[1].endswith("% |")
+
+
+def test_what_is_printed_is_written_down(small, tmp_path, capsys):
+    file = tmp_path / "check.json"
+    assert check.main(["--seconds", "0.05", "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert record["held"] and record["environment"]["mlx"] == MLX_VERSION
+    assert all(row["wrong"] == [] for row in record["checks"])
+    assert sum(row["asked"] for row in record["checks"]) > 10
+    assert record["copy_gb_s"] > 0
+    sgd, adamw = record["steps"]
+    # 23 elements of 4 bytes, 5 times and 7: parameter and moments both ways, gradient in.
+    for step, moved in ((sgd, 23 * 4 * 5), (adamw, 23 * 4 * 7)):
+        assert step["ms"].keys() == step["gb_s"].keys() == {"fused", "mlx", "mlx compiled"}
+        for name, ms in step["ms"].items():
+            assert step["gb_s"][name] == pytest.approx(moved / ms / 1e6)
+    shown = capsys.readouterr().out
+    assert f"{adamw['ms']['fused']:.2f} ms, {adamw['gb_s']['fused']:.0f} GB/s" in shown
+
+
+def test_what_is_wrong_is_written_down(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "check_schedules", lambda: check.Result("question", 1, ["step 3"]))
+    file = tmp_path / "check.json"
+    assert check.main(["--json", str(file)]) == 1
+    record = json.loads(file.read_text())
+    assert not record["held"] and record["steps"] == []
+    assert {"question": "question", "asked": 1, "wrong": ["step 3"]} in record["checks"]
+
+
+def test_the_copy_makes_no_memory(monkeypatch):
+    monkeypatch.setattr(check, "COPIED", 1 << 20)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert check.copy_speed(4) > 0
+    mx.synchronize()
+    assert mx.get_peak_memory() - before <= 4 * (1 << 20) + (1 << 16)
 
 
 def test_a_wrong_step_is_found(capsys, monkeypatch):
@@ -65,6 +111,28 @@ def test_a_wrong_rule_is_found(name, capsys, monkeypatch):
     monkeypatch.setattr(check, "DTYPES", {"float32": mx.float32})
     assert all(name in what for what in check.check_parity().wrong)
     assert check.check_parity().wrong
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nesterov": False}, {"ns_steps": 4}, {"scale": "match_rms_adamw"}], ids=str
+)
+def test_a_wrong_muon_is_found(wrong, monkeypatch):
+    assert check.check_muon().wrong == []
+    right = check.optim.Muon
+    monkeypatch.setattr(check.optim, "Muon", lambda *args, **kw: right(*args, **kw, **wrong))
+    assert len(check.check_muon().wrong) >= 5
+
+
+def test_muon_of_bfloat16_is_within_what_is_allowed(monkeypatch):
+    """As a GPU's products are by default; not within what is allowed of float32's."""
+    right = check.optim.Muon
+
+    def half(rate, ns_dtype):
+        return right(rate, ns_dtype=mx.bfloat16)
+
+    monkeypatch.setattr(check.optim, "Muon", half)
+    wrong = check.check_muon().wrong
+    assert wrong and all("products of float32" in what for what in wrong)
 
 
 def test_a_wrong_option_is_found(capsys, monkeypatch):
@@ -112,7 +180,7 @@ def test_an_exception_is_an_answer(capsys, monkeypatch):
     assert check.main(["--seconds", "0"]) == 1
     out = capsys.readouterr().out
     # On a GPU one more: whether the CPU has the same bits.
-    checks = 5 if mx.default_device() == mx.Device(mx.cpu) else 6
+    checks = 6 if mx.default_device() == mx.Device(mx.cpu) else 7
     assert out.count("| no |") == checks and "RuntimeError: no such kernel" in out
 
 

@@ -1,6 +1,7 @@
 """mlx-lm's fine-tuning through its command line, with accel and without: a client that nobody here
 wrote. The model and the data are made here, and nothing is downloaded."""
 
+import argparse
 import importlib
 import itertools
 import json
@@ -18,7 +19,7 @@ import pytest
 lora = pytest.importorskip("mlx_lm.lora", reason="mlx-lm is not installed")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from fine_tuning import make  # noqa: E402
+import fine_tuning  # noqa: E402
 
 KINDS = ["lora", "dora", "full"]
 REPLACED = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
@@ -41,7 +42,7 @@ USUAL = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make(folder)
+    fine_tuning.make(folder)
     return {"model": str(folder / "model"), "data": str(folder / "data")}
 
 
@@ -189,3 +190,46 @@ def test_command_line(tiny, tmp_path):
         r", \[2\]\)\)\n    6 steps of 28 tensors, [\d,]+ parameters, compiled\n",
         said,
     )
+
+
+# ---- The benchmark ----------------------------------------------------------------------
+
+
+def test_the_benchmark_writes_its_table(tmp_path, monkeypatch, capsys):
+    """Of a fine-tune with moments that only ours has; the page keeps what is around the table."""
+    page = tmp_path / "accelerate.md"
+    page.write_text("before\n" + "old\n".join(fine_tuning.MARKS) + "after\n")
+    monkeypatch.setattr(fine_tuning, "PAGE", page)
+    run = fine_tuning.Run("full", "adamw", {"state_dtype": "8bit", "min_8bit_size": 0})
+    monkeypatch.setattr(fine_tuning, "RUNS", [run])
+    monkeypatch.setenv("PYTHONPATH", str(Path(optim.__file__).parents[1]))
+    command = "fine_tuning.py --iters 20 --repeats 1 --layers 2 --width 32 --write"
+    monkeypatch.setattr(sys, "argv", command.split())
+    fine_tuning.main()
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert capsys.readouterr().out in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| full"))
+    name, trained, *numbers = row.strip("| ").split(" | ")
+    assert name == "full, `adamw`, accel with `state_dtype: 8bit`, `min_8bit_size: 0`"
+    assert trained.endswith(" tensors, 0.02 M")
+    *times, _, _, alone, accelerated = map(float, numbers)
+    assert min(times) > 0
+    # Nearly the loss of float32 moments, and not to the digit.
+    assert 0 < abs(alone - accelerated) < 0.05 * alone
+
+
+@pytest.mark.parametrize("load, busy", [(1.9, False), (2.1, True)])
+def test_the_benchmark_tells_a_busy_machine(load, busy):
+    """A run itself is a load of 1, and of two cores half may be somebody else's."""
+    given = argparse.Namespace(layers=2, width=8, iters=20, repeats=1)
+    machine = {"processor": "any", "cores": 2, "load": 0.5}
+    run = {"machine": machine, "versions": {"mlx": "1.2.3"}, "date": "2026-01-02"}
+    assert ("busy with other work" in fine_tuning.caption(given, run, load)) == busy
+
+
+def test_the_benchmarks_page_has_its_table():
+    text = fine_tuning.PAGE.read_text()
+    begin, end = map(text.index, fine_tuning.MARKS)
+    table = text[begin:end]
+    assert all(f"\n| {run} | " in table for run in fine_tuning.RUNS)

@@ -1,7 +1,9 @@
 """The installed package: what the wheel carries, and numbers that must agree."""
 
 import importlib.metadata
+import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import mlx_fused_optim
@@ -44,6 +46,28 @@ def test_every_requirement_of_mlx_is_the_version_that_is_checked():
     versions = re.findall(r'"mlx(?:\[\w+\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert len(versions) == 5  # to build, to run, cpu, cuda12, cuda13
     assert set(versions) == {MLX_VERSION}
+
+
+def test_the_citation_has_the_version_too():
+    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version == mlx_fused_optim.__version__
+
+
+def test_another_mlx_can_be_pinned(tmp_path):
+    """tools/newest_mlx.py: everywhere, or it says that the files differ."""
+    spec = importlib.util.spec_from_file_location("newest_mlx", ROOT / "tools/newest_mlx.py")
+    newest_mlx = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(newest_mlx)
+    for name in newest_mlx.FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert newest_mlx.pin(tmp_path, "9.8.7") == MLX_VERSION
+    texts = [(tmp_path / name).read_text() for name in newest_mlx.FILES]
+    assert [text.count("9.8.7") for text in texts] == [5, 1]
+    assert not any(f'"{MLX_VERSION}"' in text or f"=={MLX_VERSION}" in text for text in texts)
+    (tmp_path / newest_mlx.FILES[1]).write_text('MLX_VERSION = "1.2.3"')
+    with pytest.raises(ValueError, match=r"the files differ: got 1\.2\.3, 9\.8\.7, allowed"):
+        newest_mlx.pin(tmp_path, "9.8.8")
 
 
 def test_public_names_exist_and_are_documented():

@@ -73,6 +73,27 @@ Layout layout_from_rows(nb::list rows, size_t least_of_bytes) {
   return make_layout(std::move(specs), least_of_bytes);
 }
 
+/// Of arenas as layout_arenas has them.
+Layout layout_from_arenas(nb::list rows, nb::list arenas, std::string name) {
+  Layout layout = layout_from_rows(rows, 0);
+  layout.arenas.clear();
+  layout.name = std::move(name);
+  for (auto item : arenas) {
+    auto row = nb::cast<nb::tuple>(item);
+    Arena arena{nb::cast<mx::Dtype>(row[0]), nb::cast<size_t>(row[1])};
+    arena.tensors = nb::cast<std::vector<int>>(row[2]);
+    arena.offsets = nb::cast<std::vector<size_t>>(row[3]);
+    for (int t : arena.tensors) {
+      arena.shapes.push_back(layout.tensors.at(t).shape);
+    }
+    arena.is_small = nb::cast<bool>(row[4]);
+    arena.fingerprint = nb::cast<uint64_t>(row[5]);
+    arena.begin = nb::cast<uint32_t>(row[6]);
+    layout.arenas.push_back(std::make_shared<const Arena>(std::move(arena)));
+  }
+  return layout;
+}
+
 nb::list layout_rows(const Layout& layout) {
   nb::list rows;
   for (auto& spec : layout.tensors) {
@@ -149,7 +170,8 @@ nb::dict flags() {
       {"compensated", kCompensated},
       {"stochastic", kStochastic},
       {"ema", kAverage},
-      {"direction", kDirection}};
+      {"direction", kDirection},
+      {"pack", kPack}};
   nb::dict bits;
   for (auto [name, bit] : named) {
     bits[name] = static_cast<uint32_t>(bit);
@@ -246,6 +268,8 @@ NB_MODULE(_ext, m) {
       .def_prop_ro(
           "parameters", [](const Tree& tree) { return std::vector<mx::array>(tree.parameters()); })
       .def_prop_ro(
+          "gradients", [](const Tree& tree) { return std::vector<mx::array>(tree.gradients()); })
+      .def_prop_ro(
           "has_placeholders",
           [](const Tree& tree) {
             return has_placeholders(tree.parameters()) || has_placeholders(tree.gradients());
@@ -254,16 +278,21 @@ NB_MODULE(_ext, m) {
       .def("part", &Tree::part, "numbers"_a, "layout"_a, "Some of its tensors, by number.")
       .def("with_gradients", &Tree::with_gradients, "gradients"_a)
       .def("unflatten", &Tree::unflatten, "leaves"_a, "The structure, with other leaves.")
-      .def_prop_ro("fingerprint", &Tree::fingerprint);
+      .def_prop_ro("fingerprint", &Tree::fingerprint)
+      .def_prop_ro(
+          "layout_name",
+          &Tree::layout_name,
+          "Of a part whose layout is not the usual one of its tensors.");
 
   nb::class_<Layout>(m, "Layout", "Where each tensor lives: see csrc/graph/layout.h.")
       .def(
           "__init__",
-          [](Layout* self, const Tree& tree, size_t least_of_bytes) {
-            new (self) Layout(make_layout(tree.specs(), least_of_bytes));
+          [](Layout* self, const Tree& tree, size_t least_of_bytes, size_t limit) {
+            new (self) Layout(make_layout(tree.specs(), least_of_bytes, limit));
           },
           "tree"_a,
-          "least_of_bytes"_a = 0)
+          "least_of_bytes"_a = 0,
+          "limit"_a = 0)
       .def(
           "__init__",
           [](Layout* self, nb::list rows, size_t least_of_bytes) {
@@ -271,13 +300,31 @@ NB_MODULE(_ext, m) {
           },
           "rows"_a,
           "least_of_bytes"_a = 0)
+      .def(
+          "__init__",
+          [](Layout* self, nb::list rows, nb::list arenas, std::string name) {
+            new (self) Layout(layout_from_arenas(rows, arenas, std::move(name)));
+          },
+          "rows"_a,
+          "arenas"_a,
+          "name"_a = "")
       .def_prop_ro(
           "fingerprint", [](const Layout& layout) { return fingerprint_text(layout.fingerprint); })
       .def_prop_ro("tensors", &layout_rows, "``[(path, shape, dtype), ...]``")
       .def_prop_ro(
           "arenas",
           &layout_arenas,
-          "``[(dtype, shape, tensor numbers, offsets in elements, whether they are small), ...]``");
+          "``[(dtype, shape, tensor numbers, offsets in elements, whether they are small), ...]``")
+      .def_prop_ro(
+          "places",
+          [](const Layout& layout) {
+            nb::list places;
+            for (auto& arena : layout.arenas) {
+              places.append(nb::make_tuple(arena->fingerprint, arena->begin));
+            }
+            return places;
+          },
+          "Of each arena the place of its random bits, and where it begins there.");
 
   m.def("is_tracing", &is_tracing, "Whether a function is being traced.");
   m.def(
@@ -471,13 +518,35 @@ NB_MODULE(_ext, m) {
       [](const Tree& tree,
          const mx::array& step,
          const StepOptions& options,
-         mx::StreamOrDevice s) { return measure_step(tree.gradients(), step, options, s); },
+         mx::StreamOrDevice s) {
+        return measure_step(tree.parameters(), tree.gradients(), step, options, s);
+      },
       "tree"_a,
       "step"_a,
       "options"_a,
       nb::kw_only(),
       "stream"_a = nb::none(),
       "[measured, steps skipped], for a step of parts of this tree.");
+  m.def(
+      "pack_arrays",
+      [](const std::vector<mx::array>& arrays,
+         const Layout& layout,
+         bool skips_single,
+         mx::StreamOrDevice s) {
+        if (arrays.size() != layout.tensors.size()) {
+          throw nb::index_error("[pack_arrays] one array for each of the layout's tensors.");
+        }
+        return pack_arrays(layout, arrays, skips_single, s);
+      },
+      "arrays"_a,
+      "layout"_a,
+      "skips_single"_a = false,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "The arrays of each arena in one flat array, in new memory; with ``skips_single`` one that "
+      "is\n"
+      "alone as it is.");
+  m.def("after", &after, "x"_a, "other"_a, "``x``, once the other array is there: on its stream.");
 
   m.def(
       "norms",

@@ -41,6 +41,11 @@ class Tree {
   const std::vector<mx::array>& parameters() const { return parameters_; }
   std::string fingerprint() const { return fingerprint_text(fingerprint_.number()); }
 
+  /// Of a part whose layout is not the usual one of its tensors; else nothing.
+  std::string layout_name() const {
+    return layout_ ? nb::cast<const Layout&>(layout_).name : std::string();
+  }
+
   /// Whether these are the tensors of a layout.
   bool fits(const Layout& layout) const { return fingerprint_.number() == layout.fingerprint; }
 

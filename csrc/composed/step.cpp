@@ -254,7 +254,12 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   Random random;
   if (flags & kStochastic) {
     random = random_bits_composed(
-        arena.shapes[i], arena.offsets[i], control_.seed, *in_.step, control_.place, s);
+        arena.shapes[i],
+        arena.begin + arena.offsets[i],
+        control_.seed,
+        *in_.step,
+        control_.place,
+        s);
   }
   for (int slot = 0; slot < Rules::slots(control_.rule, flags); ++slot) {
     next.slots[slot] = stored_slot(ruled.slots.of[slot], slot, random);
@@ -264,7 +269,7 @@ ComposedStep::Tensor ComposedStep::update(size_t i, const Numbers& step) const {
   }
   auto exact = w - ruled.change;
   if (flags & kDirection) {
-    next.parameter = ruled.change;
+    next.parameter = stored(ruled.change, plan_.parameter_out_dtype(), std::nullopt);
   } else if (is_master24(flags)) {
     exact = of(as_master24_composed(exact.array, random, s));
     const auto parts = parts_of_master24_composed(exact.array, s);

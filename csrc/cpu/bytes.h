@@ -32,6 +32,41 @@ void read_group(const uint8_t* row, float* values) {
   }
 }
 
+/// Of a group's magnitudes, as bits.
+struct Ends {
+  uint32_t least, largest;
+};
+
+/// Numbers without a sign have none: one with a sign is above all that are finite.
+template <uint32_t format>
+Ends ends_of_group(const float* values) {
+  VectorBits least = VectorBits{} - 1u, largest{};
+  for (size_t i = 0; i < kByteGroup; i += kWidth) {
+    Vector value;
+    load(value, values, i);
+    const VectorBits bits =
+        VectorBits(value) & (format == fused_math::kByteSquares ? 0xffffffffu : 0x7fffffffu);
+    least = bits < least ? bits : least;
+    largest = bits > largest ? bits : largest;
+  }
+  Ends ends = {~0u, 0};
+  for (size_t i = 0; i < kWidth; ++i) {
+    ends.least = least[i] < ends.least ? least[i] : ends.least;
+    ends.largest = largest[i] > ends.largest ? largest[i] : ends.largest;
+  }
+  return ends;
+}
+
+template <uint32_t format>
+uint32_t peak_of_group(const float* values) {
+  uint32_t peak = 0;
+  for (size_t i = 0; i < kByteGroup; ++i) {
+    const uint32_t own = fused_math::byte_peak(values[i], format);
+    peak = own > peak ? own : peak;
+  }
+  return peak;
+}
+
 template <uint32_t format>
 void write_group(
     float* values,
@@ -40,24 +75,23 @@ void write_group(
     int slot,
     fused_math::RandomKey key,
     uint32_t flags) {
-  VectorBits peaks{};
-  for (size_t i = 0; i < kByteGroup; i += kWidth) {
-    Vector value;
-    load(value, values, i);
-    const VectorBits peak = fused_math::byte_peak(value, format);
-    peaks = peak > peaks ? peak : peaks;
-  }
-  uint32_t peak = 0;
-  for (size_t i = 0; i < kWidth; ++i) {
-    peak = peaks[i] > peak ? peaks[i] : peak;
-  }
-  const fused_math::ByteScale scale = fused_math::byte_scale(peak, format);
+  const Ends ends = ends_of_group<format>(values);
+  const bool is_finite = ends.largest < 0x7f800000u;
+  const fused_math::ByteScale scale =
+      fused_math::byte_scale(is_finite ? ends.largest : peak_of_group<format>(values), format);
+  const bool is_usual = is_finite && ends.least >= 0x00800000u && scale.coder > 0;
   for (size_t i = 0; i < kByteGroup; i += kWidth) {
     Vector value;
     load(value, values, i);
     const Vector dither = fused_math::slot_dither<Vector>(
         positions<Vector>(position + uint32_t(i)), slot, key, flags);
-    store(values, i, fused_math::byte_code(value, scale, dither, format));
+    store(
+        values,
+        i,
+        is_usual
+            ? fused_math::usual_byte_code(
+                  value, fused_math::root(fused_math::magnitude_of(value)), scale, dither, format)
+            : fused_math::byte_code(value, scale, dither, format));
   }
   memcpy(row, &scale.scale, sizeof(scale.scale));
   for (size_t i = 0; i < kByteGroup; ++i) {

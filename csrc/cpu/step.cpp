@@ -16,6 +16,7 @@ namespace mlx_fused_optim {
 
 namespace {
 
+using fused_math::kSgd;
 using fused_math::StepHyper;
 
 // Elements a thread must have to be worth waking: about 30 us of memory traffic.
@@ -148,6 +149,16 @@ void Task::run() const {
 
 void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const StepHyper& hyper)
     const {
+  constexpr uint32_t kOnlyPacked = fused_math::kDirection | fused_math::kPack;
+  if (control.rule == kSgd && tensor.flags == kOnlyPacked && !tensor.gradient.strided &&
+      tensor.gradient.type == arenas.parameter_out_type) {
+    const size_t item = tensor.gradient.type == cpu::Type::float32 ? 4 : 2;
+    std::memcpy(
+        static_cast<char*>(arenas.parameter_out) + (tensor.position + begin) * item,
+        static_cast<const char*>(tensor.gradient.data) + begin * item,
+        (end - begin) * item);
+    return;
+  }
   const auto own = fused_math::step_tensor_hyper(
       control,
       hyper,

@@ -79,7 +79,8 @@ constexpr bool is_generic(uint32_t flags) { return flags >> 31; }
 constexpr uint32_t kArenas = 16;
 constexpr uint32_t kFewArenas = 4;
 
-/// What all tensors of a step share. An arena's place in `control` is of none of them.
+/// What all tensors of a step share. An arena's place in `control` is of none of them,
+/// and where one begins there is that of the first; the others begin at 0.
 struct StepCommon {
   fused_math::StepControl control;
   const uint64_t* step; // null when no number depends on it

@@ -67,12 +67,14 @@ static size_t padded_size(const TensorSpec& spec) {
   return (element_count(spec.shape) + granule - 1) / granule * granule;
 }
 
-Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes) {
+Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes, size_t limit) {
   size_t bytes = 0;
   for (auto& spec : tensors) {
     bytes += padded_size(spec) * spec.dtype.size();
   }
-  const size_t limit = std::clamp(bytes / kArenaShare, kSmallestArenaLimit, kLargestArenaLimit);
+  if (limit == 0) {
+    limit = std::clamp(bytes / kArenaShare, kSmallestArenaLimit, kLargestArenaLimit);
+  }
 
   std::vector<Arena> arenas;
   for (size_t t = 0; t < tensors.size(); ++t) {

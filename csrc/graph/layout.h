@@ -54,7 +54,10 @@ struct Arena {
   std::vector<int> tensors = {}; // indices into Layout::tensors
   std::vector<mx::Shape> shapes = {}; // of each of `tensors`
   std::vector<size_t> offsets = {}; // elements, likewise
-  uint64_t fingerprint = 0; // of its tensors
+  // Of its tensors, which are the place of random bits; or that of a whole arena of which this
+  // is the part that begins there (elements).
+  uint64_t fingerprint = 0;
+  uint32_t begin = 0;
   bool is_small = false; // its tensors have no moments in bytes
 };
 
@@ -62,6 +65,7 @@ struct Layout {
   std::vector<TensorSpec> tensors;
   std::vector<std::shared_ptr<const Arena>> arenas; // shared with every step's graph
   uint64_t fingerprint = 0; // of all tensors
+  std::string name = {}; // of one that is not the usual one of its tensors
 };
 
 size_t element_count(const mx::Shape& shape);
@@ -89,7 +93,8 @@ class Fingerprint {
 std::string fingerprint_text(uint64_t number);
 
 /// Assigns every tensor to an arena of its dtype, in order. Those of fewer elements than
-/// `least_of_bytes` have arenas of their own.
-Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes = 0);
+/// `least_of_bytes` have arenas of their own. `limit` is that of an arena in bytes, for what is
+/// no state; 0 for the usual one.
+Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes = 0, size_t limit = 0);
 
 } // namespace mlx_fused_optim

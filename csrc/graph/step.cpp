@@ -47,6 +47,7 @@ StepPlan make_plan(
   StepPlan plan{std::move(arena), options.groups, control, kept, false, whole, waits};
   plan.control.flags = kept.flags;
   plan.control.place = plan.arena->fingerprint;
+  plan.control.begin = plan.arena->begin;
   plan.control.parameter_format = kept.parameter_format;
   plan.control.state_format = kept.state_format;
   return plan;
@@ -131,7 +132,8 @@ void check(
         options.skipped->shape(),
         ".");
   }
-  if (!options.measured.empty() && options.flags & fused_math::kTrustRatio) {
+  if (!options.measured.empty() && options.flags & fused_math::kTrustRatio &&
+      options.measured[0].size() != fused_math::kMeasuredTensors + 2 * layout.tensors.size()) {
     refuse(
         options.op,
         "what was measured before a step has no norms of its tensors: got a trust ratio, allowed a "
@@ -248,7 +250,7 @@ struct Gathered {
   /// Whether another arena joins those that are there.
   bool takes(const Arena& arena) const {
     const size_t more = arena.size * arena.dtype.size();
-    return is_open && !node.plans.empty() && node.plans.size() < kMostArenas &&
+    return is_open && !node.plans.empty() && node.plans.size() < kMostArenas && arena.begin == 0 &&
         node.plans[0].arena->dtype == arena.dtype &&
         node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit;
   }
@@ -522,13 +524,46 @@ StepResult fused_step(
 }
 
 std::vector<mx::array> measure_step(
+    const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
     const mx::array& step,
     const StepOptions& options,
     mx::StreamOrDevice s) {
   auto stream = mx::to_stream(s);
   const auto [control, given] = make_control(options, step, stream);
-  return measure(control, given, {}, gradients, step, options.skipped, stream);
+  return measure(control, given, parameters, gradients, step, options.skipped, stream);
+}
+
+std::vector<mx::array> pack_arrays(
+    const Layout& layout,
+    const std::vector<mx::array>& arrays,
+    bool skips_single,
+    mx::StreamOrDevice s) {
+  using fused_math::kSgd;
+  auto stays = [&](const Arena& arena) { return skips_single && arena.tensors.size() == 1; };
+  Layout packing;
+  for (auto& arena : layout.arenas) {
+    if (!stays(*arena) && !arena->tensors.empty()) {
+      packing.arenas.push_back(arena);
+    }
+  }
+  std::vector<mx::array> packed;
+  if (!packing.arenas.empty()) {
+    StepOptions options{"pack_arrays", kSgd, {0.0, 0.0, 1.0}};
+    options.scalars.resize(fused_math::kFirstRuleScalar + rules()[kSgd].scalars.size(), 0.0);
+    options.flags = fused_math::kDirection | fused_math::kPack;
+    const mx::array step(uint64_t(0), mx::uint64);
+    packed = fused_step(packing, arrays, arrays, {}, step, options, s).parameters;
+  }
+  std::vector<mx::array> all;
+  size_t next = 0;
+  for (auto& arena : layout.arenas) {
+    all.push_back(
+        stays(*arena)                ? arrays[arena->tensors[0]]
+            : arena->tensors.empty() ? mx::zeros(arena_shape(*arena), arena->dtype, s)
+                                     : std::move(packed[next++]));
+  }
+  return all;
 }
 
 mx::array arena_tensor(

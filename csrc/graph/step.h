@@ -68,7 +68,7 @@ struct StepPlan {
   /// nobody has to know it: a compiled step need not capture it then, as with mlx.optimizers.
   bool reads_step() const;
   mx::Dtype parameter_out_dtype() const {
-    return flags() & fused_math::kDirection ? mx::float32 : arena->dtype;
+    return dtype_of(fused_math::parameter_out_format(flags(), control.parameter_format));
   }
   bool has(int slot) const { return kept.has(slot); }
   mx::Dtype slot_dtype(int slot) const { return kept.dtype(slot); }
@@ -161,11 +161,21 @@ StepResult fused_step(
     const StepOptions& options,
     mx::StreamOrDevice s = {});
 
-/// With kMeasuredFlags, what StepResult has under `measured`, of all these gradients.
+/// With kMeasuredFlags, what StepResult has under `measured`, of all these tensors.
 std::vector<mx::array> measure_step(
+    const std::vector<mx::array>& parameters,
     const std::vector<mx::array>& gradients,
     const mx::array& step,
     const StepOptions& options,
+    mx::StreamOrDevice s = {});
+
+/// The arrays of each arena in one flat array, in new memory: a step that puts out what it
+/// reads. They have the layout's dtypes. With `skips_single` an array that is alone in its
+/// arena stays as it is.
+std::vector<mx::array> pack_arrays(
+    const Layout& layout,
+    const std::vector<mx::array>& arrays,
+    bool skips_single,
     mx::StreamOrDevice s = {});
 
 /// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits
@@ -174,7 +184,8 @@ constexpr size_t kMostArenas = 16;
 
 /// What a node does, arena by arena, and the gradients that it holds.
 struct StepNode {
-  std::vector<StepPlan> plans; // of arenas of one dtype; the first may write the step
+  // Of arenas of one dtype. The first may write the step, and begin within a whole arena.
+  std::vector<StepPlan> plans;
   std::vector<mx::array> gradients; // of those that do not wait for theirs
 
   /// The names for each plan.

@@ -83,6 +83,33 @@ mx::array arena_view(
     mx::StreamOrDevice s = {},
     bool paced = false);
 
+/// Its first input, without a copy, once the second is there.
+class After : public mx::Primitive {
+ public:
+  explicit After(mx::Stream stream) : mx::Primitive(stream) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+  }
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+  }
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+
+  DEFINE_NAME(After)
+  DEFINE_DEFAULT_IS_EQUIVALENT()
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape()};
+  }
+};
+
+/// `x` for what has to come after `other`: collectives, which every process must take in the
+/// same order, whatever of their inputs is there already. On the other's stream.
+mx::array after(const mx::array& x, const mx::array& other);
+
 /// The way back: the tensors in one flat array of `size` elements, with zeros
 /// between them. All have the dtype of the arena. New memory, even of one tensor.
 mx::array pack_arena(

@@ -40,6 +40,8 @@ enum StepFlags : uint32_t {
   // The first half of a step: the rule's change, without the learning rate and in float32, is
   // put out in the parameter's place. What the frame keeps of an element is for the second half.
   kDirection = 1 << 16,
+  // With kDirection: in the parameter's format. Of a plain SGD it is a gradient that is packed.
+  kPack = 1 << 17,
 
   /// Both: a master in 24 bits. The parameter is its upper part; what is kept is the rest.
   kMaster24 = kMaster | kCompensated,
@@ -101,7 +103,7 @@ MATH_FN constexpr uint32_t slot_format(
 
 /// The format of what is put out in the parameter's place.
 MATH_FN constexpr uint32_t parameter_out_format(uint32_t flags, uint32_t parameter_format) {
-  return flags & kDirection ? uint32_t(kFloat32) : parameter_format;
+  return (flags & kDirection) && !(flags & kPack) ? uint32_t(kFloat32) : parameter_format;
 }
 
 /// The numbers that may change from step to step, and their positions in the
@@ -134,9 +136,9 @@ struct StepControl {
   uint32_t rule; // its place in Rules
   uint32_t parameter_format; // Format
   uint32_t state_format; // likewise, of the rule's slots
-  uint32_t reserved;
+  uint32_t begin; // in `place`, where this arena begins
   uint64_t seed; // of rounding at random
-  uint64_t place; // likewise: the arena
+  uint64_t place; // likewise: the arena, or that of which it is a part
   Schedule schedules[kMostSchedules];
 };
 static_assert(sizeof(StepControl) <= 4096, "Metal takes at most 4 KiB by value");
@@ -324,7 +326,7 @@ MATH_FN StepHyper step_hyper_of(
   hyper.trust_ratio = 1.0f;
   hyper.average_weight = control.average_weight;
   hyper.apply = flags & kSkipNonfinite ? measured[kMeasuredApply] != 0.0f : 1;
-  hyper.key = random_key(control.seed, step, control.place);
+  hyper.key = random_key(control.seed, step, control.place, control.begin);
   return hyper;
 }
 
@@ -495,7 +497,7 @@ MATH_FN StepElements<T> step_element(
   }
 
   if (flags & kDirection) {
-    e.parameter = next.change;
+    e.parameter = flags & kPack ? round_nearest(next.change, parameter_format) : next.change;
     return e;
   }
   if ((flags & kWeightDecay) && (flags & kDecoupled)) {

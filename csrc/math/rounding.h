@@ -199,10 +199,11 @@ MATH_FN uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-/// One key for a seed, a step and a place (the arena).
-MATH_FN RandomKey random_key(uint64_t seed, uint64_t step, uint64_t place) {
+/// One key for a seed, a step and a place (the arena). The first position is `begin` of the
+/// place, of which this may be a part.
+MATH_FN RandomKey random_key(uint64_t seed, uint64_t step, uint64_t place, uint32_t begin) {
   const uint64_t key = mix64(mix64(mix64(seed + 0x9e3779b97f4a7c15u) ^ step) ^ place);
-  return {uint32_t(key), uint32_t(key >> 32)};
+  return {uint32_t(key) + begin, uint32_t(key >> 32)};
 }
 
 /// The finaliser of MurmurHash3: a bijection that spreads every bit.

@@ -61,4 +61,7 @@ struct RuleList<First, Others...> {
 
 using Rules = RuleList<Sgd, Adam, Adamax, Lion, Rmsprop, Adagrad, Adadelta, Muon>;
 
+/// The place of Sgd: without flags of its own its change is the gradient.
+enum : uint32_t { kSgd = 0 };
+
 } // namespace fused_math

@@ -14,8 +14,9 @@ check_extension()
 
 from typing import TYPE_CHECKING
 
-from . import functional, optimizers, schedulers, schedules
+from . import distributed, functional, optimizers, schedulers, schedules
 from ._describe import describe
+from .distributed import *
 from .functional import *
 from .optimizers import *
 from .scaler import GradScaler
@@ -41,6 +42,7 @@ def __getattr__(name: str) -> object:
 
 __version__ = "0.1.0"
 __all__ = ["GradScaler", "describe", "install", "optimizers", "schedulers", "uninstall"]
+__all__ += distributed.__all__
 __all__ += functional.__all__
 __all__ += optimizers.__all__
 __all__ += schedules.__all__

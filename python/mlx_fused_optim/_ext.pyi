@@ -71,7 +71,11 @@ class Tree:
     @property
     def parameters(self) -> list[mx.array]: ...
     @property
+    def gradients(self) -> list[mx.array]: ...
+    @property
     def fingerprint(self) -> str: ...
+    @property
+    def layout_name(self) -> str: ...
     @property
     def has_placeholders(self) -> bool: ...
 
@@ -82,10 +86,17 @@ class Layout:
     """Where each tensor lives: see csrc/graph/layout.h."""
 
     @overload
-    def __init__(self, tree: Tree, least_of_bytes: int = 0) -> None: ...
+    def __init__(self, tree: Tree, least_of_bytes: int = 0, limit: int = 0) -> None: ...
     @overload
     def __init__(
         self, rows: list[tuple[Path, tuple[int, ...], mx.Dtype]], least_of_bytes: int = 0
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        rows: list[tuple[Path, tuple[int, ...], mx.Dtype]],
+        arenas: list[tuple[mx.Dtype, int, list[int], list[int], bool, int, int]],
+        name: str = "",
     ) -> None: ...
     @property
     def fingerprint(self) -> str: ...
@@ -93,6 +104,8 @@ class Layout:
     def tensors(self) -> list[tuple[Path, tuple[int, ...], mx.Dtype]]: ...
     @property
     def arenas(self) -> list[tuple[mx.Dtype, tuple[int, ...], list[int], list[int], bool]]: ...
+    @property
+    def places(self) -> list[tuple[int, int]]: ...
 
 def arena_view(
     arena: mx.array,
@@ -172,6 +185,14 @@ def measure_step(
     *,
     stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
 ) -> list[mx.array]: ...
+def pack_arrays(
+    arrays: Sequence[mx.array],
+    layout: Layout,
+    skips_single: bool = False,
+    *,
+    stream: mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None = None,
+) -> list[mx.array]: ...
+def after(x: mx.array, other: mx.array) -> mx.array: ...
 
 class PreparedStep:
     """A step that is taken again: see csrc/binding/prepared.h."""

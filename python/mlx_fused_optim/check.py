@@ -2,9 +2,9 @@
 
 It runs every optimizer on MLX's default device (or the one given with ``--device``), compares
 its bits with the same arithmetic in plain MLX operations and with ``mlx.optimizers``,
-times two against those, and prints a table to paste into an issue. It takes about half
-a minute and needs nothing but the installed package. The exit code is 0 if all held, 1 if
-not.
+times two against those and against a copy, and prints a table to paste into an issue
+(``--json FILE`` writes it down as well). It takes about half a minute and needs nothing but
+the installed package. The exit code is 0 if all held, 1 if not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import itertools
+import json
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -113,6 +115,11 @@ SHARED = {
 }  # fmt: skip
 # Around the widths of vectors, tiles and blocks; no element and one.
 SHAPES = [(0,), (1,), (3,), (4,), (5,), (17,), (33, 65), (16, 64), (255,), (4097,), (2, 3, 5)]
+# Of Muon: wide, high, square, more dimensions, a vector; and how far the result may be from that
+# with float32's products, as a part of it. On these bfloat16, the default of a GPU, is 2e-2 apart,
+# and 11 bits, which some GPUs take of a float32, are 2e-3.
+MATRICES = [(16, 64), (65, 33), (64, 64), (8, 3, 5), (17,), (128, 128)]
+PRODUCTS = {"products as usual": (None, 5e-2), "products of float32": (mx.float32, 5e-3)}
 STEPS = 3
 RATE = 0.1
 
@@ -287,11 +294,48 @@ def check_schedules() -> Result:
         optimizer.state["step"] = mx.array(step, mx.uint64)
         optimizer.apply_gradients({"w": mx.zeros(3)}, {"w": mx.zeros(3)})
         mx.eval(optimizer.state)
-        exact = RATE * math.exp2(step * math.log2(0.999999))
+        exact = RATE * 2.0 ** (step * math.log2(0.999999))
         error = abs(optimizer.learning_rate.item() - exact)
         if error > 2 * math.ulp(exact) * 2**29 or optimizer.step.item() != step + 1:
             wrong.append(f"step {step}")
     return Result("learning rate and counter of the kernel", len(steps), wrong)
+
+
+def orthogonal(shape: tuple[int, ...]) -> mx.array:
+    """Nearly so, that Muon's iteration does not make roundings large: singular values near 1."""
+    if len(shape) < 2:
+        return mx.random.normal(shape)
+    rows, columns = shape[0], math.prod(shape[1:])
+    noise = 0.3 / math.sqrt(max(rows, columns)) * mx.random.normal((rows, columns))
+    return (mx.eye(rows, columns) + noise).reshape(shape)
+
+
+def directions(optimizer: mlx.optimizers.Optimizer, device: mx.Device) -> list[mx.array]:
+    """Where the steps lead from zero, one of them with each of three gradients."""
+    with mx.stream(mx.cpu):
+        mx.random.seed(1)
+        gradients = [[orthogonal(shape) for shape in MATRICES] for _ in range(STEPS)]
+        tree = {"w": [mx.zeros(shape) for shape in MATRICES]}
+        mx.eval(gradients, tree)
+    with mx.stream(device):
+        for gradient in gradients:
+            tree = optimizer.apply_gradients({"w": gradient}, tree)
+            mx.eval(tree, optimizer.state)
+    return tree["w"]
+
+
+def check_muon() -> Result:
+    """Against that of mlx.optimizers on the CPU, up to the rounding of matrix products."""
+    expected = directions(mlx.optimizers.Muon(RATE), mx.Device(mx.cpu))
+    wrong = []
+    for name, (dtype, most) in PRODUCTS.items():
+        got = directions(optim.Muon(RATE, ns_dtype=dtype), mx.default_device())
+        for shape, a, b in zip(MATRICES, got, expected, strict=True):
+            with mx.stream(mx.cpu):
+                apart: Any = mx.sqrt(mx.sum(mx.square(a - b)) / mx.sum(mx.square(b))).item()
+            if not apart <= most:
+                wrong.append(f"Muon, {name}, {shape}: {apart:.1e} apart")
+    return Result("Muon is that of mlx.optimizers, roughly", len(PRODUCTS) * len(MATRICES), wrong)
 
 
 # ---- Speed -------------------------------------------------------------------------
@@ -301,15 +345,41 @@ class Model(NamedTuple):
     name: str
     shapes: list[tuple[int, ...]]
 
+    def least_bytes(self, moments: int) -> int:
+        """What a step cannot do without: parameters and moments both ways, gradients in."""
+        return 4 * (3 + 2 * moments) * sum(map(math.prod, self.shapes))
+
 
 MODELS = [
     Model("448 adapters of 16 x 1024", [(16, 1024)] * 448),
     Model("12 matrices of 1024 x 1024", [(1024, 1024)] * 12),
 ]
+# What is timed, and how many moments it keeps.
 TIMED = {
-    "SGD with momentum": Case("SGD", {"momentum": 0.9}),
-    "AdamW": Case("AdamW", {}),
+    "SGD with momentum": (Case("SGD", {"momentum": 0.9}), 1),
+    "AdamW": (Case("AdamW", {}), 2),
 }
+COPIED = 1 << 26  # elements: more than a cache holds
+
+
+def copy_speed(repeats: int = 15) -> float:
+    """GB/s, read and written, of a copy's work: a change of sign, in place, so that no memory is
+    made for it; the fastest of a few. On a CPU, where an operation of MLX has one thread, a part
+    for each core. A step whose arrays a cache holds can be faster."""
+    device = mx.default_device()
+    parts = min(os.cpu_count() or 1, 16) if device == mx.Device(mx.cpu) else 1
+    streams = [mx.new_stream(device) for _ in range(parts)]
+    arrays = [mx.ones(COPIED // parts) for _ in streams]
+    mx.eval(arrays)
+    size = 2 * sum(array.nbytes for array in arrays)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        # Nobody holds the old ones when it is evaluated: it may write where it reads.
+        arrays = [mx.negative(arrays.pop(0), stream=stream) for stream in streams]
+        mx.eval(arrays)
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds) / 1e9
 
 
 def step_of(optimizer: mlx.optimizers.Optimizer, compiled: bool) -> Callable[[Any, Any], Any]:
@@ -381,6 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each timing; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what is printed, as JSON too")
     options = parser.parse_args(arguments)
     if options.device:
         device = mx.Device(getattr(mx, options.device))
@@ -389,29 +460,41 @@ def main(arguments: list[str] | None = None) -> int:
         mx.set_default_device(device)
     start = time.perf_counter()
 
+    record: dict[str, Any] = {"environment": dict(environment()), "checks": [], "steps": []}
     print("| | |\n|---|---|")
-    for name, value in environment():
+    for name, value in record["environment"].items():
         print(f"| {name} | {value} |")
     print("\n| check | asked | held |\n|---|---|---|", flush=True)
     wrong = []
-    checks = [check_parity, check_bits_of_mlx, check_options, check_what_is_held, check_schedules]
+    checks = [check_parity, check_bits_of_mlx, check_options, check_muon, check_what_is_held]
+    checks.append(check_schedules)
     if mx.default_device() != mx.Device(mx.cpu):
         checks.append(check_bits_of_the_cpu)
     for check in checks:
         result = answered(check)
         verdict = "no" if result.wrong else "yes"
         print(f"| {result.question} | {result.asked} | {verdict} |", flush=True)
+        record["checks"].append(result._asdict())
         wrong += [f"- {result.question}: {what}" for what in result.wrong]
     if options.seconds > 0 and not wrong:
-        print("\n| one step, float32 | fused | mlx | mlx compiled |")
-        print("|---|---|---|---|", flush=True)
-        for (name, case), model in itertools.product(TIMED.items(), MODELS):
+        copy = record["copy_gb_s"] = copy_speed()
+        print(f"\nA copy: {copy:.0f} GB/s, read and written.\n")
+        print("| one step, float32 | fused | mlx | mlx compiled | fused, of a copy's speed |")
+        print("|---|---|---|---|---|", flush=True)
+        for (name, (case, moments)), model in itertools.product(TIMED.items(), MODELS):
             ms = timed(case, model, options.seconds)
-            columns = " | ".join(f"{value:.2f} ms" for value in ms.values())
-            print(f"| {name}, {model.name} | {columns} |", flush=True)
+            speeds = {key: model.least_bytes(moments) / t / 1e6 for key, t in ms.items()}
+            columns = [f"{t:.2f} ms, {speeds[key]:.0f} GB/s" for key, t in ms.items()]
+            columns.append(f"{speeds['fused'] / copy:.0%}")
+            print(f"| {name}, {model.name} | {' | '.join(columns)} |", flush=True)
+            step = {"optimizer": name, "model": model.name, "ms": ms, "gb_s": speeds}
+            record["steps"].append(step)
     print(f"\n{'NOT ALL HELD' if wrong else 'All held'}, in {time.perf_counter() - start:.0f} s.")
     if wrong:
         print("\n".join(wrong[:20]))
+    if options.json:
+        record["held"] = not wrong
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
     return 1 if wrong else 0
 
 

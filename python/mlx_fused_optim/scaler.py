@@ -11,6 +11,7 @@ from mlx.utils import tree_map, tree_merge
 from ._checks import checked_number, checked_positive
 from ._layout import described
 from ._options import SMALLEST_SCALE
+from .distributed import Sharded
 from .optimizers import FusedOptimizer
 from .schedules._checks import as_integer
 
@@ -137,7 +138,9 @@ class GradScaler:
         """
         return tree_map(lambda value: value * self._state["scale"], loss)
 
-    def step(self, optimizer: FusedOptimizer | MultiOptimizer, model: Any, gradients: Any) -> None:
+    def step(
+        self, optimizer: FusedOptimizer | Sharded | MultiOptimizer, model: Any, gradients: Any
+    ) -> None:
         """One step of the optimizer with gradients of the scaled loss; one that is not finite
         changes nothing. Several optimizers may have theirs before one :meth:`update`. The
         optimizer's own ``grad_scale`` does not count in it.
@@ -147,12 +150,12 @@ class GradScaler:
 
         Raises:
             TypeError, ValueError: The optimizer is not a :class:`FusedOptimizer` with
-                ``skip_nonfinite``, nor a ``MultiOptimizer`` of such.
+                ``skip_nonfinite``, nor a :class:`Sharded` one or a ``MultiOptimizer`` of such.
         """
         parts = _parts_of(optimizer)
         before = [part.skipped for part in parts]
         scale = self._state["scale"]
-        if isinstance(optimizer, FusedOptimizer):
+        if isinstance(optimizer, (FusedOptimizer, Sharded)):
             optimizer.update(model, gradients, grad_scale=scale)
         else:
             tree: Any = {}
@@ -193,7 +196,8 @@ def _parts_of(optimizer: Any) -> list[FusedOptimizer]:
     from mlx.optimizers import MultiOptimizer  # here: an import that nobody else needs
 
     is_multi = isinstance(optimizer, MultiOptimizer)
-    parts = optimizer.optimizers if is_multi else [optimizer]
+    alone = optimizer.optimizer if isinstance(optimizer, Sharded) else optimizer
+    parts = optimizer.optimizers if is_multi else [alone]
     where = " in the MultiOptimizer" if is_multi else ""
     for part in parts:
         if not isinstance(part, FusedOptimizer):

@@ -411,6 +411,7 @@ void test_step(int round, Counted& counted) {
   common.control.given = (1 << kFirstRuleScalar) - 1;
   common.control.seed = engine();
   common.control.place = engine(); // of no arena
+  common.control.begin = kPlace * below(1000); // of the first
   for (int i = 0; i < kRuleScalars; ++i) { // a few are given, the others constant
     common.control.given |= below(3) == 0 ? 1 << (kFirstRuleScalar + i) : 0;
     common.control.constants[kFirstRuleScalar + i] = {0.9f, 1e-9f};
@@ -574,6 +575,7 @@ void test_step(int round, Counted& counted) {
     auto& expected = arenas[t.arena].expected;
     auto control = common.control;
     control.place = arenas[t.arena].place;
+    control.begin = t.arena == 0 ? common.control.begin : 0;
     const auto hyper = step_hyper(control, step, common.given, common.measured);
     const auto own = step_tensor_hyper(
         common.control,

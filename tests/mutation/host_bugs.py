@@ -9,6 +9,7 @@ LAYOUT_PY = "python/mlx_fused_optim/_layout.py"
 OPTIONS = "python/mlx_fused_optim/_options.py"
 GROUPS = "python/mlx_fused_optim/_groups.py"
 SCALER = "python/mlx_fused_optim/scaler.py"
+DISTRIBUTED = "python/mlx_fused_optim/distributed.py"
 STEP_PY = "python/mlx_fused_optim/_step.py"
 FUNCTIONS = "python/mlx_fused_optim/functional.py"
 CHECKS = "python/mlx_fused_optim/_checks.py"
@@ -52,6 +53,17 @@ MUTANTS = [
     Mutant("shapes_of_one_rank", PACKING, "if own != shape:", "if len(own) != len(shape):", "bad_input optimizer"),
     Mutant("another_table", LAYOUT_PY, "if layout.key != key:", "if False:", "bad_input optimizer"),
     Mutant("arenas_of_all_types", PACKING, "return layout.halves if slot.of_halves else range(len(layout.arenas))", "return range(len(layout.arenas))", "full_step"),
+    # ---- Python: many batches and processes
+    Mutant("sum_for_a_mean", DISTRIBUTED, "views = [average] if is_one", "views = [total] if is_one", "distributed"),
+    Mutant("a_total_begins_at_zero", DISTRIBUTED, "mx.full(arena.shape, -0.0", "mx.full(arena.shape, 0.0", "accumulation"),
+    Mutant("scale_of_a_total", DISTRIBUTED, "scalars=[-scale, *_NO_NUMBERS]", "scalars=[-1.0, *_NO_NUMBERS]", "accumulation"),
+    Mutant("stream_of_averages", DISTRIBUTED, "total = mx.distributed.all_sum(packed, group=group, stream=communication_stream)", "total = mx.distributed.all_sum(packed, group=group, stream=None)", "distributed"),
+    Mutant("verdict_of_a_part", DISTRIBUTED, "updated = inner._take_step(part, parameters, options, grad_scale, measured)", "updated = inner._take_step(part, parameters, options, grad_scale, None)", "distributed"),
+    Mutant("slice_of_another", DISTRIBUTED, "rank * math.prod(row[1])", "0 * math.prod(row[1])", "distributed"),
+    Mutant("norms_of_the_first_tensors", DISTRIBUTED, "for number in shards.own for i in", "for number in range(len(shards.own)) for i in", "distributed"),
+    Mutant("a_state_of_all", DISTRIBUTED, "inner._replace_state(_packing.of_parameters(state, own, slots, _OP))", "pass", "distributed"),
+    Mutant("nobody_is_asked", DISTRIBUTED, "if other != everything[0] or not other[0]:", "if False:", "distributed"),
+    Mutant("a_part_begins_anew", LAYOUT_PY, "                    begin + first,", "                    begin,", "distributed"),
     # ---- Python: options and groups
     Mutant("infinite_norm_clips", OPTIONS, "self.clip_norm not in (None, math.inf)", "self.clip_norm is not None", "norm full_step options"),
     Mutant("average_never_moves", OPTIONS, "if not 0 <= number < 1:", "if not 0 <= number <= 1:", "options"),
@@ -118,7 +130,8 @@ MUTANTS = [
     Mutant("gradients_of_the_first_arena", STEP, "held += plan.waits ? 0 : plan.tensor_count();", "held += 0;", "nodes"),
     Mutant("gradients_let_go", CPU, "  encoder.add_temporaries(node_.gradients);\n", "", "nodes"),
     Mutant("tensors_of_the_first_arena", "csrc/cuda/batches.cpp", "arenas_ - 1};", "0};", "cuda_host"),
-    Mutant("place_of_no_arena", "cuda/step.cu", "random_key(control.seed, step, arena.place)", "random_key(control.seed, step, control.place)", "cuda_host"),
+    Mutant("begin_of_every_arena", "cuda/step.cu", "tensor.arena == 0 ? control.begin : 0", "control.begin", "cuda_host"),
+    Mutant("place_of_no_arena", "cuda/step.cu", "random_key(control.seed, step, arena.place, begin)", "random_key(control.seed, step, control.place, begin)", "cuda_host"),
     Mutant("all_aligned_as_the_first", "cuda/step.cu", "return (common.aligned >> tensor.arena & 1) &&", "return (common.aligned & 1) &&", "cuda_host"),
     Mutant("any_quad_is_usual", "cuda/quad.cuh", "least >= kLeastUsual && peak < 0x7f800000u", "peak < 0x7f800000u", "cuda_host"),
     Mutant("infinite_is_usual", "cuda/quad.cuh", "least >= kLeastUsual && peak < 0x7f800000u", "least >= kLeastUsual", "cuda_host"),
@@ -199,7 +212,7 @@ MUTANTS = [
     Mutant("momentum_of_sgd", MUON, "gradient, momentum, rest);\n      gradient", "gradient, momentum, rest / rest);\n      gradient", "muon full_conformance"),
     Mutant("nesterov_of_sgd", MUON, "moved(v, gradient, momentum, rest) : v", "gradient + momentum * v : v", "muon full_conformance"),
     Mutant("directions_have_a_rate", FRAME, "    hyper.rule.learning_rate = 1.0f;\n", "", "muon full_conformance"),
-    Mutant("directions_of_the_parameters_type", STEP.replace(".cpp", ".h"), "? mx::float32 : arena->dtype", "? arena->dtype : arena->dtype", "muon full_conformance"),
+    Mutant("directions_of_the_parameters_type", STEP.replace(".cpp", ".h"), "dtype_of(fused_math::parameter_out_format(flags(), control.parameter_format))", "arena->dtype", "muon full_conformance"),
     Mutant("decay_in_both_halves", STEP_PY, "(decay if flags & decoupled else 0)", "decay", "muon"),
     Mutant("frame_in_the_first_half", STEP_PY, "first = flags & ~second | flags & _OF_BOTH", "first = flags & ~_OF_UPDATE", "muon"),
     Mutant("decay_of_the_parameter", STEP_PY, "if flags & master and first & decay:", "if False:", "muon"),
