@@ -285,8 +285,8 @@ MUTANTS = [
     Mutant("square_of_a_255th", BYTES_H, "code * 0.003937007874015748f", "code * 0.003921568627450981f", "bytes"),
     Mutant("no_code_is_bounded", BYTES_H, "choose(size > most, T() + most, size)", "size", "", "15 random bits leave the largest code too: one of the two would do"),
     # ---- Moments in bytes: the CPU
-    Mutant("peak_of_the_last_vector", CPU_BYTES, "peaks = peak > peaks ? peak : peaks;", "peaks = peak;", "bytes"),
-    Mutant("peak_of_half_a_vector", CPU_BYTES, "for (size_t i = 0; i < kWidth; ++i) {\n    peak", "for (size_t i = 0; i < kWidth; i += 2) {\n    peak", "bytes"),
+    Mutant("peak_of_the_last_vector", CPU_BYTES, "largest = bits > largest ? bits : largest;", "largest = bits;", "bytes"),
+    Mutant("peak_of_half_a_vector", CPU_BYTES, "for (size_t i = 0; i < kWidth; ++i) {\n    ends", "for (size_t i = 0; i < kWidth / 2; ++i) {\n    ends", "bytes"),
     Mutant("codes_behind_the_end", CPU_BYTES, "    values[i] = 0.0f;\n", "", "", "a group is read whole: what is behind the end are its zeros"),
     Mutant("same_dither_in_each_group", CPU_BYTES, "row_at(rows, at + i), uint32_t(at + i), slot", "row_at(rows, at + i), uint32_t(at), slot", "full_conformance"),
     Mutant("same_dither_in_each_slot", CPU_BYTES, "uint32_t(i)), slot, key, flags)", "uint32_t(i)), 0, key, flags)", "full_conformance"),
