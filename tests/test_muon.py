@@ -229,6 +229,19 @@ def test_infinities_spread_no_further_than_their_matrix():
     assert np.isfinite(numbers(updates["b"])).all() and np.isfinite(numbers(updates["c"])).all()
 
 
+def test_norms_at_the_end_of_float32():
+    """Beyond it a matrix moves nothing, and is no NaN; within it its direction counts."""
+    x = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    x /= np.linalg.norm(x)
+    scales = {"one": 1.0, "last": 3e38, "first": 2e-38, "beyond": 2e38, "below": 1e-41}
+    gradients = {key: mx.array(x * np.float32(scale)) for key, scale in scales.items()}
+    gradients["beyond"] = 2 * gradients["beyond"]
+    updates = {key: numbers(update) for key, update in update_of(gradients).items()}
+    for key in ("last", "first"):  # of which 2e-38 has elements that are subnormal
+        assert np.abs(updates[key] - updates["one"]).max() < (CLOSE if key == "last" else 2e-3)
+    assert (updates["beyond"] == 0).all() and np.abs(updates["below"]).max() < 1e-38
+
+
 # ---- Batches ----------------------------------------------------------------------------------
 
 
@@ -882,18 +895,20 @@ def test_a_rate_that_is_set_between_steps():
 
 @pytest.mark.skipif(not mx.metal.is_available() and mx.default_device() != mx.cpu, reason="CPU")
 @pytest.mark.parametrize("others", [False, True])
-def test_compiled_steps(others):
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_compiled_steps(others, shapeless):
     def made():
         options = {"others": optim.AdamW(optim.cosine_decay(0.01, 9))} if others else {}
         return optim.Muon(optim.cosine_decay(0.1, 9), clip_norm=1.0, skip_nonfinite=True, **options)
 
-    shapes = {k: SHAPES[k] for k in ("a", "b", "up", "norm")}
+    names = ("a", "b", "up", "odd", "odd_too", "lora_a", "filter", "norm")
+    shapes = {k: SHAPES[k] for k in names}
     want, eager = tree(0, shapes=shapes), made()
     got, optimizer = want, made()
     optimizer.init(got)
     step = mx.compile(
         lambda parameters, gradients: optimizer.apply_gradients(gradients, parameters),
-        inputs=optimizer.state, outputs=optimizer.state,
+        inputs=optimizer.state, outputs=optimizer.state, shapeless=shapeless,
     )  # fmt: skip
     for seed in (1, 2, 3):
         gradients = tree(seed, shapes=shapes)
@@ -1084,6 +1099,21 @@ def test_attributes_that_make_no_sense_are_refused_at_the_step(name, value):
     assert all(
         (of_mlx(x) == b).all() for (_, x), b in zip(tree_flatten(parameters), bits, strict=True)
     )
+
+
+def test_a_list_of_coefficients_that_changes():
+    """Attributes are plain: the next step has what the list says then."""
+    triples = [(3.0, -2.0, 0.5), (2.0, -1.5, 0.4)]
+    optimizer = optim.Muon(0.1, ns_coefficients=triples)
+    parameters = train(optimizer, tree(0), (1,))
+    triples[1] = (1.0, 0.0, 0.0)
+    other = optim.Muon(0.1, ns_coefficients=list(triples))
+    other.state = dict(optimizer.state)
+    want = train(other, parameters, (2,))
+    assert identical(train(optimizer, parameters, (2,)), want)
+    triples[1] = (1.0, 0.0)
+    call = lambda: train(optimizer, parameters, (3,))  # noqa: E731
+    assert_refused(call, "Muon", "ns_coefficients")
 
 
 def test_nothing_has_changed_where_one_of_both_refuses():

@@ -162,12 +162,8 @@ mx::array norms_of(const std::vector<mx::array>& tensors, mx::Stream s) {
   }
   inputs.push_back(mx::array(uint64_t(0), mx::uint64));
   inputs.push_back(mx::array(uint64_t(0), mx::uint64));
-  constexpr int kFirst = kMeasuredTensors;
-  return mx::slice(
-      measure_gradients(plan, inputs, s)[0],
-      {kFirst},
-      {kFirst + static_cast<int>(tensors.size())},
-      s);
+  const auto measured = measure_gradients(plan, inputs, s)[0];
+  return arena_tensor(measured, {static_cast<int>(tensors.size())}, kMeasuredTensors, s);
 }
 
 std::vector<mx::array> MeasureGradients::jvp(

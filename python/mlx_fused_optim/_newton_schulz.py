@@ -142,7 +142,9 @@ def _stacked(arena: mx.array, batch: Batch) -> mx.array:
     if batch.pitch == size:
         return view((count, rows, size // rows))
     with_gaps = view((count, batch.pitch))
-    return with_gaps[:, :size].reshape(count, rows, -1)
+    # As `with_gaps[:, :size]`, whose shape MLX cannot infer in a compiled step that is shapeless.
+    whole = mx.slice(with_gaps, mx.array([0]), axes=[1], slice_size=[count, size])
+    return whole.reshape(count, rows, -1)
 
 
 def scale_of(shape: tuple[int, ...], scale: str) -> float:
@@ -202,7 +204,8 @@ def _by_gram_matrices(
     """The same for long rows: all factors are polynomials of the first r = x x', and so is the next
     x x', so that x itself is multiplied only at the end, or where roundings have grown: a
     small singular value of r has grown by a^2 in an iteration, and its error too."""
-    identity = mx.eye(x.shape[1])
+    row = mx.arange(x.shape[1])
+    identity = (row[:, None] == row).astype(mx.float32)  # as mx.eye, likewise
     while coefficients:
         gram = x @ x.swapaxes(1, 2)
         whole, growth = identity, 1.0

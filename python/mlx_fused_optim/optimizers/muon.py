@@ -18,7 +18,7 @@ from .._packing import OTHERS, check_scalars
 from .._paths import name_of
 from .._recent import Recent
 from .._rules import DTYPES, UNIT, Rule, Slots
-from .._step import Hyper, measured_step
+from .._step import Hyper, measured_step, never_changes
 from .base import FusedOptimizer, Number
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     :math:`\mathrm{NS}(u) = U \, p(\Sigma / \lVert u \rVert) \, V^\top` for the Frobenius
     norm and :math:`p` the polynomials :math:`x \mapsto a x + b x^3 + c x^5`, applied ``ns_steps``
     times, which bring singular values near 1. A matrix of zeros stays one; any other direction
-    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm.
+    counts, however small or large, where MLX adds :math:`10^{-7}` to the norm, as long as the
+    norm is a normal number of float32 (of less than 1.2e-38, the update is about zero; of
+    more than 3.4e38, it is).
 
     {frame}
 
@@ -192,8 +194,12 @@ class Muon(FusedOptimizer, mlx.optimizers.Muon):
     def _hyper(self) -> Hyper:
         given = (self.ns_steps, self.ns_coefficients, self._ns_dtype, self.scale)
         if self._between is None or not all(map(operator.is_, given, self._between[0])):
-            self._between = given, checked_newton_schulz(self._op, *given)
-        return super()._hyper()._replace(between=self._between[1])
+            between = checked_newton_schulz(self._op, *given)
+            # A list of coefficients is looked at each time.
+            self._between = (given, between) if all(map(never_changes, given)) else None
+        else:
+            between = self._between[1]
+        return super()._hyper()._replace(between=between)
 
     def _take_step(
         self,
