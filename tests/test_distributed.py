@@ -178,10 +178,10 @@ def test_every_tensor_is_one_process_and_none_has_much_more(size):
                 assert whole_arena[1] == (size * slice_[1][0],)
                 # A kernel zeroes from the end of a tensor to the next multiple of 256 bytes.
                 dtype, (elements,), tensors, offsets, *_ = whole_arena
-                rest = [*offsets[1:], elements]
+                unit, rest = 256 // dtype.size, [*offsets[1:], elements]
                 for number, begin, end in zip(tensors, offsets, rest, strict=True):
-                    assert begin * dtype.size % 256 == 0
-                    assert begin + -(-tree[number].size * dtype.size // 256) * 256 // dtype.size <= end
+                    cleared = -(-tree[number].size // unit) * unit
+                    assert begin % unit == 0 and begin + cleared <= end
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)

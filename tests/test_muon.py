@@ -290,8 +290,8 @@ def test_batches_that_wait_for_each_other(monkeypatch, large):
     """The numbers are the same, and large batches are no earlier than their turn."""
     monkeypatch.setattr(_newton_schulz, "_LARGE", large)
     waits = []
-    own = mx.depends
-    monkeypatch.setattr(mx, "depends", lambda *args: waits.append(args) or own(*args))
+    own = _ext.after
+    monkeypatch.setattr(_ext, "after", lambda *args: waits.append(args) or own(*args))
     got = update_of(tree(1))
     monkeypatch.undo()
     assert len(waits) == (len(set(MATRICES.values())) - 1 if large == 1 else 0)
@@ -946,8 +946,10 @@ def test_setting_an_option_after_a_trace_warns():
 # ---- MLX's transforms -----------------------------------------------------------------------
 
 
-def test_derivatives():
-    """Of a step, by the gradients: those of MLX's."""
+@pytest.mark.parametrize("large", [1, 1 << 20])
+def test_derivatives(monkeypatch, large):
+    """Of a step, by the gradients: those of MLX's. Of batches that wait for each other too."""
+    monkeypatch.setattr(_newton_schulz, "_LARGE", large)
     parameters, gradients = tree(0, shapes=MATRICES), tree(1, shapes=MATRICES)
 
     def derivative(cls):
@@ -963,7 +965,25 @@ def test_derivatives():
         assert np.allclose(numbers(got[name]), numbers(x), rtol=1e-3, atol=1e-4), name
 
 
-def test_vectorised():
+def test_what_waits_has_its_own_derivative():
+    """Forward and vectorised, by what waits and by what it waits for."""
+    w, t = (mx.random.normal((6, 4), key=mx.random.key(seed)) for seed in (1, 2))
+
+    def wait(a, b):
+        return _ext.after(a, 2 * b)
+
+    zero = mx.zeros_like(w)
+    assert mx.array_equal(mx.jvp(wait, [w, w], [t, zero])[1][0], t)
+    assert mx.array_equal(mx.jvp(wait, [w, w], [zero, t])[1][0], zero)
+    for axes in ((0, None), (None, 0), (1, 1), (0, 0)):
+        got = mx.vmap(wait, in_axes=axes)(w, w)
+        rows = w.T if axes[0] == 1 else w if axes[0] == 0 else mx.stack([w] * 6)
+        assert mx.array_equal(got, rows[: got.shape[0]]), axes
+
+
+@pytest.mark.parametrize("large", [1, 1 << 20])
+def test_vectorised(monkeypatch, large):
+    monkeypatch.setattr(_newton_schulz, "_LARGE", large)
     parameters = tree(0)
     gradients = {k: mx.stack([tree(seed)[k] for seed in (1, 2, 3)]) for k in parameters}
     got = mx.vmap(lambda g: optim.Muon(0.1).apply_gradients(g, parameters))(gradients)

@@ -88,6 +88,24 @@ std::vector<mx::array> After::vjp(
   return vjps;
 }
 
+std::vector<mx::array> After::jvp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& tangents,
+    const std::vector<int>& argnums) {
+  return {argnums[0] == 0 ? tangents[0] : mx::zeros_like(primals[0], stream())};
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> After::vmap(
+    const std::vector<mx::array>& inputs,
+    const std::vector<int>& axes) {
+  if (axes[0] >= 0) {
+    return {{after(inputs[0], inputs[1])}, {axes[0]}};
+  }
+  auto shape = inputs[0].shape();
+  shape.insert(shape.begin(), inputs[1].shape(axes[1]));
+  return {{after(mx::broadcast_to(inputs[0], shape, stream()), inputs[1])}, {0}};
+}
+
 mx::array pack_arena(
     const std::vector<mx::array>& tensors,
     const std::vector<size_t>& offsets,

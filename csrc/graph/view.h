@@ -98,6 +98,13 @@ class After : public mx::Primitive {
       const std::vector<mx::array>& cotangents,
       const std::vector<int>& argnums,
       const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& tangents,
+      const std::vector<int>& argnums) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
+      const std::vector<mx::array>& inputs,
+      const std::vector<int>& axes) override;
 
   DEFINE_NAME(After)
   DEFINE_DEFAULT_IS_EQUIVALENT()
@@ -107,7 +114,8 @@ class After : public mx::Primitive {
 };
 
 /// `x` for what has to come after `other`: collectives, which every process must take in the
-/// same order, whatever of their inputs is there already. On the other's stream.
+/// same order, whatever of their inputs is there already; batches whose products are not to be
+/// there all at once. On the other's stream. As mx::depends, which has no transformations.
 mx::array after(const mx::array& x, const mx::array& other);
 
 /// The way back: the tensors in one flat array of `size` elements, with zeros

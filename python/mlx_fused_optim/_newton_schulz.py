@@ -61,7 +61,7 @@ class NewtonSchulz(NamedTuple):
                 place = batch.offset, batch.pitch
                 if batch.is_matrix:
                     if last is not None and batch.is_large:
-                        arena = mx.depends([arena], [last])[0]
+                        arena = _ext.after(arena, last)
                     # Of each matrix, without the powers of two that squares would lose.
                     norms = _ext.norms(batch.views(arena))
                     last = self._function(batch.shape)(_stacked(arena, batch), norms)

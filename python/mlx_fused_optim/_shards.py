@@ -50,7 +50,7 @@ class Shards:
         tensors = zip(self.whole.tensors, dtypes, strict=True)
         rows = [(path, shape, dtype) for (path, shape, _), dtype in tensors]
         places = {number: place for place, number in enumerate(self.own)}
-        # A kernel zeroes the gap behind a tensor, which is longer in elements where they are smaller.
+        # A kernel zeroes the gap behind a tensor: of smaller elements it has more.
         units = [_ALIGNMENT // dtype.size for dtype in dtypes]
         padded = {t: -(-n // units[t]) * units[t] for t, n in self._padded.items()}
         arenas: list[Any] = []
