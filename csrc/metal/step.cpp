@@ -221,7 +221,7 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   }
 }
 
-void pace(mx::Stream) {} // MLX commits after 50 MB, and waits where ten commits are under way
+void pace(mx::Stream) {} // MLX commits after 40 or 50 MB, and waits where ten are under way
 
 void EvaluateSchedule::eval_gpu(const std::vector<mx::array>& inputs, mx::array& output) {
   auto& device = mx::metal::device(stream().device);
