@@ -253,9 +253,7 @@ def _tensors(layout: Any, arenas: Sequence[mx.array], options: Full) -> list[mx.
     """In the dtype that the arenas must have."""
     from mlx_fused_optim import _ext
 
-    tensors: dict[int, mx.array] = {}
-    for number, (arena, row) in enumerate(zip(arenas, layout.arenas, strict=True)):
+    for arena, row in zip(arenas, layout.arenas, strict=True):
         dtype = DTYPES[options.out_dtype(dtype_name(row[0]))]
         assert (arena.dtype, arena.shape) == (dtype, row[1])
-        tensors.update(zip(row[2], _ext.arena_views(arena, layout, number), strict=True))
-    return [tensors[i] for i in range(len(tensors))]
+    return _ext.tensors_of(arenas, layout)

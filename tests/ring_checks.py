@@ -1,12 +1,14 @@
 """What holds on every process of a group: tests/test_distributed.py runs these."""
 
+from unittest import mock
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_fused_optim as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from mlx_fused_optim import average_gradients
+from mlx_fused_optim import _shards, average_gradients
 
 SHAPES = [(), (3,), (33, 8), (64,), (700,), (0, 4), (128, 64), (5, 2, 3)]
 
@@ -229,6 +231,7 @@ def every_process_keeps_its_part(group):
     assert used <= own + 2**16
 
 
+@mock.patch.object(_shards, "SMALLEST", 8 << 20)
 def several_arenas_and_rounds(group):
     shapes = [(300, 1024)] * 12 + [(7,)] * 20 + [(300, 1024)] * 12
     parameters = drawn(0, mx.float32, shapes=shapes)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from bits import of_mlx, same
 from mlx.utils import tree_flatten
+from mlx_fused_optim import _ext
 from waiting import let_go
 
 MIB = 2**20
@@ -290,3 +291,125 @@ def test_a_trace_has_a_node_an_arena(transform):
     want = sum((p[0, 0] - 0.1 * 0.25).item() for p in parameters.values())
     assert abs(result.item() - want) < 1e-5
     assert seen == [2]
+
+
+# ---- Gradients that are views of flat arrays -------------------------------------------
+
+
+def views_of_flat(gradients, *parts):
+    """As views that nothing has evaluated, of a flat array for each part."""
+    views = {}
+    for names in parts:
+        arrays = [gradients[name] for name in names]
+        rows = [(name, array.shape, array.dtype) for name, array in zip(names, arrays, strict=True)]
+        ends = list(itertools.accumulate(-(-a.size // 128) * 128 for a in arrays))
+        begins = [0, *ends[:-1]]
+        arena = (arrays[0].dtype, ends[-1], list(range(len(names))), begins, False, 0, 0)
+        layout = _ext.Layout(rows, [arena])
+        (packed,) = _ext.pack_arrays(arrays, layout)
+        mx.eval(packed)
+        views |= zip(names, _ext.tensors_of([mx.stop_gradient(packed)], layout), strict=True)
+    return {**gradients, **views}
+
+
+ALL = [f"p{i}" for i in range(6)]
+
+
+def test_arenas_that_wait_for_the_same_flat_arrays_are_one_node():
+    parameters = random([HALF] * 6)
+    gradients = random([HALF] * 6, seed=1)
+    optimizer = optim.SGD(0.1)
+    parameters = in_arenas(optimizer, parameters)
+
+    def made(*parts, **others):
+        views = {**views_of_flat(gradients, *parts), **others}
+        return nodes(optimizer.apply_gradients(views, parameters).values())
+
+    assert made(ALL) == 1
+    assert made(ALL[:2], ALL[2:]) == 2
+    assert made(ALL[:3], ALL[3:]) == 2  # the second arena has some of both, the third of one
+    assert made(ALL[:1], ALL[1:]) == 1
+    assert made(ALL[2:]) == 2  # the first is there
+    assert made(ALL, p3=mx.stop_gradient(gradients["p3"])) == 3
+    assert made([ALL[0], *ALL[2:]]) == 2  # one of the first is there, the other a view
+
+
+FLAT_OPTIONS = {**OPTIONS, "8bit": {"momentum": 0.9, "state_dtype": "8bit"}}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("options", FLAT_OPTIONS.values(), ids=FLAT_OPTIONS)
+def test_the_bits_are_those_of_arrays(options, dtype):
+    """Of views that are together, in parts, some of them views, and some turned."""
+    shapes = [HALF, (9 * MIB // 8,), (33, 7), (64, 48), (1001, 1000), (3 * MIB // 2,)]
+    parameters = random(shapes, [mx.float32, mx.bfloat16])
+    gradients = random([p.shape for p in parameters.values()], [dtype], seed=1)
+    turned = {"p3": mx.contiguous(gradients["p3"].T).T}
+    mx.eval(turned)
+
+    def given(number):
+        if number == 0:
+            return gradients
+        parts = [(ALL,), (ALL[:2], ALL[2:]), (ALL[1:3], [ALL[4]])][number - 1]
+        return views_of_flat(gradients, *parts) | (turned if number == 3 else {})
+
+    results = []
+    for number in range(4):
+        optimizer = optim.SGD(**{"learning_rate": 0.1, **options})
+        current = in_arenas(optimizer, dict(parameters))
+        for _ in range(3):
+            current = optimizer.apply_gradients(given(number), current)
+            mx.eval(current, optimizer.state)
+        results.append([*current.values(), *of_the_state(optimizer)])
+    for other in results[1:]:
+        assert len(other) == len(results[0])
+        assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_views_that_a_step_did_not_make_have_their_values_later():
+    gradients = random([HALF] * 6, seed=1)
+    optimizer = optim.SGD(0.1, momentum=0.9)
+    parameters = in_arenas(optimizer, random([HALF] * 6))
+    views = views_of_flat(gradients, ALL)
+    for _ in range(2):
+        parameters = optimizer.apply_gradients(views, parameters)
+        mx.eval(parameters, optimizer.state)
+    assert all(same(views[k], gradients[k]) for k in gradients)
+
+
+def test_gradients_that_are_views_of_the_parameters():
+    """What is read is not written, whether the step before has been taken or not."""
+    start, gradients = random([HALF] * 4), random([HALF] * 4, seed=1)
+    for is_taken in (False, True):
+        optimizer, other = (optim.SGD(0.5) for _ in range(2))
+        parameters, want = in_arenas(optimizer, dict(start)), in_arenas(other, dict(start))
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        want = other.apply_gradients(gradients, want)
+        mx.eval(want)
+        if is_taken:
+            mx.eval(parameters)
+        parameters = optimizer.apply_gradients({k: parameters[k] for k in parameters}, parameters)
+        want = {k: p - 0.5 * p for k, p in want.items()}
+        assert all(same(parameters[k], want[k]) for k in want)
+
+
+def test_traced_views_are_made():
+    """A compiled step has its gradients as inputs: they are others in the next call."""
+    parameters, optimizer = random([HALF] * 6), optim.SGD(0.1)
+    layout_rows = [random([HALF] * 6, seed=seed) for seed in (1, 2)]
+
+    def step(parameters, gradients):
+        gradients = optim.accumulate_gradients(gradients, gradients)
+        return optimizer.apply_gradients(gradients, parameters)
+
+    compiled = mx.compile(step)
+    for gradients in layout_rows:
+        want, got = step(parameters, gradients), compiled(parameters, gradients)
+        assert all(same(got[k], want[k]) for k in want)
+
+    def loss(gradients):
+        stepped = step(parameters, gradients)
+        return sum(a.sum() for a in stepped.values())
+
+    for k, slope in mx.grad(loss)(layout_rows[0]).items():
+        assert mx.allclose(slope, mx.full(HALF, -0.2)), k

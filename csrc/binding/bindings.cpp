@@ -360,6 +360,28 @@ NB_MODULE(_ext, m) {
       "number"_a,
       "All tensors of an arena of a layout.");
   m.def(
+      "tensors_of",
+      [](const std::vector<mx::array>& arenas, const Layout& layout) {
+        if (arenas.size() != layout.arenas.size()) {
+          throw nb::index_error("[tensors_of] one array for each of the layout's arenas.");
+        }
+        std::vector<mx::array> tensors(layout.tensors.size(), mx::array(0.0f)); // all are replaced
+        for (size_t a = 0; a < arenas.size(); ++a) {
+          auto& arena = layout.arenas[a];
+          auto views = arena->shapes.size() == 1 && arena->shapes[0] == arenas[a].shape()
+              ? std::vector{arenas[a]}
+              : arena_tensors(arenas[a], arena);
+          for (size_t i = 0; i < views.size(); ++i) {
+            tensors[arena->tensors[i]] = std::move(views[i]);
+          }
+        }
+        return tensors;
+      },
+      "arenas"_a,
+      "layout"_a,
+      "The tensors of a layout, by their numbers, as views of an array for each of its arenas.\n"
+      "An array that is a single tensor stays as it is.");
+  m.def(
       "batch_views",
       [](const mx::array& arena,
          std::vector<int> lengths,

@@ -156,13 +156,13 @@ void ComposedStep::correct_bias(Numbers& n) const {
 Composed ComposedStep::parameter(size_t i) const {
   auto& arena = *plan_.arena;
   return of(
-      in_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s)
-                : in_.parameters[i]);
+      plan_.whole ? composed_tensor(in_.parameters[0], arena.shapes[i], arena.offsets[i], s)
+                  : in_.parameter(i));
 }
 
 Composed ComposedStep::gradient(size_t i, const Numbers& n) const {
   const uint32_t flags = plan_.flags();
-  auto g = wide(of(in_.gradients[i]));
+  auto g = wide(of(in_.gradient(i)));
   if (flags & kSkipNonfinite) {
     g = choose(applies(), g, 0.0f);
   }
@@ -348,7 +348,7 @@ std::vector<mx::array> ComposedStep::outputs() const {
 }
 
 ComposedOperation composed_operation(const StepPlan& plan, mx::Stream s) {
-  int in = int(plan.parameter_inputs() + plan.tensor_count()), out = plan.tensor_count() > 0;
+  int in = int(plan.parameter_inputs() + plan.gradient_inputs), out = plan.tensor_count() > 0;
   const auto shapes = plan.output_shapes();
   const auto dtypes = plan.output_dtypes();
   std::vector<int> inputs;

@@ -75,7 +75,7 @@ Task::Task(const StepPlan& plan, const StepInputs& in, const StepOutputs& out)
     tensor.size = plan.tensor_size(i);
     tensor.position = plan.arena->offsets[i];
     tensor.parameter = sources.of(in.parameter(i), plan.parameter_begin(i));
-    tensor.gradient = sources.of(in.gradients[i]);
+    tensor.gradient = sources.of(in.gradient(i), plan.gradient_begin(i));
     tensor.flags = plan.tensor_flags(i);
     tensor.group = plan.group(i) * fused_math::kGroupNumbers;
     tensor.norms = fused_math::kMeasuredTensors + 2 * plan.arena->tensors[i];

@@ -24,7 +24,8 @@ void let_go_of_finished_work(
   bool held = false;
   for (size_t p = 0; p < plans.size(); ++p) {
     auto& in = inputs[p];
-    held |= plans[p].tensor_count() > 0 && uses(in.parameters[0]) > plans[p].parameter_inputs();
+    const size_t own = plans[p].parameter_inputs();
+    held |= own > 0 && uses(in.parameters[0]) > own;
     for (auto* slot : in.slots) {
       held |= slot && uses(*slot) > 1;
     }
@@ -81,7 +82,7 @@ Batches batches_of(
     batches.begin_arena(slot_ways(in));
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       prefetch(in.parameters, i, plan.parameter_inputs());
-      prefetch(in.gradients, i, plan.tensor_count());
+      prefetch(in.gradients, i, plan.gradient_inputs);
       auto& shape = plan.arena->shapes[i];
       const Member member{
           plan.arena->offsets[i],
@@ -91,9 +92,10 @@ Batches batches_of(
       auto add = [&](const Source& parameter, const Source& gradient) {
         return batches.add(shape.size(), shape.data(), member, parameter, gradient);
       };
-      const size_t begin = plan.parameter_begin(i);
-      if (!add(source(in.parameter(i), begin), source(in.gradients[i]))) {
-        add(contiguous(in.parameter(i), begin), contiguous(in.gradients[i], 0));
+      auto &parameter = in.parameter(i), &gradient = in.gradient(i);
+      const size_t begin = plan.parameter_begin(i), first = plan.gradient_begin(i);
+      if (!add(source(parameter, begin), source(gradient, first))) {
+        add(contiguous(parameter, begin), contiguous(gradient, first));
       }
     }
   }
@@ -182,7 +184,7 @@ void step(const Step& step) {
   const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
   for (size_t p = 0; p < plans.size(); ++p) {
     set_inputs(encoder, in[p].parameters, plans[p].parameter_inputs());
-    set_inputs(encoder, in[p].gradients, plans[p].tensor_count());
+    set_inputs(encoder, in[p].gradients, plans[p].gradient_inputs);
     set_outputs(encoder, {out[p].parameters, out[p].step, out[p].used});
     for (int slot = 0; slot < kSlots; ++slot) {
       set_inputs(encoder, {in[p].slots[slot]});

@@ -41,10 +41,9 @@ StepPlan make_plan(
     std::shared_ptr<const Arena> arena,
     const StepOptions& options,
     const StepControl& control,
-    bool whole,
-    bool waits) {
+    bool whole) {
   const auto kept = slots_of(*arena, options);
-  StepPlan plan{std::move(arena), options.groups, control, kept, false, whole, waits};
+  StepPlan plan{std::move(arena), options.groups, control, kept, false, whole};
   plan.control.flags = kept.flags;
   plan.control.place = plan.arena->fingerprint;
   plan.control.begin = plan.arena->begin;
@@ -240,25 +239,67 @@ mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
                                                            : mx::contiguous(rows, false, stream);
 }
 
+/// What the gradients of an arena are read from: views that are not there yet from the array that
+/// they are views of, so that hundreds of nodes are neither made nor waited for.
+struct GradientInputs {
+  /// A trace may evaluate a node again with other arrays: there each gradient is an input.
+  GradientInputs(
+      const std::vector<mx::array>& gradients,
+      const std::vector<int>& tensors,
+      bool is_eager) {
+    arrays.reserve(tensors.size());
+    std::vector<uint32_t> flats;
+    for (int t : tensors) {
+      const auto place = is_eager ? flat_place(gradients[t]) : std::nullopt;
+      auto is_its = [&](uint32_t i) { return arrays[i].id() == place->flat->id(); };
+      auto known = place ? std::find_if(flats.begin(), flats.end(), is_its) : flats.end();
+      if (known != flats.end()) {
+        places.push_back({*known, place->begin});
+        continue;
+      }
+      const auto next = static_cast<uint32_t>(arrays.size());
+      places.push_back({next, place ? place->begin : 0});
+      arrays.push_back(place ? *place->flat : gradients[t]);
+      if (place) {
+        flats.push_back(next);
+      }
+    }
+    are_flat = flats.size() == arrays.size();
+    if (flats.empty()) {
+      places.clear();
+    }
+  }
+
+  std::vector<mx::array> arrays;
+  std::vector<GradientPlace> places; // see StepPlan
+  bool are_flat;
+};
+
 /// A node to be, and its inputs.
 struct Gathered {
   StepNode node;
   std::vector<mx::array> inputs;
   size_t bytes = 0; // of parameters
-  bool is_open = false; // it waits for nothing
+  bool is_open = false; // no arena that joins has it wait for more
+  std::vector<std::uintptr_t> waits_for; // flat arrays of gradients
 
   /// Whether another arena joins those that are there.
-  bool takes(const Arena& arena) const {
+  bool takes(const Arena& arena, const std::vector<std::uintptr_t>& waits) const {
     const size_t more = arena.size * arena.dtype.size();
     return is_open && !node.plans.empty() && node.plans.size() < kMostArenas && arena.begin == 0 &&
         node.plans[0].arena->dtype == arena.dtype &&
-        node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit;
+        node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit &&
+        std::all_of(
+               waits.begin(),
+               waits.end(),
+               [&](auto id) {
+                 return std::find(waits_for.begin(), waits_for.end(), id) != waits_for.end();
+               });
   }
 };
 
-bool are_available(const std::vector<mx::array>& arrays, const std::vector<int>& tensors) {
-  return std::all_of(
-      tensors.begin(), tensors.end(), [&](int t) { return arrays[t].is_available(); });
+bool are_available(const std::vector<mx::array>& arrays) {
+  return std::all_of(arrays.begin(), arrays.end(), [](auto& a) { return a.is_available(); });
 }
 
 /// Makes the node, and puts its outputs where they belong.
@@ -325,15 +366,15 @@ mx::Shape ArenaSlots::shape(const Arena& arena, int slot) const {
 }
 
 StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* held)
-    : parameters(arrays),
-      whole(plan.whole),
+    : plan(&plan),
       gradients(plan.waits ? arrays + plan.parameter_inputs() : held),
+      parameters(plan.packs() ? gradients : arrays),
       slots{},
       step(nullptr),
       given(nullptr),
       measured(nullptr),
       groups(nullptr) {
-  auto* next = arrays + plan.parameter_inputs() + (plan.waits ? plan.tensor_count() : 0);
+  auto* next = arrays + plan.parameter_inputs() + (plan.waits ? plan.gradient_inputs : 0);
   for (int slot = 0; slot < kSlots; ++slot) {
     slots[slot] = plan.has(slot) ? next++ : nullptr;
   }
@@ -365,7 +406,7 @@ std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) c
   auto* held = gradients.data();
   for (auto& plan : plans) {
     next = all.emplace_back(plan, next, held).end;
-    held += plan.waits ? 0 : plan.tensor_count();
+    held += plan.waits ? 0 : plan.gradient_inputs;
   }
   return all;
 }
@@ -469,35 +510,42 @@ StepResult fused_step(
   for (size_t a = 0; a < arenas; ++a) {
     const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
     const auto& tensors = arena->tensors;
-    const auto whole = whole_arena(*arena, parameters);
-    const bool waits = !is_eager || !are_available(gradients, tensors);
-    auto plan = make_plan(arena, options, control, whole.has_value(), waits);
+    const bool packs = options.flags & fused_math::kPack;
+    const auto whole = packs ? std::nullopt : whole_arena(*arena, parameters);
+    auto plan = make_plan(arena, options, control, whole.has_value());
     plan.writes_step = a == 0 && plan.reads_step();
     if (plan.output_shapes().empty()) {
       continue;
     }
-    const bool is_open =
-        !waits && (whole || (tensors.size() == 1 && are_available(parameters, tensors)));
-    if (!(is_open && gathered.takes(*arena))) {
+    GradientInputs from(gradients, tensors, is_eager);
+    plan.waits = !is_eager || !are_available(from.arrays);
+    plan.places = std::move(from.places);
+    plan.gradient_inputs = from.arrays.size();
+    std::vector<std::uintptr_t> waits_for;
+    for (size_t i = 0; plan.waits && i < from.arrays.size(); ++i) {
+      waits_for.push_back(from.arrays[i].id());
+    }
+    const bool is_open = (!plan.waits || from.are_flat) &&
+        (packs || whole || (tensors.size() == 1 && parameters[tensors[0]].is_available()));
+    if (!(is_open && gathered.takes(*arena, waits_for))) {
       finish(std::move(gathered), result, stream);
       gathered = {};
+      gathered.waits_for = std::move(waits_for);
     }
     gathered.is_open = is_open;
     gathered.bytes += arena->size * arena->dtype.size();
 
     auto& inputs = gathered.inputs;
-    inputs.reserve(inputs.size() + 2 * tensors.size() + kSlots + 4);
+    inputs.reserve(inputs.size() + plan.parameter_inputs() + plan.gradient_inputs + kSlots + 4);
     if (whole) {
       inputs.push_back(*whole);
-    } else {
+    } else if (!packs) {
       for (int t : tensors) {
         inputs.push_back(parameters[t]);
       }
     }
-    auto& to = waits ? inputs : gathered.node.gradients;
-    for (int t : tensors) {
-      to.push_back(gradients[t]);
-    }
+    auto& to = plan.waits ? inputs : gathered.node.gradients;
+    to.insert(to.end(), from.arrays.begin(), from.arrays.end());
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
         const auto& kept = slots[slot][used_slots[slot]++];
@@ -603,9 +651,9 @@ std::vector<mx::Shape> FusedStep::output_shapes(const std::vector<mx::array>& in
     auto& plan = node_.plans[p];
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       if (!plan.whole) {
-        check(in[p].parameters[i], plan.arena->shapes[i]);
+        check(in[p].parameter(i), plan.arena->shapes[i]);
       }
-      check(in[p].gradients[i], plan.arena->shapes[i]);
+      check(in[p].gradient(i), plan.arena->shapes[i]);
     }
   }
   return node_.output_shapes();

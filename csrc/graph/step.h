@@ -45,6 +45,12 @@ struct ArenaSlots {
 mx::Dtype dtype_of(uint32_t format);
 uint32_t format_of(mx::Dtype dtype);
 
+/// Where a gradient is: in which of the inputs, and where that has it (elements).
+struct GradientPlace {
+  uint32_t input;
+  size_t begin;
+};
+
 /// What a step of one arena does, apart from its arrays. Constant inside a
 /// compiled graph; whatever changes from step to step is an array.
 struct StepPlan {
@@ -54,12 +60,21 @@ struct StepPlan {
   ArenaSlots kept;
   bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
-  bool waits; // for its gradients, which are inputs; else the node holds them
+  bool waits = true; // for its gradients, which are inputs; else the node holds them
+  // Of each tensor, where some gradients are views that need not be made; else there are none,
+  // and each gradient is an array.
+  std::vector<GradientPlace> places;
+  size_t gradient_inputs = 0; // arrays
 
   size_t tensor_count() const { return arena->tensors.size(); }
-  size_t parameter_inputs() const { return whole ? 1 : tensor_count(); }
+  /// What packs arrays has them for gradients, and reads nothing else.
+  bool packs() const { return flags() & fused_math::kPack; }
+  size_t parameter_inputs() const { return packs() ? 0 : whole ? 1 : tensor_count(); }
   /// Where the arena's tensor `i` begins in its StepInputs::parameter (elements).
-  size_t parameter_begin(size_t i) const { return whole ? arena->offsets[i] : 0; }
+  size_t parameter_begin(size_t i) const {
+    return packs() ? gradient_begin(i) : whole ? arena->offsets[i] : 0;
+  }
+  size_t gradient_begin(size_t i) const { return places.empty() ? 0 : places[i].begin; }
   size_t tensor_size(size_t i) const { return element_count(arena->shapes[i]); }
   uint32_t flags() const { return control.flags; }
   bool is_measured() const { return flags() & fused_math::kMeasuredFlags; }
@@ -82,17 +97,22 @@ struct StepPlan {
 };
 
 /// Names for the positions in what a primitive has of inputs and outputs for a plan:
-/// inputs  = parameters... (or one arena), [gradients...], [slots...], [step], [given scalars],
-///           [measured], [group numbers]
+/// inputs  = [parameters...] (or one arena), [gradients...] (or flat arrays that have them),
+///           [slots...], [step], [given scalars], [measured], [group numbers]
 /// outputs = [parameter arena, slots...], [step, used scalars]
 /// The next plan's begin at `end`. `gradients` are those that the node holds, if it does.
 struct StepInputs {
   StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* gradients = nullptr);
-  /// The array with the arena's tensor `i`; a whole arena has it at parameter_begin(i).
-  const mx::array& parameter(size_t i) const { return parameters[whole ? 0 : i]; }
-  const mx::array* parameters;
-  bool whole;
+  /// The array with the arena's tensor `i`, which begins at parameter_begin(i); and its gradient's.
+  const mx::array& parameter(size_t i) const {
+    return plan->packs() ? gradient(i) : parameters[plan->whole ? 0 : i];
+  }
+  const mx::array& gradient(size_t i) const {
+    return gradients[plan->places.empty() ? i : plan->places[i].input];
+  }
+  const StepPlan* plan;
   const mx::array* gradients;
+  const mx::array* parameters; // where a plan packs, what it packs
   std::array<const mx::array*, kSlots> slots; // null where the arena has none
   const mx::array* step; // uint64; null unless plan.reads_step()
   const mx::array* given; // float32, see StepControl; null when nothing is given

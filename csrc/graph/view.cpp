@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <typeinfo>
 
 namespace mlx_fused_optim {
 
@@ -66,6 +67,14 @@ mx::array arena_view(
   std::vector<mx::array> views;
   add_views(views, arena, layout, 0, 1, mx::to_stream(s), paced);
   return views[0];
+}
+
+std::optional<FlatPlace> flat_place(const mx::array& view) {
+  if (!view.has_primitive() || typeid(view.primitive()) != typeid(ArenaViews)) {
+    return {};
+  }
+  auto& views = static_cast<const ArenaViews&>(view.primitive());
+  return FlatPlace{&view.inputs()[0], views.offset(view.sibling_position())};
 }
 
 mx::array after(const mx::array& x, const mx::array& other) {

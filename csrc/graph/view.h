@@ -57,11 +57,11 @@ class ArenaViews : public mx::Primitive {
   DEFINE_NAME(ArenaViews)
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override { return shapes(); }
   bool is_equivalent(const mx::Primitive& other) const override;
+  size_t offset(size_t i) const { return layout_->offsets[first_ + i]; }
 
  private:
   void eval(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
   const mx::Shape& shape(size_t i) const { return layout_->shapes[first_ + i]; }
-  size_t offset(size_t i) const { return layout_->offsets[first_ + i]; }
   std::vector<mx::Shape> shapes() const;
   std::shared_ptr<const Arena> layout_; // only shapes and offsets count
   size_t first_;
@@ -82,6 +82,15 @@ mx::array arena_view(
     size_t offset,
     mx::StreamOrDevice s = {},
     bool paced = false);
+
+/// A tensor in a row-contiguous array.
+struct FlatPlace {
+  const mx::array* flat; // the view's
+  size_t begin; // elements
+};
+
+/// Of a view that nothing has evaluated yet, and that so need not be made.
+std::optional<FlatPlace> flat_place(const mx::array& view);
 
 /// Its first input, without a copy, once the second is there.
 class After : public mx::Primitive {

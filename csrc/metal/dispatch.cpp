@@ -93,19 +93,20 @@ std::vector<Dispatch> make_dispatches(
   for (auto dtype : {mx::float32, mx::float16, mx::bfloat16}) {
     bool has_room = false; // in the latest dispatch, which is of this dtype
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
-      auto& parameter = *parameters[plan.whole ? 0 : i];
-      auto& gradient = *gradients[i];
-      if (gradient.dtype() != dtype || gradient.size() == 0) {
+      const size_t size = plan.tensor_size(i);
+      auto& gradient = *gradients[plan.places.empty() ? i : plan.places[i].input];
+      auto& parameter = plan.packs() ? gradient : *parameters[plan.whole ? 0 : i];
+      if (gradient.dtype() != dtype || size == 0) {
         continue;
       }
       const auto view = *matrix_view(gradient);
       const size_t next = i + 1 < arena.offsets.size() ? arena.offsets[i + 1] : arena.size;
       StepTensor tensor{};
-      tensor.size = gradient.size();
-      tensor.gap = gaps ? next - arena.offsets[i] - gradient.size() : 0;
+      tensor.size = size;
+      tensor.gap = gaps ? next - arena.offsets[i] - size : 0;
       tensor.offset = arena.offsets[i];
       tensor.parameter = parameter.offset() + plan.parameter_begin(i) * parameter.itemsize();
-      tensor.gradient = gradient.offset();
+      tensor.gradient = gradient.offset() + plan.gradient_begin(i) * gradient.itemsize();
       tensor.row_stride = view.row_stride;
       tensor.column_stride = view.column_stride;
       tensor.columns = view.columns;
@@ -118,7 +119,7 @@ std::vector<Dispatch> make_dispatches(
         tensor.wide |= kWideArena;
       }
       if (whole && view.column_stride == 1 && view.row_stride % kQuad == 0 &&
-          gradient.offset() % (kQuad * gradient.itemsize()) == 0) {
+          tensor.gradient % (kQuad * gradient.itemsize()) == 0) {
         tensor.wide |= kWideGradient;
       }
       if (!has_room || !dispatches.back().add(tensor, parameter, gradient, most_sources, groups)) {

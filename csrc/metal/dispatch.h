@@ -50,8 +50,8 @@ struct Dispatch {
 };
 
 /// The dispatches of a step: tensors whose gradients have one dtype together, as
-/// many as there are slots. `parameters` (one, if the plan has a whole arena) and
-/// `gradients` can be read through is_contiguous and matrix_view; `gaps` says whether an output is
+/// many as there are slots. `parameters` and `gradients` are the plan's inputs, which
+/// can be read through is_contiguous and matrix_view; `gaps` says whether an output is
 /// fresh memory.
 std::vector<Dispatch> make_dispatches(
     const StepPlan& plan,

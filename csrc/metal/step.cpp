@@ -42,7 +42,7 @@ StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const 
     groups.tile_columns = std::max<uint32_t>(groups.tile_columns, fused_math::kByteGroup);
   }
   for (size_t i = 0; i < plan.tensor_count(); ++i) {
-    const auto gradient = in.gradients[i].dtype();
+    const auto gradient = in.gradient(i).dtype();
     auto*& kernel = step[gradient.val()];
     if (!kernel) {
       kernel = metal::step_kernel(device, plan.control, gradient, groups.tile_columns);
@@ -68,7 +68,7 @@ struct Readable {
     }
     // A group of bytes is in a row of a gradient that is a matrix.
     const bool is_bytes = plan.kept.has_bytes();
-    for (size_t i = 0; i < plan.tensor_count(); ++i) {
+    for (size_t i = 0; i < plan.gradient_inputs; ++i) {
       auto& gradient = in.gradients[i];
       const auto view = metal::matrix_view(gradient);
       const bool is_readable = view && (!is_bytes || view->columns % fused_math::kByteGroup == 0);

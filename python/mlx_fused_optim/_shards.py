@@ -10,8 +10,9 @@ from . import _ext
 from ._layout import Layout, layout_of_part
 from ._recent import Recent
 
-# Bytes of an array that is communicated, if several tensors are: as of an arena.
-SHARE, SMALLEST, LARGEST = 16, 8 << 20, 128 << 20
+# Bytes of an array that is communicated, if several tensors are. A collective costs the host
+# up to 0.3 ms with NCCL, and small ones have half the bandwidth: docs/distributed.md.
+SHARE, SMALLEST, LARGEST = 16, 64 << 20, 128 << 20
 _ALIGNMENT = 256  # bytes, at which a tensor begins
 
 

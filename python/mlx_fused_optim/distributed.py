@@ -146,17 +146,12 @@ def average_gradients(
     if group.size() == 1:
         return gradients
     tree = _ext.Tree(gradients, gradients, "average_gradients")
-    layout = layout_of_gradients(tree, max(all_reduce_size, 1))
-    averages: list[Any] = [None] * len(tree)
-    for number, packed in enumerate(_ext.pack_arrays(tree.gradients, layout.made, True)):
-        total = mx.distributed.all_sum(packed, group=group, stream=communication_stream)
-        tensors = layout.arenas[number].tensors
-        average = total / group.size()
-        is_one = len(tensors) == 1  # then it was not packed
-        views = [average] if is_one else _ext.arena_views(average, layout.made, number)
-        for tensor, view in zip(tensors, views, strict=True):
-            averages[tensor] = view
-    return tree.unflatten(averages)
+    layout = layout_of_gradients(tree, max(all_reduce_size, 1)).made
+    averages = [
+        mx.distributed.all_sum(packed, group=group, stream=communication_stream) / group.size()
+        for packed in _ext.pack_arrays(tree.gradients, layout, True)
+    ]
+    return tree.unflatten(_ext.tensors_of(averages, layout))
 
 
 _NO_NUMBERS = [0.0, 1.0, *[0.0] * len(_ext.RULES[_SGD]["scalars"])]  # weight decay, scale, SGD's
@@ -166,12 +161,8 @@ def _beginning(layout: Layout, dtype: mx.Dtype | None) -> list[mx.array]:
     """What any number can be added to without a change: -0.0."""
     rows = [(path, shape, dtype or own) for path, shape, own in layout.tensors]
     layout = layout_of_rows(rows)
-    begun: list[Any] = [None] * len(rows)
-    for number, arena in enumerate(layout.arenas):
-        views = _ext.arena_views(mx.full(arena.shape, -0.0, arena.dtype), layout.made, number)
-        for tensor, view in zip(arena.tensors, views, strict=True):
-            begun[tensor] = view
-    return begun
+    begun = [mx.full(arena.shape, -0.0, arena.dtype) for arena in layout.arenas]
+    return _ext.tensors_of(begun, layout.made)
 
 
 # Where a state says which part of a whole it is.
@@ -475,43 +466,40 @@ class Sharded:
 
     def _averaged(
         self, tree: _ext.Tree, shards: Shards, of_all: bool
-    ) -> tuple[list[Any], mx.array | None]:
+    ) -> tuple[list[mx.array], mx.array | None]:
         """The mean gradients, of this process' own tensors or of all; and the last collective. Each
         waits for the one before: every process is to take them in the same order, and has another
         graph."""
         size, rank, gradients = self._group.size(), self._group.rank(), tree.gradients
         rounds = shards.gradients([gradient.dtype for gradient in gradients])
         how: Any = {"group": self._group, "stream": self._stream}
-        averages: list[Any] = [None] * (len(tree) if of_all else len(shards.own))
-        layout = rounds.arenas if of_all else rounds.slices
-        last = None
-        for number, x in enumerate(_ext.pack_arrays(gradients, rounds.arenas)):
+        averages, last = [], None
+        for x, row in zip(
+            _ext.pack_arrays(gradients, rounds.arenas), rounds.slices.arenas, strict=True
+        ):
             x = x if last is None else _ext.after(x, last)
-            row = rounds.slices.arenas[number]
             if of_all or not self._scatters:
                 last = total = mx.distributed.all_sum(x, **how)
                 if not of_all:
                     total = _ext.arena_view(last, row[1], rank * math.prod(row[1]))
             else:
                 last = total = mx.distributed.sum_scatter(x, **how)
-            views = _ext.arena_views(total / size, layout, number)
-            for tensor, view in zip(layout.arenas[number][2], views, strict=True):
-                averages[tensor] = view
-        return averages, last
+            averages.append(total / size)
+        layout = rounds.arenas if of_all else rounds.slices
+        return _ext.tensors_of(averages, layout), last
 
-    def _gathered(self, own: list[mx.array], shards: Shards, last: mx.array | None) -> list[Any]:
+    def _gathered(
+        self, own: list[mx.array], shards: Shards, last: mx.array | None
+    ) -> list[mx.array]:
         """The parameters of all processes."""
         rounds = shards.parameters
-        gathered: list[Any] = [None] * len(shards.whole.tensors)
-        for number, x in enumerate(_ext.pack_arrays(own, rounds.slices)):
-            _, shape, tensors, *_ = rounds.arenas.arenas[number]
-            x = x.reshape(-1, *shape[1:])
+        gathered = []
+        for x, row in zip(_ext.pack_arrays(own, rounds.slices), rounds.arenas.arenas, strict=True):
+            x = x.reshape(-1, *row[1][1:])
             x = x if last is None else _ext.after(x, last)
             last = mx.distributed.all_gather(x, group=self._group, stream=self._stream)
-            views = _ext.arena_views(last, rounds.arenas, number)
-            for tensor, view in zip(tensors, views, strict=True):
-                gathered[tensor] = view
-        return gathered
+            gathered.append(last)
+        return _ext.tensors_of(gathered, rounds.arenas)
 
 
 _OP = "Sharded"
