@@ -139,6 +139,7 @@ OPTIMIZERS = {
     "groups": lambda: optim.Lion(0.1, groups=[(_matrix, {"learning_rate": 0.5, "beta1": 0.5})]),
     "skipping": lambda: optim.RMSprop(0.1, skip_nonfinite=True, clip_value=1.0),
     "compensated": lambda: optim.Adagrad(0.1, compensated=True, grad_scale=4.0),
+    "muon": lambda: optim.Muon(0.1, momentum=0.9, weight_decay=0.1, clip_norm=1.0),
     "a rate of its own": lambda: optim.AdaDelta(lambda step: 0.1 / (step + 1), maximize=True),
 }
 MIXED = (mx.float32, mx.bfloat16, mx.float32)
@@ -199,6 +200,25 @@ def bits_are_those_of_one_process(group):
 def same_to_nan(one, other):
     plain = lambda a: mx.nan_to_num(a.astype(mx.float32), nan=1e30) if a.dtype.size > 1 else a  # noqa: E731
     same(*(tree_map(plain, tree) for tree in (one, other)))
+
+
+def two_optimizers_each_of_some_tensors(group):
+    """As a Muon with others is, where each is sharded."""
+    is_matrix = lambda path, array: array.ndim == 2  # noqa: E731
+    make = lambda of: optim.MultiOptimizer(  # noqa: E731
+        [of(optim.Muon(0.1)), of(optim.AdamW(0.01))], [is_matrix]
+    )
+    alone, sharded = make(lambda o: o), make(lambda o: optim.Sharded(o, group))
+    named = lambda tree: {f"w{i}": a for i, (_, a) in enumerate(tree_flatten(tree))}  # noqa: E731
+    expected = got = named(parameters_of((mx.float32,)))
+    for step in range(2):
+        mean, own = (
+            named(tree) for tree in (mean_of(group, step), gradients_of(group.rank(), step))
+        )
+        expected = alone.apply_gradients(mean, expected)
+        got = sharded.apply_gradients(own, got)
+        same(got, expected)
+        mx.eval(alone.state, sharded.state)
 
 
 def gradients_may_have_other_dtypes(group):

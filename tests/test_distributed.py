@@ -122,11 +122,19 @@ def test_an_optimizer_that_cannot_be_sharded():
 
     import mlx.optimizers
 
-    for optimizer in (optim.Muon(0.1), Own(0.1), mlx.optimizers.SGD(0.1), None):
+    for optimizer in (Own(0.1), mlx.optimizers.SGD(0.1), None):
         with pytest.raises(
             TypeError, match=r"\[Sharded\] the optimizer is of the wrong type: got "
         ):
             optim.Sharded(optimizer)
+    two = optim.Muon(0.1, others=optim.AdamW(0.1))
+    with pytest.raises(TypeError, match=r"\[Sharded\] the optimizer is two: got a Muon with oth"):
+        optim.Sharded(two)
+    later, parameters = optim.Sharded(optim.Muon(0.1), Two()), {"w": mx.zeros((2, 2))}
+    later._agreed = True  # without another process
+    later.optimizer.others = optim.AdamW(0.1)
+    with pytest.raises(TypeError, match=r"\[Sharded\] the optimizer is two"):
+        later.init(parameters)
 
 
 def test_nothing_to_gather():

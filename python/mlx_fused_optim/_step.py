@@ -210,13 +210,15 @@ class Arranged(NamedTuple):
     tree: _ext.Tree
     numbers: list[int] | None = None  # in the tree that they are of; None if this is it
 
-    def unflatten(self, whole: _ext.Tree, updated: Any) -> Any:
+    def leaves(self, updated: list[mx.array]) -> list[mx.array]:
+        """In the order of the tree that they are of."""
         if self.numbers is None:
             return updated
-        leaves: list[Any] = [None] * len(self.numbers)
-        for number, leaf in zip(self.numbers, updated, strict=True):
-            leaves[number] = leaf
-        return whole.unflatten(leaves)
+        places = dict(zip(self.numbers, updated, strict=True))
+        return [places[number] for number in range(len(places))]
+
+    def unflatten(self, whole: _ext.Tree, updated: Any) -> Any:
+        return updated if self.numbers is None else whole.unflatten(self.leaves(updated))
 
 
 _orders: Recent[tuple[list[int], Layout]] = Recent(64)
@@ -236,6 +238,8 @@ def arranged(tree: _ext.Tree, hyper: Hyper) -> Arranged:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1]) < 2, first[rows[i][1]], i))
         found = _orders.keep(layout.key, (order, layout_of_rows([rows[i] for i in order])))
     numbers, own = found
+    if numbers == [*range(len(numbers))]:  # of a part too, whose layout is not the usual one
+        return Arranged(tree)
     return Arranged(tree.part(numbers, own.made), numbers)
 
 

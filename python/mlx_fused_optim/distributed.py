@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -28,7 +30,7 @@ from ._paths import built
 from ._recent import Recent
 from ._rules import DTYPES, FRAME_SLOTS, RULE_PLACES
 from ._shards import Shards, broadcast
-from ._step import measured_step, wanted_slots
+from ._step import Arranged, arranged, measured_step, wanted_slots
 from .optimizers import FusedOptimizer, Muon
 from .schedules import Schedule
 
@@ -183,8 +185,8 @@ class Sharded:
     keeps more. At the first step the processes compare their trees, dtypes, options and steps.
 
     Args:
-        optimizer (FusedOptimizer): Any but :class:`Muon`; the same on every process. Its options
-            and numbers may be changed between steps, on all processes alike.
+        optimizer (FusedOptimizer): Any, but no :class:`Muon` with ``others``; the same on every
+            process. Its options and numbers may be changed between steps, on all processes alike.
         group (mlx.core.distributed.Group, optional): The processes. Default: all of them.
         communication_stream (Stream, optional): Where to communicate. Default: the backend's.
 
@@ -209,12 +211,12 @@ class Sharded:
         communication_stream: mx.Stream | None = None,
     ):
         is_ours = isinstance(optimizer, FusedOptimizer) and not optimizer._is_single
-        if not is_ours or isinstance(optimizer, Muon):
+        if not is_ours:
             raise TypeError(
                 f"[Sharded] the optimizer is of the wrong type: got {type(optimizer).__name__}, "
-                "allowed an optimizer of mlx_fused_optim, but no Muon and none that steps tensor "
-                "by tensor."
+                "allowed an optimizer of mlx_fused_optim that does not step tensor by tensor."
             )
+        _check_others(optimizer)
         self.optimizer = optimizer
         self._group = group or mx.distributed.init()
         self._stream = communication_stream
@@ -223,6 +225,7 @@ class Sharded:
         self._wanted: _packing.Wanted | None = None
         self._agreed = False
         self._scatters = False
+        self._last: mx.array | None = None  # collective of the latest step
 
     @property
     def state(self) -> dict[str, Any]:
@@ -263,8 +266,8 @@ class Sharded:
         if self._group.size() == 1:
             inner.init(parameters)
             return
-        tree, shards = self._begun(parameters, parameters)
-        part = tree.part(shards.own, shards.layout.made)
+        _, order, shards = self._begun(parameters, parameters)
+        part = order.tree.part(shards.own, shards.layout.made)
         inner._begin_state(part, parameters, inner._options)
         self._mark(shards)
 
@@ -297,7 +300,8 @@ class Sharded:
         inner = self.optimizer
         if self._group.size() == 1:
             return inner.apply_gradients(gradients, parameters, grad_scale=grad_scale)
-        tree, shards = self._begun(gradients, parameters)
+        whole, order, shards = self._begun(gradients, parameters)
+        tree = order.tree
         options, hyper = inner._options, inner._hyper()
         scale = options.grad_scale if grad_scale is None else checked_scale(_OP, grad_scale)
         if callable(scale):  # once for all
@@ -305,8 +309,8 @@ class Sharded:
         averages, last = self._averaged(tree, shards, options.is_measured)
         measured = None
         if options.is_measured:
-            whole = tree.with_gradients(averages)
-            measured = measured_step(_OP, whole, inner.state, hyper, options, scale)
+            averaged = tree.with_gradients(averages)
+            measured = measured_step(_OP, averaged, inner.state, hyper, options, scale)
             if measured[0].size > 2:  # norms of each tensor, for trust ratios
                 norms = [i for number in shards.own for i in (2 + 2 * number, 3 + 2 * number)]
                 measured[0] = mx.take(measured[0], mx.array([0, 1, *norms]))
@@ -314,7 +318,19 @@ class Sharded:
         part = tree.part(shards.own, shards.layout.made).with_gradients(averages)
         updated = inner._take_step(part, parameters, options, grad_scale, measured)
         self._mark(shards)
-        return tree.unflatten(self._gathered(updated, shards, last))
+        return whole.unflatten(order.leaves(self._gathered(updated, shards, last)))
+
+    # Whose collectives were the last: others' wait for them, where several step parts of a model.
+    _latest: ClassVar[Callable[[], Sharded | None]] = lambda: None
+
+    def _before(self) -> mx.array | None:
+        """What the first collective of a step waits for."""
+        latest = None if _ext.is_tracing() else Sharded._latest()
+        return latest and latest._last
+
+    def _keep_last(self, last: mx.array | None) -> None:
+        if not _ext.is_tracing():
+            self._last, Sharded._latest = last, weakref.ref(self)
 
     def gathered_state(self, to: int | None = None) -> dict[str, Any]:
         """The whole state, as the optimizer alone has it: to be saved, and to go on with any
@@ -366,10 +382,11 @@ class Sharded:
 
     # ---- Parts ---------------------------------------------------------------------
 
-    def _begun(self, gradients: Any, parameters: Any) -> tuple[_ext.Tree, Shards]:
-        """The tensors and whose they are, and a state that is of this process' own. At the first
-        step all processes find out together whether they may begin."""
+    def _begun(self, gradients: Any, parameters: Any) -> tuple[_ext.Tree, Arranged, Shards]:
+        """The tensors, their order and whose they are, and a state that is of this process' own. At
+        the first step all processes find out together whether they may begin."""
         try:
+            _check_others(self.optimizer)
             tree = _ext.Tree(gradients, parameters, _OP)
             told = [] if self._agreed else self._told(tree, parameters)
         except Exception:
@@ -379,7 +396,8 @@ class Sharded:
             raise
         if not self._agreed:
             self._agree(told)
-        whole = layout_of(tree, self.optimizer._options.least_of_bytes)
+        order = arranged(tree, self.optimizer._hyper())
+        whole = layout_of(order.tree, self.optimizer._options.least_of_bytes)
         shards = self._known.find(whole.key)
         if shards is None:
             shards = Shards(whole, self._group.rank(), self._group.size())
@@ -388,8 +406,8 @@ class Sharded:
         if self._shards is not None and self._shards is not shards:  # other tensors are trained
             kept(self._shards.layout)
             self.state = self.gathered_state()
-        self._take_in(tree, parameters, shards)
-        return tree, shards
+        self._take_in(order.tree, parameters, shards)
+        return tree, order, shards
 
     def _take_in(self, tree: _ext.Tree, parameters: Any, shards: Shards) -> None:
         """Of a whole state that was assigned keep this process' own."""
@@ -473,7 +491,7 @@ class Sharded:
         size, rank, gradients = self._group.size(), self._group.rank(), tree.gradients
         rounds = shards.gradients([gradient.dtype for gradient in gradients])
         how: Any = {"group": self._group, "stream": self._stream}
-        averages, last = [], None
+        averages, last = [], self._before()
         for x, row in zip(
             _ext.pack_arrays(gradients, rounds.arenas), rounds.slices.arenas, strict=True
         ):
@@ -499,10 +517,19 @@ class Sharded:
             x = x if last is None else _ext.after(x, last)
             last = mx.distributed.all_gather(x, group=self._group, stream=self._stream)
             gathered.append(last)
+        self._keep_last(last)
         return _ext.tensors_of(gathered, rounds.arenas)
 
 
 _OP = "Sharded"
+
+
+def _check_others(optimizer: FusedOptimizer) -> None:
+    if isinstance(optimizer, Muon) and optimizer.others is not None:
+        raise TypeError(
+            f"[{_OP}] the optimizer is two: got a Muon with others={type(optimizer.others).__name__}, "
+            "allowed one without; and mlx.optimizers.MultiOptimizer, of a Sharded for each."
+        )
 
 
 def _mark_of(state: Any) -> list[int] | None:
