@@ -326,7 +326,7 @@ class Sharded:
     def _before(self) -> mx.array | None:
         """What the first collective of a step waits for."""
         latest = None if _ext.is_tracing() else Sharded._latest()
-        return latest and latest._last
+        return latest._last if latest else None
 
     def _keep_last(self, last: mx.array | None) -> None:
         if not _ext.is_tracing():
