@@ -192,8 +192,8 @@ void step(const Step& step) {
     }
   }
   set_inputs(encoder, {in[0].step, in[0].given, in[0].measured, in[0].groups});
-  for (auto& gradient : step.node.gradients) {
-    encoder.add_temporary(gradient);
+  for (auto& array : step.node.left(in, out)) {
+    encoder.add_temporary(array);
   }
   set_inputs(encoder, copies.data(), copies.size());
   for (auto& copy : copies) {

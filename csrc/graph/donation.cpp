@@ -105,7 +105,14 @@ void give_memory(
     const StepPlan& plan,
     const StepInputs& in,
     const StepOutputs& out,
+    bool is_only_use,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
+  if (!is_only_use) {
+    for (auto* output = out.begin; output != out.end; ++output) {
+      output->set_data(allocate(output->nbytes()));
+    }
+    return;
+  }
   if (out.parameters && plan.flags() & fused_math::kDirection) {
     out.parameters->set_data(allocate(out.parameters->nbytes())); // the parameters are read again
   } else if (out.parameters && plan.whole) {
@@ -166,11 +173,15 @@ void set_outputs(
     }
   }
 
+  // What a node holds has no holder but the node; where other arrays have the node too (a compiled
+  // function has captured it), it is evaluated again, from the same.
+  const bool is_only_use = node.held.empty() ||
+      outputs[0].primitive_ptr().use_count() == static_cast<long>(outputs.size());
   try {
     const auto in = node.inputs(inputs);
     const auto out = node.outputs(outputs);
     for (size_t p = 0; p < in.size(); ++p) {
-      give_memory(node.plans[p], in[p], out[p], allocate);
+      give_memory(node.plans[p], in[p], out[p], is_only_use, allocate);
     }
   } catch (...) { // no memory left
     restore(outputs, inputs);

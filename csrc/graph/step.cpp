@@ -275,26 +275,25 @@ struct GradientInputs {
   bool are_flat;
 };
 
-/// A node to be, and its inputs.
+/// A node to be, and its arrays and numbers: see StepInputs.
 struct Gathered {
   StepNode node;
-  std::vector<mx::array> inputs;
+  std::vector<mx::array> arrays, numbers;
   size_t bytes = 0; // of parameters
-  bool is_open = false; // no arena that joins has it wait for more
+  bool is_open = false; // for arenas that wait for nothing else
+  bool waits = false;
   std::vector<std::uintptr_t> waits_for; // flat arrays of gradients
 
   /// Whether another arena joins those that are there.
-  bool takes(const Arena& arena, const std::vector<std::uintptr_t>& waits) const {
+  bool takes(const Arena& arena, const Gathered& own) const {
     const size_t more = arena.size * arena.dtype.size();
     return is_open && !node.plans.empty() && node.plans.size() < kMostArenas && arena.begin == 0 &&
         node.plans[0].arena->dtype == arena.dtype &&
         node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit &&
-        std::all_of(
-               waits.begin(),
-               waits.end(),
-               [&](auto id) {
-                 return std::find(waits_for.begin(), waits_for.end(), id) != waits_for.end();
-               });
+        own.is_open && own.waits == waits &&
+        std::all_of(own.waits_for.begin(), own.waits_for.end(), [&](auto id) {
+             return std::find(waits_for.begin(), waits_for.end(), id) != waits_for.end();
+           });
   }
 };
 
@@ -307,12 +306,19 @@ void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
   if (gathered.node.plans.empty()) {
     return;
   }
+  auto inputs = std::move(gathered.numbers);
+  auto& arrays = gathered.arrays;
+  if (gathered.waits) {
+    inputs.insert(inputs.begin(), arrays.begin(), arrays.end());
+  } else {
+    gathered.node.held = std::move(arrays);
+  }
   const auto step = std::make_shared<FusedStep>(stream, std::move(gathered.node));
   const auto& plans = step->node().plans;
   auto outputs = composed_is_asked_for()
-      ? step_composed(plans[0], gathered.inputs, stream)
+      ? step_composed(plans[0], inputs, stream)
       : mx::array::make_arrays(
-            step->node().output_shapes(), step->node().output_dtypes(), step, gathered.inputs);
+            step->node().output_shapes(), step->node().output_dtypes(), step, inputs);
   auto* next = outputs.data();
   for (auto& plan : plans) {
     const StepOutputs out(plan, next);
@@ -365,28 +371,27 @@ mx::Shape ArenaSlots::shape(const Arena& arena, int slot) const {
                                       : arena_shape(arena);
 }
 
-StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* held)
+StepInputs::StepInputs(
+    const StepPlan& plan,
+    const mx::array* arrays,
+    const mx::array* numbers)
     : plan(&plan),
-      gradients(plan.waits ? arrays + plan.parameter_inputs() : held),
+      gradients(arrays + plan.parameter_inputs()),
       parameters(plan.packs() ? gradients : arrays),
-      slots{},
-      step(nullptr),
-      given(nullptr),
-      measured(nullptr),
-      groups(nullptr) {
-  auto* next = arrays + plan.parameter_inputs() + (plan.waits ? plan.gradient_inputs : 0);
+      slots{} {
+  auto* next = gradients + plan.gradient_inputs;
   for (int slot = 0; slot < kSlots; ++slot) {
     slots[slot] = plan.has(slot) ? next++ : nullptr;
   }
+  next = numbers;
   step = plan.reads_step() ? next++ : nullptr;
   given = plan.control.given ? next++ : nullptr;
   measured = plan.is_measured() ? next++ : nullptr;
   groups = plan.flags() & fused_math::kGroups ? next++ : nullptr;
-  end = next;
 }
 
 StepOutputs::StepOutputs(const StepPlan& plan, mx::array* next)
-    : parameters(nullptr), slots{}, step(nullptr), used(nullptr) {
+    : begin(next), parameters(nullptr), slots{}, step(nullptr), used(nullptr) {
   if (plan.tensor_count() > 0) {
     parameters = next++;
   }
@@ -401,12 +406,16 @@ StepOutputs::StepOutputs(const StepPlan& plan, mx::array* next)
 }
 
 std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) const {
-  std::vector<StepInputs> all;
-  auto* next = arrays.data();
-  auto* held = gradients.data();
+  size_t count = 0;
   for (auto& plan : plans) {
-    next = all.emplace_back(plan, next, held).end;
-    held += plan.waits ? 0 : plan.gradient_inputs;
+    count += plan.array_inputs();
+  }
+  auto* next = held.empty() ? arrays.data() : held.data();
+  auto* numbers = arrays.data() + (held.empty() ? count : 0);
+  std::vector<StepInputs> all;
+  for (auto& plan : plans) {
+    all.emplace_back(plan, next, numbers);
+    next += plan.array_inputs();
   }
   return all;
 }
@@ -418,6 +427,34 @@ std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const
     next = all.emplace_back(plan, next).end;
   }
   return all;
+}
+
+std::vector<mx::array> StepNode::left(
+    const std::vector<StepInputs>& inputs,
+    const std::vector<StepOutputs>& outputs) const {
+  std::vector<mx::array> left;
+  if (held.empty()) {
+    return left;
+  }
+  for (size_t p = 0; p < plans.size(); ++p) {
+    auto& in = inputs[p];
+    auto& out = outputs[p];
+    auto leave = [&](const mx::array& a, const mx::array* output) {
+      if (!output || a.data_shared_ptr() != output->data_shared_ptr()) {
+        left.push_back(a);
+      }
+    };
+    for (size_t i = 0; i < plans[p].parameter_inputs(); ++i) {
+      leave(in.parameters[i], out.parameters);
+    }
+    left.insert(left.end(), in.gradients, in.gradients + plans[p].gradient_inputs);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (in.slots[slot]) {
+        leave(*in.slots[slot], out.slots[slot]);
+      }
+    }
+  }
+  return left;
 }
 
 std::vector<mx::Shape> StepNode::output_shapes() const {
@@ -436,6 +473,14 @@ std::vector<mx::Dtype> StepNode::output_dtypes() const {
     dtypes.insert(dtypes.end(), more.begin(), more.end());
   }
   return dtypes;
+}
+
+size_t StepPlan::slot_inputs() const {
+  size_t count = 0;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    count += has(slot);
+  }
+  return count;
 }
 
 bool StepPlan::reads_step() const {
@@ -517,51 +562,54 @@ StepResult fused_step(
     if (plan.output_shapes().empty()) {
       continue;
     }
+    Gathered own; // of this arena
+    auto& arrays = own.arrays;
     GradientInputs from(gradients, tensors, is_eager);
-    plan.waits = !is_eager || !are_available(from.arrays);
     plan.places = std::move(from.places);
     plan.gradient_inputs = from.arrays.size();
-    std::vector<std::uintptr_t> waits_for;
-    for (size_t i = 0; plan.waits && i < from.arrays.size(); ++i) {
-      waits_for.push_back(from.arrays[i].id());
-    }
-    const bool is_open = (!plan.waits || from.are_flat) &&
-        (packs || whole || (tensors.size() == 1 && parameters[tensors[0]].is_available()));
-    if (!(is_open && gathered.takes(*arena, waits_for))) {
-      finish(std::move(gathered), result, stream);
-      gathered = {};
-      gathered.waits_for = std::move(waits_for);
-    }
-    gathered.is_open = is_open;
-    gathered.bytes += arena->size * arena->dtype.size();
-
-    auto& inputs = gathered.inputs;
-    inputs.reserve(inputs.size() + plan.parameter_inputs() + plan.gradient_inputs + kSlots + 4);
+    arrays.reserve(plan.array_inputs());
     if (whole) {
-      inputs.push_back(*whole);
+      arrays.push_back(*whole);
     } else if (!packs) {
       for (int t : tensors) {
-        inputs.push_back(parameters[t]);
+        arrays.push_back(parameters[t]);
       }
     }
-    auto& to = plan.waits ? inputs : gathered.node.gradients;
-    to.insert(to.end(), from.arrays.begin(), from.arrays.end());
+    const bool is_together = packs || whole || (tensors.size() == 1 && are_available(arrays));
+    arrays.insert(arrays.end(), from.arrays.begin(), from.arrays.end());
+    bool has_slots = true;
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
         const auto& kept = slots[slot][used_slots[slot]++];
-        inputs.push_back(plan.kept.has_bytes() ? in_a_row(kept, stream) : kept);
+        arrays.push_back(plan.kept.has_bytes() ? in_a_row(kept, stream) : kept);
+        has_slots &= arrays.back().is_available();
       }
     }
-    if (plan.reads_step()) {
-      inputs.push_back(step);
+    own.waits = !is_eager || !are_available(arrays);
+    own.is_open = is_eager && is_together && has_slots && (!own.waits || from.are_flat);
+    if (own.waits && own.is_open) {
+      for (auto& flat : from.arrays) {
+        own.waits_for.push_back(flat.id());
+      }
     }
-    inputs.insert(inputs.end(), given.begin(), given.end());
-    if (plan.is_measured()) {
-      inputs.push_back(result.measured[0]);
+    if (!gathered.takes(*arena, own)) {
+      finish(std::move(gathered), result, stream);
+      gathered = std::move(own);
+      auto& numbers = gathered.numbers;
+      if (plan.reads_step()) {
+        numbers.push_back(step);
+      }
+      numbers.insert(numbers.end(), given.begin(), given.end());
+      if (plan.is_measured()) {
+        numbers.push_back(result.measured[0]);
+      }
+      if (plan.flags() & fused_math::kGroups) {
+        numbers.push_back(*options.group_numbers);
+      }
+    } else {
+      gathered.arrays.insert(gathered.arrays.end(), arrays.begin(), arrays.end());
     }
-    if (plan.flags() & fused_math::kGroups) {
-      inputs.push_back(*options.group_numbers);
-    }
+    gathered.bytes += arena->size * arena->dtype.size();
     gathered.node.plans.push_back(std::move(plan));
   }
   finish(std::move(gathered), result, stream);

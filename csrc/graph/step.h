@@ -60,7 +60,6 @@ struct StepPlan {
   ArenaSlots kept;
   bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
-  bool waits = true; // for its gradients, which are inputs; else the node holds them
   // Of each tensor, where some gradients are views that need not be made; else there are none,
   // and each gradient is an array.
   std::vector<GradientPlace> places;
@@ -70,6 +69,8 @@ struct StepPlan {
   /// What packs arrays has them for gradients, and reads nothing else.
   bool packs() const { return flags() & fused_math::kPack; }
   size_t parameter_inputs() const { return packs() ? 0 : whole ? 1 : tensor_count(); }
+  size_t slot_inputs() const;
+  size_t array_inputs() const { return parameter_inputs() + gradient_inputs + slot_inputs(); }
   /// Where the arena's tensor `i` begins in its StepInputs::parameter (elements).
   size_t parameter_begin(size_t i) const {
     return packs() ? gradient_begin(i) : whole ? arena->offsets[i] : 0;
@@ -97,12 +98,12 @@ struct StepPlan {
 };
 
 /// Names for the positions in what a primitive has of inputs and outputs for a plan:
-/// inputs  = [parameters...] (or one arena), [gradients...] (or flat arrays that have them),
-///           [slots...], [step], [given scalars], [measured], [group numbers]
-/// outputs = [parameter arena, slots...], [step, used scalars]
-/// The next plan's begin at `end`. `gradients` are those that the node holds, if it does.
+/// arrays  = [parameters...] (or one arena), [gradients...] (or flat arrays that have them),
+///           [slots...]: plan.array_inputs()
+/// numbers = [step], [given scalars], [measured], [group numbers]: of all plans of a node
+/// outputs = [parameter arena, slots...], [step, used scalars]; the next plan's begin at `end`
 struct StepInputs {
-  StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* gradients = nullptr);
+  StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* numbers);
   /// The array with the arena's tensor `i`, which begins at parameter_begin(i); and its gradient's.
   const mx::array& parameter(size_t i) const {
     return plan->packs() ? gradient(i) : parameters[plan->whole ? 0 : i];
@@ -118,10 +119,10 @@ struct StepInputs {
   const mx::array* given; // float32, see StepControl; null when nothing is given
   const mx::array* measured; // float32, see StepMeasured; null without kMeasuredFlags
   const mx::array* groups; // float32 {groups, kGroupNumbers}; null without kGroups
-  const mx::array* end;
 };
 struct StepOutputs {
   StepOutputs(const StepPlan& plan, mx::array* arrays);
+  mx::array* begin;
   mx::array* parameters; // null when the arena has no tensors
   std::array<mx::array*, kSlots> slots;
   mx::array* step; // null unless plan.writes_step
@@ -202,12 +203,18 @@ std::vector<mx::array> pack_arrays(
 /// them with each; and all are to fit the arguments of a CUDA launch.
 constexpr size_t kMostArenas = 16;
 
-/// What a node does, arena by arena, and the gradients that it holds.
+/// What a node does, arena by arena, and the arrays that it holds.
 struct StepNode {
   // Of arenas of one dtype. The first may write the step, and begin within a whole arena.
   std::vector<StepPlan> plans;
-  std::vector<mx::array> gradients; // of those that do not wait for theirs
+  // The plans' arrays, where all are there; else they are inputs of the graph, before the numbers.
+  std::vector<mx::array> held;
 
+  /// The plans' arrays that no output has taken the memory of: a backend holds them until the
+  /// device has read them, as MLX holds inputs.
+  std::vector<mx::array> left(
+      const std::vector<StepInputs>& inputs,
+      const std::vector<StepOutputs>& outputs) const;
   /// The names for each plan.
   std::vector<StepInputs> inputs(const std::vector<mx::array>& arrays) const;
   std::vector<StepOutputs> outputs(std::vector<mx::array>& arrays) const;
@@ -218,10 +225,9 @@ struct StepNode {
 /// The step of one arena, or of several that wait for nothing: then it takes the device one
 /// launch. Evaluation is in csrc/{cpu,metal,cuda}/step.cpp.
 ///
-/// Gradients that are there are no inputs of the graph but the primitive's own: each output has
-/// a copy of all inputs, and several arenas have dozens of outputs. Nothing writes to gradients,
-/// and what is there needs no order; but their memory is the backend's to hold until the device
-/// is done, as MLX holds that of inputs.
+/// Arrays that are there are no inputs of the graph but the primitive's own: each output has
+/// a copy of all inputs, and several arenas have dozens of outputs. What is there needs no order;
+/// but its memory is the backend's to hold until the device is done, as MLX holds that of inputs.
 class FusedStep : public mx::Primitive {
  public:
   FusedStep(mx::Stream stream, StepNode node) : mx::Primitive(stream), node_(std::move(node)) {}

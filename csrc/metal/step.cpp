@@ -203,15 +203,15 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     kernels.emplace_back(device, node_.plans[p], in[p]);
   }
   auto& encoder = mx::metal::get_command_encoder(stream());
-  metal::Packer packer(device, encoder, inputs.size() + node_.gradients.size());
+  metal::Packer packer(device, encoder, inputs.size() + node_.held.size());
   std::vector<Readable> readable;
   for (size_t p = 0; p < in.size(); ++p) {
     readable.emplace_back(packer, encoder, node_.plans[p], in[p]);
   }
   set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
   const auto out = node_.outputs(outputs);
-  for (auto& gradient : node_.gradients) {
-    encoder.add_temporary(gradient);
+  for (auto& array : node_.left(in, out)) {
+    encoder.add_temporary(array);
   }
 
   // They write disjoint parts of their arenas: side by side, not one after another.
