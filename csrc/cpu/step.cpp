@@ -187,7 +187,7 @@ void FusedStep::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     auto task = std::make_shared<const Task>(node_.plans[p], in[p], out[p]);
     encoder.dispatch([task] { task->run(); });
   }
-  encoder.add_temporaries(node_.left(in, out));
+  encoder.add_temporaries(left_of(node_, in, out));
 }
 
 void EvaluateSchedule::eval_cpu(const std::vector<mx::array>& inputs, mx::array& output) {

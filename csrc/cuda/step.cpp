@@ -192,7 +192,7 @@ void step(const Step& step) {
     }
   }
   set_inputs(encoder, {in[0].step, in[0].given, in[0].measured, in[0].groups});
-  for (auto& array : step.node.left(in, out)) {
+  for (auto& array : left_of(step.node, in, out)) {
     encoder.add_temporary(array);
   }
   set_inputs(encoder, copies.data(), copies.size());

@@ -291,9 +291,12 @@ struct Gathered {
         node.plans[0].arena->dtype == arena.dtype &&
         node.plans[0].arena->is_small == arena.is_small && bytes + more <= kLargestArenaLimit &&
         own.is_open && own.waits == waits &&
-        std::all_of(own.waits_for.begin(), own.waits_for.end(), [&](auto id) {
-             return std::find(waits_for.begin(), waits_for.end(), id) != waits_for.end();
-           });
+        std::all_of(
+               own.waits_for.begin(),
+               own.waits_for.end(),
+               [&](auto id) {
+                 return std::find(waits_for.begin(), waits_for.end(), id) != waits_for.end();
+               });
   }
 };
 
@@ -371,10 +374,7 @@ mx::Shape ArenaSlots::shape(const Arena& arena, int slot) const {
                                       : arena_shape(arena);
 }
 
-StepInputs::StepInputs(
-    const StepPlan& plan,
-    const mx::array* arrays,
-    const mx::array* numbers)
+StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array* numbers)
     : plan(&plan),
       gradients(arrays + plan.parameter_inputs()),
       parameters(plan.packs() ? gradients : arrays),
@@ -427,34 +427,6 @@ std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const
     next = all.emplace_back(plan, next).end;
   }
   return all;
-}
-
-std::vector<mx::array> StepNode::left(
-    const std::vector<StepInputs>& inputs,
-    const std::vector<StepOutputs>& outputs) const {
-  std::vector<mx::array> left;
-  if (held.empty()) {
-    return left;
-  }
-  for (size_t p = 0; p < plans.size(); ++p) {
-    auto& in = inputs[p];
-    auto& out = outputs[p];
-    auto leave = [&](const mx::array& a, const mx::array* output) {
-      if (!output || a.data_shared_ptr() != output->data_shared_ptr()) {
-        left.push_back(a);
-      }
-    };
-    for (size_t i = 0; i < plans[p].parameter_inputs(); ++i) {
-      leave(in.parameters[i], out.parameters);
-    }
-    left.insert(left.end(), in.gradients, in.gradients + plans[p].gradient_inputs);
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (in.slots[slot]) {
-        leave(*in.slots[slot], out.slots[slot]);
-      }
-    }
-  }
-  return left;
 }
 
 std::vector<mx::Shape> StepNode::output_shapes() const {

@@ -210,17 +210,41 @@ struct StepNode {
   // The plans' arrays, where all are there; else they are inputs of the graph, before the numbers.
   std::vector<mx::array> held;
 
-  /// The plans' arrays that no output has taken the memory of: a backend holds them until the
-  /// device has read them, as MLX holds inputs.
-  std::vector<mx::array> left(
-      const std::vector<StepInputs>& inputs,
-      const std::vector<StepOutputs>& outputs) const;
   /// The names for each plan.
   std::vector<StepInputs> inputs(const std::vector<mx::array>& arrays) const;
   std::vector<StepOutputs> outputs(std::vector<mx::array>& arrays) const;
   std::vector<mx::Shape> output_shapes() const;
   std::vector<mx::Dtype> output_dtypes() const;
 };
+
+/// Of what a node holds, the arrays that no output has taken the memory of: a backend holds them
+/// until the device has read them, as MLX holds inputs. (Here because CUDA's is another library.)
+inline std::vector<mx::array> left_of(
+    const StepNode& node,
+    const std::vector<StepInputs>& inputs,
+    const std::vector<StepOutputs>& outputs) {
+  std::vector<mx::array> left;
+  for (size_t p = 0; !node.held.empty() && p < inputs.size(); ++p) {
+    auto& plan = node.plans[p];
+    auto& in = inputs[p];
+    auto& out = outputs[p];
+    auto leave = [&](const mx::array& a, const mx::array* output) {
+      if (!output || a.data_shared_ptr() != output->data_shared_ptr()) {
+        left.push_back(a);
+      }
+    };
+    for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
+      leave(in.parameters[i], out.parameters);
+    }
+    left.insert(left.end(), in.gradients, in.gradients + plan.gradient_inputs);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (in.slots[slot]) {
+        leave(*in.slots[slot], out.slots[slot]);
+      }
+    }
+  }
+  return left;
+}
 
 /// The step of one arena, or of several that wait for nothing: then it takes the device one
 /// launch. Evaluation is in csrc/{cpu,metal,cuda}/step.cpp.

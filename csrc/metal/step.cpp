@@ -210,7 +210,7 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   }
   set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
   const auto out = node_.outputs(outputs);
-  for (auto& array : node_.left(in, out)) {
+  for (auto& array : left_of(node_, in, out)) {
     encoder.add_temporary(array);
   }
 
