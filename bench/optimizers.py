@@ -24,6 +24,8 @@ import shapes
 import timing
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+RECORDS = Path(__file__).parent / "results" / "optimizers"
+
 # With what is asked of each; SGD keeps nothing without a momentum.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9},
