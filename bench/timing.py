@@ -92,7 +92,7 @@ def copy_speed() -> float | None:
 def header(device: str) -> dict:
     """Where and when, for the record."""
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of others, at the start
         "system": f"{platform.system()} {platform.machine()}",
@@ -111,7 +111,7 @@ def header(device: str) -> dict:
     return {"date": date.today().isoformat(), "machine": machine, "versions": versions}
 
 
-def _processor() -> str:
+def processor() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
