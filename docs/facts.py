@@ -140,7 +140,7 @@ def of(name: str) -> str:
         ),
     )
     speed = table(
-        "ms a step|ours|`mlx.optimizers`, compiled|eager",
+        "ms a step|ours|MLX's, compiled|MLX's",
         ((text, *(f"{ms:.2f}" for ms in row)) for text, *row in rows_of_speed(name)),
     )
     measured = "; ".join(
