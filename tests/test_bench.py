@@ -257,7 +257,7 @@ def test_every_optimizer_is_timed_beside_mlx(tmp_path, monkeypatch):
     path = tmp_path / "new" / "run.json"
     optimizers.main(["--works", "448x64", "--turns", "1", "--output", str(path)])
     run = json.loads(path.read_text())
-    assert [result["optimizer"] for result in run["results"]] == list(optimizers.OPTIMIZERS)
+    assert [result["optimizer"] for result in run["results"]] == [*optimizers.OPTIMIZERS]
     for result in run["results"]:
         assert list(result["candidates"]) == ["ours", "mlx compiled", "mlx"]
         assert all(time["steps"] == timing.STEPS for time in result["candidates"].values())
@@ -267,7 +267,7 @@ def test_every_optimizer_is_timed_beside_mlx(tmp_path, monkeypatch):
 def test_another_step_is_not_timed_as_the_optimizers(monkeypatch):
     monkeypatch.setitem(optimizers.CANDIDATES, "ours", (SimpleNamespace(Adam=optim.AdamW), False))
     work = shapes.Work("one", "one", (("w", (64,)),))
-    with pytest.raises(SystemExit, match=r"Adam: ours is .* from MLX's, which moved"):
+    with pytest.raises(SystemExit, match=r"Adam: ours is .* from mlx, which moved"):
         optimizers.measure("Adam", work, optimizers.tree(work, 2), turns=1)
 
 
