@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import mlx.nn as nn
 import mlx.optimizers
 import mlx_fused_optim
 import numpy as np
+import tasks
 from mlx.utils import tree_flatten
 
 try:
@@ -32,77 +33,23 @@ try:
 except ImportError as error:
     sys.exit(f"[demo] a package is missing: {error}; pip install 'mlx-fused-optim[bench]'")
 
-# Of the transformer: many small tensors, whose steps cost more time than arithmetic.
-CONTEXT, ROWS, WIDTH, LAYERS = 32, 2, 32, 8
+TASKS: dict[str, Callable[[], tasks.Task]] = {
+    # Many small tensors, whose steps cost more time than arithmetic.
+    "characters": lambda: tasks.characters(context=32, size=2, width=32, layers=8),
+    "digits": tasks.digits,
+}
 WARM = 5  # steps that are not timed: kernels are compiled, arenas packed
-
-
-# ---- Digits ------------------------------------------------------------------------
-
-BATCH = 64
-TEST_IMAGES = 360  # a fifth of them
-
-
-class Network(nn.Module):
-    """Blocks of a layer normalisation and a linear layer, each added to its input."""
-
-    def __init__(self, pixels: int = 64, width: int = 128, blocks: int = 6, classes: int = 10):
-        super().__init__()
-        self.first = nn.Linear(pixels, width)
-        self.blocks = [
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
-            for _ in range(blocks)
-        ]
-        self.last = nn.Linear(width, classes)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.last(x)
-
-
-@dataclass
-class Digits:
-    images: mx.array
-    labels: mx.array
-    test_images: mx.array
-    test_labels: mx.array
-
-
-def load_data(seed: int) -> Digits:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    images = mx.array((digits.data[order] / 16.0).astype(np.float32))
-    labels = mx.array(digits.target[order].astype(np.uint32))
-    n = TEST_IMAGES
-    return Digits(images[n:], labels[n:], images[:n], labels[:n])
 
 
 # ---- Training ----------------------------------------------------------------------
 
 
-def task_of(name: str) -> Any:
-    """A task of bench/precision.py, which has its digits from here."""
-    import precision
-
-    if name == "digits":
-        return precision.digits()
-    task = precision.characters(CONTEXT, ROWS)
-    symbols = task.model().symbols.weight.shape[0]
-    return task._replace(model=lambda: precision.Transformer(symbols, CONTEXT, WIDTH, LAYERS))
-
-
-def loss_of(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(model(x), y, reduction="mean")
-
-
 class Training:
     """A model in training, and what was seen on the way."""
 
-    def __init__(self, name: str, task: Any, optimizer: Any, seed: int, compiled: bool = False):
+    def __init__(
+        self, name: str, task: tasks.Task, optimizer: Any, seed: int, compiled: bool = False
+    ):
         mx.random.seed(seed)
         self.name = name
         self.model = task.model()
@@ -113,7 +60,7 @@ class Training:
         self.update = self._update
         if compiled:
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
-        self.loss_and_gradients = nn.value_and_grad(self.model, loss_of)
+        self.loss_and_gradients = nn.value_and_grad(self.model, tasks.loss_of)
         self.losses: list[float] = []
         self.rates: list[float] = []
         self.gradients_ms: list[float] = []
@@ -141,8 +88,8 @@ class Training:
         self.losses.append(loss.item())
         self.rates.append(self.optimizer.learning_rate.item())
 
-    def held_out(self, task: Any) -> float:
-        return loss_of(self.model, *task.held_out[0]).item()
+    def held_out(self, task: tasks.Task) -> float:
+        return tasks.loss_of(self.model, *task.held_out[0]).item()
 
     @property
     def kept_bytes(self) -> int:
@@ -153,7 +100,9 @@ class Training:
         return statistics.median(self.optimizer_ms)
 
 
-def train_in_turns(trainings: list[Training], task: Any, steps: int, console: Console) -> None:
+def train_in_turns(
+    trainings: list[Training], task: tasks.Task, steps: int, console: Console
+) -> None:
     """A step of one, the same step of the next: a drift of the clock falls on all."""
     columns = (
         TextColumn("{task.description:24}"),
@@ -208,7 +157,7 @@ def costs(ours: Training, others: list[Training], gradients_ms: float) -> str:
     return f"{text} New memory for an update: {ours.new_bytes / 2**20:.2f} MiB, there {there}."
 
 
-def summary(trainings: list[Training], task: Any, gradients_ms: float) -> Table:
+def summary(trainings: list[Training], task: tasks.Task, gradients_ms: float) -> Table:
     arrays = [array for _, array in tree_flatten(trainings[0].model.trainable_parameters())]
     count = sum(array.size for array in arrays)
     table = Table(
@@ -233,7 +182,7 @@ def summary(trainings: list[Training], task: Any, gradients_ms: float) -> Table:
     return table
 
 
-def draw(trainings: list[Training], task: Any, gradients_ms: float, path: Path) -> None:
+def draw(trainings: list[Training], task: tasks.Task, gradients_ms: float, path: Path) -> None:
     """The loss curves, one above the other, and what a step is made of."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -288,7 +237,7 @@ def schedule_of(text: str) -> mlx_fused_optim.Schedule:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=("characters", "digits"), default="characters")
+    parser.add_argument("--task", choices=TASKS, default="characters")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -308,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     console = Console()
-    task = task_of(options.task)
+    task = TASKS[options.task]()
     # MLX calls a schedule of ours like any other callable.
     rate = options.schedule or options.learning_rate
     mlx_eager, _, ours = trainings = [

@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.optimizers
 import mlx_fused_optim
 import numpy as np
+import peers
 import timing
 
 RATE = 0.02
@@ -45,23 +46,12 @@ def values(shapes: Shapes, seed: int) -> list[np.ndarray]:
     return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
-class OfMlx:
-    """An optimizer with the interface of mlx.optimizers."""
-
+class OfMlx(peers.MlxSteps):
     def __init__(self, optimizer: Any, shapes: Shapes, compiled: bool):
-        self.parameters, self.gradients = (
+        parameters, gradients = (
             {"w": [mx.array(a) for a in values(shapes, seed)]} for seed in (1, 2)
         )
-        optimizer.init(self.parameters)
-        mx.eval(self.parameters, self.gradients, optimizer.state)
-        self.optimizer, self.update = optimizer, optimizer.apply_gradients
-        if compiled:
-            state = optimizer.state
-            self.update = mx.compile(self.update, inputs=state, outputs=state)
-
-    def step(self) -> None:
-        self.parameters = self.update(self.gradients, self.parameters)
-        mx.eval(self.parameters, self.optimizer.state)
+        super().__init__(optimizer, parameters, gradients, compiled)
 
     def results(self) -> list[np.ndarray]:
         return [np.array(w) for w in self.parameters["w"]]

@@ -2,7 +2,7 @@
 
     python bench/muon_training.py [--steps N] [--svg docs/optimizers/muon.svg]
 
-The task is that of bench/precision.py, with shorter texts: the same weights to begin with, the same
+The task is that of bench/tasks.py, with shorter texts: the same weights to begin with, the same
 batches, for each of a few learning rates; the best of each is drawn, by the loss on held-out text.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_fused_optim as optim
-import precision
+import tasks
 
 EVERY = 25  # steps from a look at the held-out text to the next
 
@@ -54,14 +54,14 @@ RUNS: dict[str, tuple[Callable[[float, int], optim.FusedOptimizer], tuple[float,
 }
 
 
-def train(title: str, optimizer: optim.FusedOptimizer, task: precision.Task, steps: int) -> Run:
+def train(title: str, optimizer: optim.FusedOptimizer, task: tasks.Task, steps: int) -> Run:
     mx.random.seed(0)
     model = task.model()
-    loss_and_gradients = nn.value_and_grad(model, precision.loss_of)
+    loss_and_gradients = nn.value_and_grad(model, tasks.loss_of)
     losses, seconds = [], 0.0
     for step in range(steps + 1):
         if step % EVERY == 0 or step == steps:
-            held_out = (precision.loss_of(model, x, y).item() for x, y in task.held_out[:4])
+            held_out = (tasks.loss_of(model, x, y).item() for x, y in task.held_out[:4])
             losses.append((step, statistics.mean(held_out)))
         start = time.perf_counter()
         _, gradients = loss_and_gradients(model, *task.batch(step))
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--svg", type=Path, default=Path("docs/optimizers/muon.svg"))
     chosen = parser.parse_args()
-    task, best = precision.characters(context=32, size=8), []
+    task, best = tasks.characters(context=32, size=8), []
     for name, (make, rates) in RUNS.items():
         runs = [
             train(f"{name}, rate {rate:g}", make(rate, chosen.steps), task, chosen.steps)

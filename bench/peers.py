@@ -91,9 +91,25 @@ def mlx_optimizer(module: Any, options: Options) -> Any:
     )
 
 
-class MlxPeer:
-    """An optimizer with the interface of mlx.optimizers, eager or compiled."""
+class MlxSteps:
+    """Whole steps of an optimizer with the interface of mlx.optimizers, eager or compiled."""
 
+    def __init__(self, optimizer: Any, parameters: Any, gradients: Any, compiled: bool):
+        self.optimizer, self.parameters, self.gradients = optimizer, parameters, gradients
+        optimizer.init(parameters)
+        mx.eval(parameters, gradients, optimizer.state)
+        self.update = optimizer.apply_gradients
+        if compiled:
+            state = optimizer.state
+            self.update = mx.compile(self.update, inputs=state, outputs=state)
+
+    def step(self) -> None:
+        # No reference to the old parameters stays: their memory can be reused.
+        self.parameters = self.update(self.gradients, self.parameters)
+        mx.eval(self.parameters, self.optimizer.state)
+
+
+class MlxPeer(MlxSteps):
     def __init__(self, work: Work, options: Options, module: Any, compiled: bool):
         dtype = getattr(mx, options.dtype)
         names = [name for name, _ in work.parameters]
@@ -102,19 +118,7 @@ class MlxPeer:
             arrays = [mx.array(array).astype(dtype) for array in values(work, seed)]
             return tree_unflatten(list(zip(names, arrays, strict=True)))
 
-        self.parameters, self.gradients = tree(1), tree(2)
-        self.optimizer = mlx_optimizer(module, options)
-        self.optimizer.init(self.parameters)
-        mx.eval(self.parameters, self.gradients, self.optimizer.state)
-        self.update = self.optimizer.apply_gradients
-        if compiled:
-            state = self.optimizer.state
-            self.update = mx.compile(self.update, inputs=state, outputs=state)
-
-    def step(self) -> None:
-        # No reference to the old parameters stays: their memory can be reused.
-        self.parameters = self.update(self.gradients, self.parameters)
-        mx.eval(self.parameters, self.optimizer.state)
+        super().__init__(mlx_optimizer(module, options), tree(1), tree(2), compiled)
 
     def samples(self) -> list[np.ndarray]:
         return [

@@ -3,10 +3,8 @@
     python bench/precision.py [--optimizer sgd | adamw] [--steps N] [--modes NAME ...]
                               [--json FILE] [--write | --costs]
 
-Two tasks on data that is on the machine already: the 1797 handwritten digits that
-scikit-learn ships, and characters of the Python manual that every Python ships, learnt by a
-small transformer. A third, where its files are installed, fine-tunes a small pretrained model: see
-passages.py. Every mode starts from the same weights (rounded to its dtype) and sees
+The tasks are those of tasks.py: digits, characters, and a pretrained model to fine-tune where its
+files are installed. Every mode starts from the same weights (rounded to its dtype) and sees
 the same batches. --write puts the optimizer's table into docs/precision.md; --costs
 trains nothing and only weighs and times the step of every mode.
 """
@@ -17,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -30,14 +27,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_fused_optim as optim
-import numpy as np
 
 try:
-    import demo
     import passages
+    import timing
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+    from tasks import Task, characters, digits, loss_of, topics
 except ImportError as error:
     sys.exit(f"[precision] a package is missing: {error}; pip install 'mlx-fused-optim[bench]'")
 
@@ -135,104 +132,7 @@ CHOICES = {
 }
 
 
-# ---- Tasks -----------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A transformer's layer, normalised first."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = nn.MultiHeadAttention(width, heads)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        y = self.attention_norm(x)
-        x = x + self.attention(y, y, y, mask)
-        return x + self.down(nn.gelu(self.up(self.mlp_norm(x))))
-
-
-class Transformer(nn.Module):
-    """Characters in, the next characters out."""
-
-    def __init__(self, symbols: int, context: int, width: int = 64, layers: int = 2):
-        super().__init__()
-        self.symbols = nn.Embedding(symbols, width)
-        self.places = nn.Embedding(context, width)
-        self.blocks = [Block(width, 4) for _ in range(layers)]
-        self.norm = nn.LayerNorm(width)
-        self.last = nn.Linear(width, symbols)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        length = x.shape[1]
-        h = self.symbols(x) + self.places(mx.arange(length))
-        mask = nn.MultiHeadAttention.create_additive_causal_mask(length, h.dtype)
-        for block in self.blocks:
-            h = block(h, mask)
-        return self.last(self.norm(h))
-
-
-class Task(NamedTuple):
-    """A model to make, batches to learn from, and held-out ones for the final loss."""
-
-    name: str
-    model: Callable[[], nn.Module]
-    batch: Callable[[int], tuple[mx.array, mx.array]]
-    held_out: list[tuple[mx.array, mx.array]]
-
-
-def digits() -> Task:
-    data = demo.load_data(seed=0)
-    random = np.random.default_rng(1)
-    numbers = random.integers(0, len(data.labels), (100_000, demo.BATCH)).astype(np.uint32)
-
-    def batch(step: int) -> tuple[mx.array, mx.array]:
-        chosen = mx.array(numbers[step])
-        return data.images[chosen], data.labels[chosen]
-
-    # The loss on all images that were learnt from: what the optimizer works on.
-    return Task("digits", demo.Network, batch, [(data.images, data.labels)])
-
-
-def characters(context: int = 64, size: int = 16) -> Task:
-    from pydoc_data.topics import topics
-
-    text = "".join(topics[name] for name in sorted(topics))
-    symbols = sorted(set(text))
-    number = {symbol: i for i, symbol in enumerate(symbols)}
-    encoded = np.array([number[symbol] for symbol in text], np.uint32)
-    random = np.random.default_rng(2)
-    train, rest = encoded[: -len(encoded) // 10], encoded[-len(encoded) // 10 :]
-
-    def cut(source: np.ndarray, starts: np.ndarray) -> tuple[mx.array, mx.array]:
-        rows = source[starts[:, None] + np.arange(context + 1)]
-        return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
-
-    starts = random.integers(0, len(train) - context - 1, (100_000, size))
-    held_out = [cut(rest, random.integers(0, len(rest) - context - 1, 64)) for _ in range(8)]
-    return Task(
-        "characters",
-        lambda: Transformer(len(symbols), context),
-        lambda step: cut(train, starts[step]),
-        held_out,
-    )
-
-
-def topics(size: int = 64) -> Task:
-    source = passages.Passages()
-    batches = [source.draw(size, held_out=False) for _ in range(2000)]
-    held_out = [source.draw(256, held_out=True) for _ in range(8)]
-    return Task("passages", source.model, lambda step: batches[step % len(batches)], held_out)
-
-
 # ---- Training ----------------------------------------------------------------------
-
-
-def loss_of(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(model(x).astype(mx.float32), y, reduction="mean")
 
 
 def train(task: Task, choice: Choice, mode: Mode, steps: int) -> float:
@@ -379,13 +279,7 @@ def write(run: dict[str, Any]) -> None:
 def machine() -> str:
     if mx.default_device().type == mx.gpu:
         return str(mx.device_info().get("device_name", "a GPU"))
-    cpu = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    for line in information.read_text().splitlines() if information.exists() else []:
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return f"{cpu}, {os.cpu_count()} cores"
+    return f"{timing.processor()}, {os.cpu_count()} cores"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,19 +24,19 @@ FEWEST_TURNS = 4
 
 
 def time_in_turns(
-    candidates: Mapping[str, Callable[[], None]], seconds: float
+    candidates: Mapping[str, Callable[[], None]], seconds: float, turns: int = FEWEST_TURNS
 ) -> dict[str, dict[str, Any]]:
     """Median and quartiles (ms) of each candidate (name -> one step, host time included), and
     its median in each turn.
 
     They take turns, so that a drift of clock or heat falls on all. A turn is a few steps in
-    a row, as in a training loop. A step must return only when its work is done. Turns go on
-    for ``seconds``.
+    a row, as in a training loop. A step must return only when its work is done. There are as many
+    ``turns``, and as many more as ``seconds`` have room for.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    end, turns = time.perf_counter() + seconds, 0
-    while turns < FEWEST_TURNS or time.perf_counter() < end:
-        turns += 1
+    end = time.perf_counter() + seconds
+    while turns > 0 or time.perf_counter() < end:
+        turns -= 1
         for name, step in candidates.items():
             time.sleep(PAUSE)
             for _ in range(WARM_STEPS):
@@ -92,7 +92,7 @@ def copy_speed() -> float | None:
 def header(device: str) -> dict:
     """Where and when, for the record."""
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of others, at the start
         "system": f"{platform.system()} {platform.machine()}",
@@ -111,7 +111,7 @@ def header(device: str) -> dict:
     return {"date": date.today().isoformat(), "machine": machine, "versions": versions}
 
 
-def _processor() -> str:
+def processor() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():

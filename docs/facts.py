@@ -1,4 +1,5 @@
-"""What a page says of an optimizer in numbers: taken from the code, when the page is built.
+"""What a page says of an optimizer in numbers: taken from the code, when the page is built, and
+from recorded runs.
 
 ``python docs/facts.py AdamW`` prints it.
 """
@@ -6,8 +7,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ema_decay=0.999": {"ema_decay": 0.999},
 }
 ELEMENTS, STEPS = 1 << 14, 100
+# Of bench/optimizers.py, a file a machine.
+RUNS = Path(__file__).parents[1] / "bench" / "results" / "optimizers"
 
 
 def usual(name: str) -> dict[str, Any]:
@@ -95,6 +100,26 @@ def rows_of_distance(name: str) -> Iterable[tuple[str, int, float]]:
     )
 
 
+def rows_of_speed(name: str) -> Iterable[tuple[str, float, float, float]]:
+    """(machine and work, ms a step of ours, of MLX's compiled, of MLX's eager)."""
+    for machine, run in runs():
+        for result in run["results"]:
+            if result["optimizer"] == name:
+                times = result["candidates"]
+                ours, compiled, eager = (
+                    times[title]["median_ms"] for title in ("ours", "mlx compiled", "mlx")
+                )
+                yield f"{machine}: {result['title']}", ours, compiled, eager
+
+
+def runs() -> Iterable[tuple[str, dict[str, Any]]]:
+    """(machine, what was recorded there)."""
+    for path in sorted(RUNS.glob("*.json")):
+        run = json.loads(path.read_text())
+        machine = run["machine"]
+        yield machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores", run
+
+
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:
     names = head.split("|")
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
@@ -114,12 +139,23 @@ def of(name: str) -> str:
             for text, count, most in rows_of_distance(name)
         ),
     )
+    speed = table(
+        "ms a step|ours|MLX's, compiled|MLX's",
+        ((text, *(f"{ms:.2f}" for ms in row)) for text, *row in rows_of_speed(name)),
+    )
+    measured = "; ".join(
+        f"{machine}: {run['date']}, MLX {run['versions']['mlx']}, load average before it "
+        f"{run['machine']['load']} on {run['machine']['cores']} cores"
+        for machine, run in runs()
+    )
     return (
         f"What the state keeps, beside the parameter:\n\n{memory}\n"
         f"How many of {ELEMENTS:,} normally distributed float32 parameters differ from those of "
         f"`mlx.optimizers.{name}`, after {STEPS} eager steps with the same gradients, when this "
         f"page was built, on a CPU:\n\n{apart}\n"
-        "A schedule's rates are ours in the first and MLX's, with its roundings, in the other.\n"
+        "A schedule's rates are ours in the first and MLX's, with its roundings, in the other.\n\n"
+        "Medians of whole steps in turns, host time included, in float32 and with gradients that "
+        f"are there, by `python bench/optimizers.py`:\n\n{speed}\n{measured}.\n"
     )
 
 

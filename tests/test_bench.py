@@ -6,9 +6,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.optimizers
+import mlx_fused_optim as optim
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -17,6 +19,7 @@ pytest.importorskip("rich")
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import optimizers  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
@@ -114,6 +117,10 @@ def test_verification_sees_a_part_left_out():
         peers.verify("idle", idle, SMALL, options)
 
 
+def in_order(time):
+    return 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+
+
 # ---- Timing ----------------------------------------------------------------------
 
 
@@ -126,7 +133,7 @@ def test_candidates_take_turns():
     for time in times.values():
         assert time["steps"] == timing.FEWEST_TURNS * timing.STEPS
         assert len(time["turns_ms"]) == timing.FEWEST_TURNS
-        assert 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+        assert in_order(time)
 
 
 def test_a_share_is_a_difference_within_each_turn():
@@ -202,7 +209,7 @@ def test_quick_run_writes_json_and_png(tmp_path, optimizer):
     assert lora["kind"] == "training"
     assert {"gradients alone", "ours", "mlx compiled"} <= set(lora["candidates"])
     for time in (*step["candidates"].values(), *lora["candidates"].values()):
-        assert 0 < time["low_ms"] <= time["median_ms"] <= time["high_ms"]
+        assert in_order(time)
     share = lora["candidates"]["ours"]["share"]
     assert share["low_ms"] <= share["median_ms"] <= share["high_ms"]
     # Such a run can be reported.
@@ -222,10 +229,61 @@ def test_quick_run_writes_json_and_png(tmp_path, optimizer):
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
+    refused(importlib.import_module("bench"), arguments, message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--works", "5M"], "--works: got 5M, allowed 16M"),
+        (["--optimizers", "Adam,Lamb"], "--optimizers: got Lamb, allowed SGD,Adam"),
+        (["--turns", "0"], "--turns: got 0, allowed 1 or more"),
+    ],
+)
+def test_bad_arguments_for_every_optimizer(arguments, message, capsys):
+    refused(optimizers, arguments, message, capsys)
+
+
+def refused(program, arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module("bench").main(arguments)
+        program.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_optimizer_is_timed_beside_mlx(tmp_path, monkeypatch):
+    few = shapes.Work("few", "few", (("a.w", (3, 4)), ("a.v", (5, 2)), ("b", (2, 2))))
+    monkeypatch.setattr(shapes, "load", lambda name: few)
+    path = tmp_path / "new" / "run.json"
+    optimizers.main(["--works", "448x64", "--turns", "1", "--output", str(path)])
+    run = json.loads(path.read_text())
+    assert [result["optimizer"] for result in run["results"]] == [*optimizers.OPTIMIZERS]
+    for result in run["results"]:
+        assert list(result["candidates"]) == ["ours", "mlx compiled", "mlx"]
+        assert all(time["steps"] == timing.STEPS for time in result["candidates"].values())
+        assert all(map(in_order, result["candidates"].values()))
+
+
+def test_another_step_is_not_timed_as_the_optimizers(monkeypatch):
+    monkeypatch.setitem(optimizers.CANDIDATES, "ours", (SimpleNamespace(Adam=optim.AdamW), False))
+    work = shapes.Work("one", "one", (("w", (64,)),))
+    with pytest.raises(SystemExit, match=r"Adam: ours is .* from mlx, which moved"):
+        optimizers.measure("Adam", work, optimizers.tree(work, 2), turns=1)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(optimizers.RECORDS.glob("*.json")), ids=lambda path: path.stem
+)
+def test_recorded_runs_have_every_optimizer(path):
+    run = json.loads(path.read_text())
+    works = {
+        name: {r["name"] for r in run["results"] if r["optimizer"] == name}
+        for name in optimizers.OPTIMIZERS
+    }
+    usual = set(optimizers.WORKS[run["device"]])
+    assert all(found == usual for name, found in works.items() if name != "Muon")
+    assert works["Muon"]
+    assert all(in_order(time) for r in run["results"] for time in r["candidates"].values())
 
 
 @pytest.mark.parametrize(("load", "told"), [(0.9, False), (1.1, True)])

@@ -1,5 +1,6 @@
 """What the documentation shows works, and what it points at exists."""
 
+import json
 import re
 import zlib
 from pathlib import Path
@@ -165,3 +166,31 @@ def test_the_pages_bits_are_those_that_are_promised(facts):
         (_, count, _), *others = facts.rows_of_distance(name)
         assert count == 0, name
         assert all(0 < most < facts.STEPS * 2**-21 for _, _, most in others), name
+
+
+def test_the_pages_speed_is_that_of_the_recorded_runs(facts, tmp_path, monkeypatch):
+    """A row for each machine's work, of what has that optimizer."""
+    records = sorted(facts.RUNS.glob("*.json"))
+    assert records
+    for name in facts.OPTIMIZERS:
+        medians = [
+            tuple(
+                result["candidates"][title]["median_ms"]
+                for title in ("ours", "mlx compiled", "mlx")
+            )
+            for record in records
+            for result in json.loads(record.read_text())["results"]
+            if result["optimizer"] == name
+        ]
+        assert [times for _, *times in facts.rows_of_speed(name)] == list(map(list, medians))
+    run = json.loads(records[0].read_text())
+    run["machine"] = {"processor": "Abacus", "cores": 3, "load": 0.25}
+    lion = next(result for result in run["results"] if result["optimizer"] == "Lion")
+    lion["title"] = "ten beads"
+    for number, time in enumerate(lion["candidates"].values(), start=1):
+        time["median_ms"] = number + 0.125
+    monkeypatch.setattr(facts, "RUNS", tmp_path)
+    (tmp_path / "abacus.json").write_text(json.dumps({**run, "results": [lion]}))
+    page = facts.of("Lion")
+    assert "| Abacus, 3 cores: ten beads | 1.12 | 2.12 | 3.12 |\n" in page
+    assert "load average before it 0.25 on 3 cores" in page
