@@ -329,7 +329,12 @@ void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
     if (out.parameters && plan.flags() & fused_math::kDirection) {
       result.parameters.push_back(*out.parameters);
     } else if (out.parameters) {
-      auto views = arena_tensors(*out.parameters, plan.arena, stream);
+      // For each use of an output MLX visits all of its siblings, twice: of several arenas each is
+      // used once, by a view that has no sibling.
+      const auto arena = plans.size() == 1
+          ? *out.parameters
+          : arena_tensor(*out.parameters, out.parameters->shape(), 0, stream);
+      auto views = arena_tensors(arena, plan.arena, stream);
       for (size_t i = 0; i < views.size(); ++i) {
         result.parameters[plan.arena->tensors[i]] = std::move(views[i]);
       }
