@@ -11,7 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_fused_optim as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 BATCHES, ROWS, STEPS = 4, 16, 20
 
@@ -33,7 +33,7 @@ def train(accumulate: bool) -> nn.Module:
             for i in range(BATCHES):
                 rows = slice(ROWS * i, ROWS * (i + 1))
                 _, gradients = loss_and_grad(model, x[rows], y[rows])
-                total = gradients if total is None else tree_map(mx.add, total, gradients)
+                total = optim.accumulate_gradients(total, gradients)
                 mx.eval(total)
         else:
             _, total = loss_and_grad(model, x, y)

@@ -47,6 +47,15 @@ def test_kernels_of_the_step_and_of_the_measurement(tmp_path):
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA")
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_the_library_asks_nothing_of_the_extension():
+    """Which may be loaded where nobody else finds its symbols."""
+    command = ["nm", "--dynamic", "--undefined-only", LIBRARY]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "mlx" in said and "mlx_fused_optim" not in said
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA")
 @pytest.mark.skipif(mx.is_available(mx.gpu), reason="MLX has a GPU here")
 def test_the_library_asks_for_cuda():
     """An MLX without CUDA lacks symbols: an error that names one, at once."""

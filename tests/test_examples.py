@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_fused_optim
 import pytest
 from ring import started
@@ -41,8 +42,10 @@ def test_a_larger_model_fits_with_small_states():
 
 def test_accumulated_gradients_make_the_step_of_a_large_batch():
     """Up to the order of sums: in the 20 steps of 0.01 the weights move by 0.2 at most, and where a
-    gradient is nothing but rounding, AdamW moves by its sign."""
-    assert load("gradient_accumulation").main() < 1e-3
+    gradient is nothing but rounding, AdamW moves by its sign. On CUDA MLX's products of matrices
+    have the 10 bits of TF32, so that more gradients are."""
+    allowed = 1e-3 if mx.default_device() == mx.cpu else 1e-2
+    assert load("gradient_accumulation").main() < allowed
 
 
 def test_float16_trains_and_skips():

@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("one_block_too_few", PACKING, "return (a + b - 1) / b;", "return a / b;"),
     Mutant("tiles_wide_when_unaligned", PACKING, "view.row_stride % kQuad == 0 &&", ""),
     Mutant("rows_wide_when_unaligned", PACKING, "bool whole = view.columns % kQuad == 0", "bool whole = true"),
-    Mutant("unaligned_gradient_wide", PACKING, "gradient.offset() % (kQuad * gradient.itemsize()) == 0", "true"),
+    Mutant("unaligned_gradient_wide", PACKING, "tensor.gradient % (kQuad * gradient.itemsize()) == 0", "true"),
     Mutant("strides_merged_wrongly", PACKING, "== stride * length", "== stride"),
     Mutant("gradients_read_as_one_dtype", PACKING, "gradient.dtype() != dtype ||", "dtype != mx::float32 ||"),
     Mutant("gaps_of_slots_forgotten", HOST, "      gaps |= is_fresh(*out.slots[slot], *in.slots[slot]);\n", ""),
