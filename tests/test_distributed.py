@@ -128,7 +128,9 @@ def test_an_optimizer_that_cannot_be_sharded():
         ):
             optim.Sharded(optimizer)
     two = optim.Muon(0.1, others=optim.AdamW(0.1))
-    with pytest.raises(TypeError, match=r"\[Sharded\] the optimizer is two: got a Muon with oth"):
+    with pytest.raises(
+        TypeError, match=r"\[Sharded\] the optimizer is two: got a Muon with AdamW as oth"
+    ):
         optim.Sharded(two)
     later, parameters = optim.Sharded(optim.Muon(0.1), Two()), {"w": mx.zeros((2, 2))}
     later._agreed = True  # without another process

@@ -527,8 +527,8 @@ _OP = "Sharded"
 def _check_others(optimizer: FusedOptimizer) -> None:
     if isinstance(optimizer, Muon) and optimizer.others is not None:
         raise TypeError(
-            f"[{_OP}] the optimizer is two: got a Muon with others={type(optimizer.others).__name__}, "
-            "allowed one without; and mlx.optimizers.MultiOptimizer, of a Sharded for each."
+            f"[{_OP}] the optimizer is two: got a Muon with {type(optimizer.others).__name__} as "
+            "others, allowed one without; and MultiOptimizer, of a Sharded for each."
         )
 
 
