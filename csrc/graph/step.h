@@ -246,7 +246,7 @@ inline std::vector<mx::array> left_of(
   return left;
 }
 
-/// The step of one arena, or of several that wait for nothing: then it takes the device one
+/// The step of one arena, or of several that wait for the same: then it takes the device one
 /// launch. Evaluation is in csrc/{cpu,metal,cuda}/step.cpp.
 ///
 /// Arrays that are there are no inputs of the graph but the primitive's own: each output has
