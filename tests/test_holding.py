@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from bits import of_mlx, same
 from mlx.utils import tree_flatten, tree_map
+from mlx_fused_optim import _ext
 from waiting import comes_true, let_go
 
 SHAPES = {"a": (33, 8), "b": (700,), "c": ()}
@@ -749,3 +750,28 @@ def test_holding_from_another_thread():
         thread.join()
     assert failures == []
     assert looks > 0
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("begins", [(0, 320, 1024), (1, 270, 975), (4, 268, 972)], ids=str)
+@pytest.mark.parametrize("state", [None, "8bit"])
+def test_gradients_that_are_views_nobody_has_made(dtype, begins, state):
+    """They are read where they lie, at any place of what they are views of; and are there later."""
+    given = mx.random.normal((1100,), key=mx.random.key(1)).astype(dtype)
+    places = dict(zip(SHAPES, begins, strict=True))
+
+    def views(flat):
+        return {name: _ext.arena_view(flat, shape, places[name]) for name, shape in SHAPES.items()}
+
+    made = views(given)
+    mx.eval(given, made)
+    options = {**OPTIONS, **({} if state is None else {"state_dtype": state, "min_8bit_size": 0})}
+    ours, other = (optim.SGD(0.1, **options) for _ in range(2))
+    start = {name: mx.random.normal(s, key=mx.random.key(2)) + 3 for name, s in SHAPES.items()}
+    got, want = start, start
+    for _ in range(3):
+        lazy = views(mx.stop_gradient(given))
+        got, want = ours.apply_gradients(lazy, got), other.apply_gradients(made, want)
+        mx.eval(got, want, ours.state, other.state)
+        assert all(same(got[name], want[name]) for name in SHAPES)
+    assert all(same(lazy[name], made[name]) for name in SHAPES)
