@@ -221,6 +221,20 @@ def two_optimizers_each_of_some_tensors(group):
         mx.eval(alone.state, sharded.state)
 
 
+def a_step_waits_for_that_of_one_that_is_gone(group):
+    parameters = parameters_of((mx.float32,))
+
+    def stepped(step):
+        own = gradients_of(group.rank(), step, (mx.float32,))
+        return optim.Sharded(optim.SGD(0.5), group).apply_gradients(own, parameters)
+
+    new = [stepped(0), stepped(1)]
+    mx.eval(*new if group.rank() else new[::-1])
+    for step, got in enumerate(new):
+        mean = mean_of(group, step, (mx.float32,))
+        same(got, tree_map(lambda p, g: p - 0.5 * g, parameters, mean))
+
+
 def gradients_may_have_other_dtypes(group):
     make = OPTIMIZERS["adamw"]
     for dtypes in ((mx.float32,), (mx.bfloat16, mx.float16)):

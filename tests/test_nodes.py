@@ -266,6 +266,16 @@ def test_a_node_that_a_compiled_function_captures(shapeless):
     assert all(p[0, 0].item() == 0 for p in parameters.values())
 
 
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_a_node_of_views_that_a_compiled_function_captures(shapeless):
+    start = {"a": mx.full((4, 4), 2.0)}
+    total = optim.accumulate_gradients(optim.accumulate_gradients(None, start), start)
+    new = optim.SGD(0.5).apply_gradients(total, start)
+    function = mx.compile(lambda x: new["a"] + x, shapeless=shapeless)
+    for x in range(3):
+        assert (function(mx.array(float(x))) == x).all()
+
+
 @pytest.mark.parametrize("transform", ["compile", "grad", "jvp", "vmap"])
 def test_a_trace_has_a_node_an_arena(transform):
     """Also of arrays that do not depend on what is traced."""

@@ -333,6 +333,11 @@ NB_MODULE(_ext, m) {
       "arrays"_a,
       "Whether arrays depend on an input of a function that is being compiled or vectorised.");
   m.def(
+      "is_available",
+      [](const mx::array& array) { return array.is_available(); },
+      "array"_a,
+      "Whether nothing is to be done or waited for before it is read.");
+  m.def(
       "arena_view",
       [](const mx::array& arena,
          std::vector<int> lengths,

@@ -173,8 +173,9 @@ void set_outputs(
     }
   }
 
-  // What a node holds has no holder but the node; where other arrays have the node too (a compiled
-  // function has captured it), it is evaluated again, from the same.
+  // What a node holds has no holder but the node, which each of its outputs has. Where other arrays
+  // have it too (a compiled function that has captured it makes some with each call), it is
+  // evaluated again, from the same.
   const bool is_only_use = node.held.empty() ||
       outputs[0].primitive_ptr().use_count() == static_cast<long>(outputs.size());
   try {

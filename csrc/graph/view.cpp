@@ -78,8 +78,8 @@ std::optional<FlatPlace> flat_place(const mx::array& view) {
 }
 
 mx::array after(const mx::array& x, const mx::array& other) {
-  if (!other.has_primitive()) {
-    return x; // it is there
+  if (other.is_available() || !other.has_primitive()) {
+    return x;
   }
   return mx::array(
       x.shape(), x.dtype(), std::make_shared<After>(other.primitive().stream()), {x, other});

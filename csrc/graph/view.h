@@ -89,7 +89,7 @@ struct FlatPlace {
   size_t begin; // elements
 };
 
-/// Of a view that nothing has evaluated yet, and that so need not be made.
+/// Of a view that is a node of the graph still, and that so need not be made.
 std::optional<FlatPlace> flat_place(const mx::array& view);
 
 /// Its first input, without a copy, once the second is there.

@@ -107,6 +107,7 @@ class Layout:
     @property
     def places(self) -> list[tuple[int, int]]: ...
 
+def is_available(array: mx.array) -> bool: ...
 def arena_view(
     arena: mx.array,
     shape: Sequence[int],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -225,7 +224,7 @@ class Sharded:
         self._wanted: _packing.Wanted | None = None
         self._agreed = False
         self._scatters = False
-        self._last: mx.array | None = None  # collective of the latest step
+        weakref.finalize(self, _let_go).atexit = False
 
     @property
     def state(self) -> dict[str, Any]:
@@ -320,17 +319,9 @@ class Sharded:
         self._mark(shards)
         return whole.unflatten(order.leaves(self._gathered(updated, shards, last)))
 
-    # Whose collectives were the last: others' wait for them, where several step parts of a model.
-    _latest: ClassVar[Callable[[], Sharded | None]] = lambda: None
-
-    def _before(self) -> mx.array | None:
-        """What the first collective of a step waits for."""
-        latest = None if _ext.is_tracing() else Sharded._latest()
-        return latest._last if latest else None
-
-    def _keep_last(self, last: mx.array | None) -> None:
-        if not _ext.is_tracing():
-            self._last, Sharded._latest = last, weakref.ref(self)
+    # The last collective of any, for which the next one waits: several may step parts of a model.
+    # Parameters are views of it, so it is seldom memory of its own.
+    _last: ClassVar[mx.array | None] = None
 
     def gathered_state(self, to: int | None = None) -> dict[str, Any]:
         """The whole state, as the optimizer alone has it: to be saved, and to go on with any
@@ -491,7 +482,7 @@ class Sharded:
         size, rank, gradients = self._group.size(), self._group.rank(), tree.gradients
         rounds = shards.gradients([gradient.dtype for gradient in gradients])
         how: Any = {"group": self._group, "stream": self._stream}
-        averages, last = [], self._before()
+        averages, last = [], None if _ext.is_tracing() else Sharded._last
         for x, row in zip(
             _ext.pack_arrays(gradients, rounds.arenas), rounds.slices.arenas, strict=True
         ):
@@ -517,11 +508,17 @@ class Sharded:
             x = x if last is None else _ext.after(x, last)
             last = mx.distributed.all_gather(x, group=self._group, stream=self._stream)
             gathered.append(last)
-        self._keep_last(last)
+        if not _ext.is_tracing():
+            Sharded._last = last
         return _ext.tensors_of(gathered, rounds.arenas)
 
 
 _OP = "Sharded"
+
+
+def _let_go() -> None:
+    if Sharded._last is not None and _ext.is_available(Sharded._last):
+        Sharded._last = None
 
 
 def _check_others(optimizer: FusedOptimizer) -> None:
