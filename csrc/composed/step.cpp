@@ -39,7 +39,10 @@ struct Numbers {
 class ComposedStep {
  public:
   ComposedStep(const StepPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
-      : s(s), plan_(plan), control_(plan.control), in_(plan, inputs.data(), inputs.data() + plan.array_inputs()) {}
+      : s(s),
+        plan_(plan),
+        control_(plan.control),
+        in_(plan, inputs.data(), inputs.data() + plan.array_inputs()) {}
 
   std::vector<mx::array> outputs() const;
 
