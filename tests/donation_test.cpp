@@ -13,15 +13,15 @@ namespace mlx_fused_optim {
 
 // As step.cpp and layout.cpp have them, for a plan with parameters, momentum and a step.
 StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::array*)
-    : parameters(arrays), whole(plan.whole), slots{} {
+    : plan(&plan), gradients(nullptr), parameters(arrays), slots{} {
   slots[fused_math::Sgd::kVelocity] = &arrays[plan.parameter_inputs()];
 }
 StepOutputs::StepOutputs(const StepPlan&, mx::array* arrays)
-    : parameters(&arrays[0]), slots{}, step(&arrays[2]), used(nullptr) {
+    : begin(arrays), parameters(&arrays[0]), slots{}, step(&arrays[2]), used(nullptr) {
   slots[fused_math::Sgd::kVelocity] = &arrays[1];
 }
 std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) const {
-  return {StepInputs(plans[0], arrays.data())};
+  return {StepInputs(plans[0], arrays.data(), nullptr)};
 }
 std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const {
   return {StepOutputs(plans[0], arrays.data())};
