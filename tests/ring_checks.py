@@ -265,7 +265,7 @@ def every_process_keeps_its_part(group):
     assert used <= own + 2**16
 
 
-@mock.patch.object(_shards, "SMALLEST", 8 << 20)
+@mock.patch.object(_shards, "collective_size", lambda without_cuda: 8 << 20)
 def several_arenas_and_rounds(group):
     shapes = [(300, 1024)] * 12 + [(7,)] * 20 + [(300, 1024)] * 12
     parameters = drawn(0, mx.float32, shapes=shapes)

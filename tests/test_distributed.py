@@ -104,9 +104,9 @@ def test_of_one_process_it_is_what_was_given():
     assert optim.average_gradients(gradients) is gradients
     given = inspect.signature(optim.average_gradients).parameters
     mlx = inspect.signature(nn.average_gradients).parameters
-    assert [(p.name, p.default) for p in given.values()] == [
-        (p.name, p.default) for p in mlx.values()
-    ]
+    assert [*given] == [*mlx]
+    for name in {*mlx} - {"all_reduce_size"}:  # None, for that of MLX or what suits CUDA
+        assert given[name].default == mlx[name].default
 
 
 def test_what_cannot_be_averaged():

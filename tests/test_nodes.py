@@ -266,6 +266,30 @@ def test_a_node_that_a_compiled_function_captures(shapeless):
     assert all(p[0, 0].item() == 0 for p in parameters.values())
 
 
+def test_calls_that_wait_have_their_own_parts_of_a_captured_node():
+    """A call's numbers are those of the step, whatever another one has made meanwhile; and what
+    nobody has taken (momentum, here) does not stay."""
+    optimizer = optim.SGD(1.0, momentum=0.5)
+    parameters = in_arenas(optimizer, {f"p{i}": mx.zeros(HALF) for i in range(4)})
+    gradients = {f"p{i}": mx.full(HALF, float(i)) for i in range(4)}
+    mx.eval(gradients)
+    new = optimizer.apply_gradients(gradients, parameters)
+    assert nodes(new.values()) == 1
+    function = mx.compile(lambda x: [n + x for n in new.values()])
+    calls = [function(mx.array(float(x))) for x in range(3)]
+    mx.eval(calls)
+    for x, call in enumerate(calls):
+        for i, n in enumerate(call):
+            assert mx.all(n == x - i).item()
+    del calls, call, n
+    few = mx.compile(lambda x: new["p1"] + x)
+    mx.eval(few(mx.array(1.0)))
+    before = mx.get_active_memory()
+    for _ in range(10):
+        mx.eval(few(mx.array(1.0)))
+    assert mx.get_active_memory() < before + 4 * HALF[0] * HALF[1] * 4
+
+
 @pytest.mark.parametrize("shapeless", [False, True])
 def test_a_node_of_views_that_a_compiled_function_captures(shapeless):
     start = {"a": mx.full((4, 4), 2.0)}

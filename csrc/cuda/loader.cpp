@@ -56,10 +56,7 @@ const Backend& backend() {
 } // namespace cuda
 
 void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto set = [&](const cuda::Allocate& allocate) {
-    set_outputs(node_, inputs, outputs, allocate);
-    return node_.outputs(outputs);
-  };
+  auto set = [&](const cuda::Allocate& allocate) { return begin(inputs, outputs, allocate); };
   cuda::backend().step({node_, node_.inputs(inputs), set, stream()});
 }
 

@@ -10,8 +10,7 @@ from . import _ext
 from ._layout import Layout, layout_of_part
 from ._recent import Recent
 
-# Bytes of an array that is communicated, if several tensors are. A collective costs the host
-# up to 0.3 ms with NCCL, and small ones have half the bandwidth: docs/distributed.md.
+# Bytes of an array that is communicated, if several tensors are and MLX has no CUDA.
 SHARE, SMALLEST, LARGEST = 16, 64 << 20, 128 << 20
 _ALIGNMENT = 256  # bytes, at which a tensor begins
 
@@ -105,7 +104,7 @@ def _rounds(runs: list[list[int]], padded: dict[int, int], item: int) -> list[li
     sizes = [[padded[t] * item for t in run] for run in runs]
     total = sum(map(sum, sizes))
     largest = max((size for own in sizes for size in own), default=0) * len(runs)
-    limit = max(min(max(total // SHARE, SMALLEST), LARGEST), largest)
+    limit = max(collective_size(min(max(total // SHARE, SMALLEST), LARGEST)), largest)
     count = max(total // limit, 1)
     parts = [
         [[run[i] for i in part] for part in _runs(own, count)]
@@ -113,6 +112,13 @@ def _rounds(runs: list[list[int]], padded: dict[int, int], item: int) -> list[li
     ]  # of each process, then of each round
     rounds = [list(tensors) for tensors in zip(*parts, strict=True)]
     return [tensors for tensors in rounds if any(tensors)]
+
+
+def collective_size(without_cuda: int) -> int:
+    """Bytes of an array that is communicated, if several tensors are. With NCCL a collective costs
+    the host's time, for which the other processes wait too (docs/architecture.md)."""
+    is_on_cuda = mx.default_device().type == mx.gpu and mx.cuda.is_available()
+    return 256 << 20 if is_on_cuda else without_cuda
 
 
 def broadcast(x: mx.array, is_mine: bool, group: mx.distributed.Group) -> mx.array:

@@ -28,7 +28,7 @@ from ._options import checked_scale
 from ._paths import built
 from ._recent import Recent
 from ._rules import DTYPES, FRAME_SLOTS, RULE_PLACES
-from ._shards import Shards, broadcast
+from ._shards import Shards, broadcast, collective_size
 from ._step import Arranged, arranged, measured_step, wanted_slots
 from .optimizers import FusedOptimizer, Muon
 from .schedules import Schedule
@@ -108,7 +108,7 @@ def accumulate_gradients(
 def average_gradients(
     gradients: Any,
     group: mx.distributed.Group | None = None,
-    all_reduce_size: int = 32 * 1024**2,
+    all_reduce_size: int | None = None,
     communication_stream: mx.Stream | None = None,
 ) -> Any:
     r"""The mean of the gradients of all processes, as ``mlx.nn.average_gradients`` gives it.
@@ -128,8 +128,9 @@ def average_gradients(
         gradients (tree): A tree of arrays: float32, float16 or bfloat16. Arrays of integers
             are left as they are.
         group (mlx.core.distributed.Group, optional): The processes. Default: all of them.
-        all_reduce_size (int): At most so many bytes are communicated at once, if several
-            tensors are. At 0 or less each tensor is communicated alone. Default: 32 MiB.
+        all_reduce_size (int, optional): At most so many bytes are communicated at once, if several
+            tensors are. At 0 or less each tensor is communicated alone. Default: 32 MiB, as MLX's;
+            where MLX runs on CUDA 256 MiB, as each communication costs the host's time there.
         communication_stream (Stream, optional): Where to communicate. Default: the backend's.
 
     Returns:
@@ -147,6 +148,8 @@ def average_gradients(
     if group.size() == 1:
         return gradients
     tree = _ext.Tree(gradients, gradients, "average_gradients")
+    if all_reduce_size is None:
+        all_reduce_size = collective_size(32 << 20)
     layout = layout_of_gradients(tree, max(all_reduce_size, 1)).made
     averages = [
         mx.distributed.all_sum(packed, group=group, stream=communication_stream) / group.size()
