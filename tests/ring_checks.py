@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_fused_optim import _shards, average_gradients
+from waiting import comes_true
 
 SHAPES = [(), (3,), (33, 8), (64,), (700,), (0, 4), (128, 64), (5, 2, 3)]
 
@@ -233,6 +234,19 @@ def a_step_waits_for_that_of_one_that_is_gone(group):
     for step, got in enumerate(new):
         mean = mean_of(group, step, (mx.float32,))
         same(got, tree_map(lambda p, g: p - 0.5 * g, parameters, mean))
+
+
+def one_that_is_gone_holds_no_memory(group):
+    """Parameters are views of what the next step waits for, so that goes with them."""
+
+    def step_of(size):
+        sharded = optim.Sharded(optim.SGD(0.5), group)
+        mx.eval(sharded.apply_gradients(*[{"w": mx.ones(size)}] * 2))
+
+    step_of(1)  # in the place of what others may have left
+    before = mx.get_active_memory()
+    step_of(1 << 18)
+    assert comes_true(lambda: mx.get_active_memory() < before + (1 << 18))
 
 
 def gradients_may_have_other_dtypes(group):

@@ -59,6 +59,7 @@ MUTANTS = [
     Mutant("scale_of_a_total", DISTRIBUTED, "scalars=[-scale, *_NO_NUMBERS]", "scalars=[-1.0, *_NO_NUMBERS]", "accumulation"),
     Mutant("parts_of_no_order", DISTRIBUTED, "order = arranged(tree, self.optimizer._hyper())", "order = Arranged(tree)", "distributed"),
     Mutant("each_for_itself", DISTRIBUTED, "None if _ext.is_tracing() else Sharded._last", "None", "distributed"),
+    Mutant("gone_but_held", DISTRIBUTED, "if Sharded._last is not None and _ext.is_available(Sharded._last):", "if False:", "distributed"),
     Mutant("stream_of_averages", DISTRIBUTED, "all_sum(packed, group=group, stream=communication_stream)", "all_sum(packed, group=group, stream=None)", "distributed"),
     Mutant("verdict_of_a_part", DISTRIBUTED, "updated = inner._take_step(part, parameters, options, grad_scale, measured)", "updated = inner._take_step(part, parameters, options, grad_scale, None)", "distributed"),
     Mutant("slice_of_another", DISTRIBUTED, "rank * math.prod(row[1])", "0 * math.prod(row[1])", "distributed"),
