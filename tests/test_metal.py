@@ -546,6 +546,15 @@ def test_variants_are_compiled_for_options_and_dtypes_and_for_nothing_else():
     assert set(pipelines) == {f"fused_step_0_{flags}_{p}_{g}_{p}_{TILE}" for p, g in formats}
 
 
+def test_a_state_that_is_not_there_makes_no_variants():
+    """SGD without momentum keeps nothing, in whatever dtype."""
+    pipelines = []
+    for state in DTYPES.values():
+        training = FullTraining([(9,)], [], state_dtype=state)
+        pipelines += [d["pipeline"] for d in dispatches(training.step) if d["pipeline"]]
+    assert set(pipelines) == {f"fused_step_0_0_0_0_0_{TILE}"}
+
+
 @pytest.mark.parametrize(("held", "at"), [(False, 0), (True, 5), (False, 14)])
 def test_a_skipped_step_leaves_everything_as_it_was(held, at):
     flags = ["momentum", "skip_nonfinite", "compensated", "ema"]

@@ -965,6 +965,29 @@ def test_derivatives(monkeypatch, large):
         assert np.allclose(numbers(got[name]), numbers(x), rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_derivatives_of_tiny_and_huge_gradients(steps, exponent):
+    """Of gradients twice as large the update is the same, and its derivative half as large: to
+    the bit, also where a norm's square would be nothing or infinite."""
+    parameters, gradients = tree(0, shapes=MATRICES), tree(1, shapes=MATRICES)
+
+    def derivative(exponent):
+        def loss(g):
+            optimizer = optim.Muon(0.1, weight_decay=0.0, ns_steps=steps)
+            return sum(mx.sum(mx.sin(x)) for x in optimizer.apply_gradients(g, parameters).values())
+
+        def scaled(a):
+            return a * 2.0**exponent
+
+        return {k: scaled(d) for k, d in mx.grad(loss)(tree_map(scaled, gradients)).items()}
+
+    got, want = derivative(exponent), derivative(0)
+    for name, x in want.items():
+        assert np.abs(numbers(x)).max() > 1e-4 or x.size == 1, name
+        assert same(got[name], x), name
+
+
 def test_what_waits_has_its_own_derivative():
     """Forward and vectorised, by what waits and by what it waits for."""
     w, t = (mx.random.normal((6, 4), key=mx.random.key(seed)) for seed in (1, 2))

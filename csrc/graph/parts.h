@@ -34,7 +34,10 @@ class Parts {
 class Part : public mx::Primitive {
  public:
   Part(mx::Stream stream, std::shared_ptr<Parts> parts, size_t number, mx::Shape shape)
-      : mx::Primitive(stream), parts_(std::move(parts)), number_(number), shape_(std::move(shape)) {}
+      : mx::Primitive(stream),
+        parts_(std::move(parts)),
+        number_(number),
+        shape_(std::move(shape)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     outputs[0].copy_shared_buffer(parts_->take(inputs[0], number_));

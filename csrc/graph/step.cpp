@@ -616,8 +616,7 @@ std::vector<mx::array> FusedStep::outputs(
     std::vector<mx::array> inputs) {
   auto& plans = step->node_.plans;
   if (!step->parts_) {
-    return mx::array::make_arrays(
-        plans[0].output_shapes(), plans[0].output_dtypes(), step, inputs);
+    return mx::array::make_arrays(plans[0].output_shapes(), plans[0].output_dtypes(), step, inputs);
   }
   const mx::array token(mx::Shape{}, mx::uint8, step, std::move(inputs));
   std::vector<mx::array> parts;

@@ -30,6 +30,12 @@ struct RuleList<First, Others...> {
   using Rest = RuleList<Others...>;
   enum : uint32_t { kCount = 1 + Rest::kCount };
 
+  /// The place of a rule of the list.
+  MATH_MEMBER constexpr uint32_t place(First) { return 0; }
+  template <typename Rule>
+  MATH_MEMBER constexpr uint32_t place(Rule rule) {
+    return 1 + Rest::place(rule);
+  }
   /// All flags of a rule.
   MATH_MEMBER constexpr uint32_t flags(uint32_t rule) {
     return rule == 0 ? uint32_t(First::kFlags) : Rest::flags(rule - 1);
@@ -61,7 +67,7 @@ struct RuleList<First, Others...> {
 
 using Rules = RuleList<Sgd, Adam, Adamax, Lion, Rmsprop, Adagrad, Adadelta, Muon>;
 
-/// The place of Sgd: without flags of its own its change is the gradient.
-enum : uint32_t { kSgd = 0 };
+/// Without flags of its own, its change is the gradient.
+enum : uint32_t { kSgd = Rules::place(Sgd()) };
 
 } // namespace fused_math

@@ -82,8 +82,8 @@ bool Dispatch::add(
 
 std::vector<Dispatch> make_dispatches(
     const StepPlan& plan,
-    const std::vector<const mx::array*>& parameters,
-    const std::vector<const mx::array*>& gradients,
+    const StepInputs& in,
+    const Packer& readable,
     bool arena_is_aligned,
     bool gaps,
     size_t most_sources,
@@ -94,8 +94,8 @@ std::vector<Dispatch> make_dispatches(
     bool has_room = false; // in the latest dispatch, which is of this dtype
     for (size_t i = 0; i < plan.tensor_count(); ++i) {
       const size_t size = plan.tensor_size(i);
-      auto& gradient = *gradients[plan.places.empty() ? i : plan.places[i].input];
-      auto& parameter = plan.packs() ? gradient : *parameters[plan.whole ? 0 : i];
+      auto& parameter = readable(in.parameter(i));
+      auto& gradient = readable(in.gradient(i));
       if (gradient.dtype() != dtype || size == 0) {
         continue;
       }

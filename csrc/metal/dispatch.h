@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "graph/step.h"
+#include "metal/pack.h"
 #include "metal/sources.h"
 #include "mlx/array.h"
 #include "table.h"
@@ -50,13 +51,12 @@ struct Dispatch {
 };
 
 /// The dispatches of a step: tensors whose gradients have one dtype together, as
-/// many as there are slots. `parameters` and `gradients` are the plan's inputs, which
-/// can be read through is_contiguous and matrix_view; `gaps` says whether an output is
-/// fresh memory.
+/// many as there are slots. `readable` gives the inputs as they can be read through is_contiguous
+/// and matrix_view; `gaps` says whether an output is fresh memory.
 std::vector<Dispatch> make_dispatches(
     const StepPlan& plan,
-    const std::vector<const mx::array*>& parameters,
-    const std::vector<const mx::array*>& gradients,
+    const StepInputs& in,
+    const Packer& readable,
     bool arena_is_aligned,
     bool gaps,
     size_t most_sources,

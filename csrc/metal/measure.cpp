@@ -103,7 +103,7 @@ void MeasureGradients::eval_gpu(
   };
 
   auto& encoder = mx::metal::get_command_encoder(stream());
-  metal::Packer packer(device, encoder, plan_.array_count());
+  metal::Packer packer(device, encoder);
   std::vector<const mx::array*> arrays;
   {
     auto together = encoder.start_concurrent(); // the copies, if there are any

@@ -17,7 +17,7 @@ void dispatch_elements(
 }
 
 const mx::array& Packer::packed(const mx::array& a) {
-  auto& copy = copies_.emplace_back(a.shape(), a.dtype(), nullptr, std::vector<mx::array>{});
+  mx::array copy(a.shape(), a.dtype(), nullptr, std::vector<mx::array>{});
   copy.set_data(mx::allocator::malloc(copy.nbytes()));
   const size_t size = a.itemsize();
   auto* kernel = metal::kernel(device_, size == 4 ? "pack_4" : size == 2 ? "pack_2" : "pack_1");
@@ -30,7 +30,7 @@ const mx::array& Packer::packed(const mx::array& a) {
   encoder_.set_bytes(uint64_t(a.size()), 5);
   dispatch_elements(encoder_, kernel, a.size());
   encoder_.add_temporary(copy);
-  return copy;
+  return copies_.emplace(&a, std::move(copy)).first->second;
 }
 
 } // namespace mlx_fused_optim::metal

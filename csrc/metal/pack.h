@@ -1,7 +1,7 @@
 // Arrays that the kernels cannot read, in row-major order; and helpers to encode.
 #pragma once
 
-#include <vector>
+#include <unordered_map>
 
 #include "mlx/array.h"
 #include "mlx/backend/metal/device.h"
@@ -19,14 +19,18 @@ void dispatch_elements(
 /// Copies in row-major order. It owns them until what uses them is encoded.
 class Packer {
  public:
-  Packer(mx::metal::Device& device, mx::metal::CommandEncoder& encoder, size_t most)
-      : device_(device), encoder_(encoder) {
-    copies_.reserve(most); // references into it are handed out
-  }
+  Packer(mx::metal::Device& device, mx::metal::CommandEncoder& encoder)
+      : device_(device), encoder_(encoder) {}
 
   /// The array itself where `readable` holds or it has no elements, else a copy.
   const mx::array& readable(const mx::array& a, bool readable) {
     return readable || a.size() == 0 ? a : packed(a);
+  }
+
+  /// What that has given for this very object.
+  const mx::array& operator()(const mx::array& a) const {
+    const auto copy = copies_.find(&a);
+    return copy == copies_.end() ? a : copy->second;
   }
 
  private:
@@ -34,7 +38,7 @@ class Packer {
 
   mx::metal::Device& device_;
   mx::metal::CommandEncoder& encoder_;
-  std::vector<mx::array> copies_;
+  std::unordered_map<const mx::array*, mx::array> copies_;
 };
 
 } // namespace mlx_fused_optim::metal

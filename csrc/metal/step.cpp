@@ -54,46 +54,37 @@ StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const 
   }
 }
 
-/// The inputs as the step kernel can read them.
-struct Readable {
-  Readable(
-      metal::Packer& packer,
-      CommandEncoder& encoder,
-      const StepPlan& plan,
-      const StepInputs& in) {
-    auto together = encoder.start_concurrent(); // the copies, if there are any
-    auto flat = [&](const mx::array& a) { return &packer.readable(a, metal::is_contiguous(a)); };
-    for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
-      parameters.push_back(flat(in.parameters[i]));
-    }
-    // A group of bytes is in a row of a gradient that is a matrix.
-    const bool is_bytes = plan.kept.has_bytes();
-    for (size_t i = 0; i < plan.gradient_inputs; ++i) {
-      auto& gradient = in.gradients[i];
-      const auto view = metal::matrix_view(gradient);
-      const bool is_readable = view && (!is_bytes || view->columns % fused_math::kByteGroup == 0);
-      gradients.push_back(&packer.readable(gradient, is_readable));
-    }
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (auto* kept = in.slots[slot]) {
-        const bool has_scales = fused_math::is_byte_format(plan.kept.format(slot));
-        const bool is_aligned = !has_scales || kept->offset() % fused_math::kByteScale == 0;
-        slots[slot] = &packer.readable(*kept, metal::is_contiguous(*kept) && is_aligned);
-      } else {
-        slots[slot] = nullptr;
-      }
+/// Copies what the step kernel cannot read.
+void make_readable(
+    metal::Packer& packer,
+    CommandEncoder& encoder,
+    const StepPlan& plan,
+    const StepInputs& in) {
+  auto together = encoder.start_concurrent(); // the copies, if there are any
+  for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
+    packer.readable(in.parameters[i], metal::is_contiguous(in.parameters[i]));
+  }
+  // A group of bytes is in a row of a gradient that is a matrix.
+  const bool is_bytes = plan.kept.has_bytes();
+  for (size_t i = 0; i < plan.gradient_inputs; ++i) {
+    const auto view = metal::matrix_view(in.gradients[i]);
+    const bool is_readable = view && (!is_bytes || view->columns % fused_math::kByteGroup == 0);
+    packer.readable(in.gradients[i], is_readable);
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (auto* kept = in.slots[slot]) {
+      const bool has_scales = fused_math::is_byte_format(plan.kept.format(slot));
+      const bool is_aligned = !has_scales || kept->offset() % fused_math::kByteScale == 0;
+      packer.readable(*kept, metal::is_contiguous(*kept) && is_aligned);
     }
   }
-
-  std::vector<const mx::array*> parameters, gradients;
-  std::array<const mx::array*, kSlots> slots;
-};
+}
 
 std::vector<metal::Dispatch> dispatches_of(
     const StepPlan& plan,
     const StepInputs& in,
     const StepOutputs& out,
-    const Readable& readable,
+    const metal::Packer& readable,
     metal::Threadgroups groups) {
   if (plan.tensor_count() == 0) {
     return {};
@@ -106,14 +97,14 @@ std::vector<metal::Dispatch> dispatches_of(
   bool gaps = is_fresh(*out.parameters, in.parameters[0]);
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
-      aligned &= is_aligned(*out.slots[slot]) && is_aligned(*readable.slots[slot]);
+      aligned &= is_aligned(*out.slots[slot]) && is_aligned(readable(*in.slots[slot]));
       gaps |= is_fresh(*out.slots[slot], *in.slots[slot]);
     }
   }
   return metal::make_dispatches(
       plan,
-      readable.parameters,
-      readable.gradients,
+      in,
+      readable,
       aligned,
       gaps,
       kBuffers - source_place(plan.control.rule, plan.flags()),
@@ -145,14 +136,14 @@ void bind_buffers(
     const StepPlan& plan,
     const metal::Dispatch& dispatch,
     const StepInputs& in,
-    const Readable& readable,
+    const metal::Packer& readable,
     const StepOutputs& out) {
   const uint32_t rule = plan.control.rule, flags = plan.flags();
   encoder.set_output_array(*out.parameters, int(kFirstBuffer) + kParameterOutPlace);
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
       const int at = kFirstBuffer + slot_place(rule, flags, slot);
-      encoder.set_input_array(*readable.slots[slot], at);
+      encoder.set_input_array(readable(*in.slots[slot]), at);
       encoder.set_output_array(*out.slots[slot], at + 1);
     }
   }
@@ -171,7 +162,7 @@ void encode(
     const StepPlan& plan,
     const StepKernels& kernels,
     const StepInputs& in,
-    const Readable& readable,
+    const metal::Packer& readable,
     const StepOutputs& out) {
   for (auto& dispatch : dispatches_of(plan, in, out, readable, kernels.groups)) {
     encoder.set_compute_pipeline_state(kernels.step.at(dispatch.gradient_dtype.val()));
@@ -203,10 +194,9 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     kernels.emplace_back(device, node_.plans[p], in[p]);
   }
   auto& encoder = mx::metal::get_command_encoder(stream());
-  metal::Packer packer(device, encoder, inputs.size() + node_.held.size());
-  std::vector<Readable> readable;
+  metal::Packer packer(device, encoder);
   for (size_t p = 0; p < in.size(); ++p) {
-    readable.emplace_back(packer, encoder, node_.plans[p], in[p]);
+    make_readable(packer, encoder, node_.plans[p], in[p]);
   }
   const auto out =
       begin(inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
@@ -217,7 +207,7 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   // They write disjoint parts of their arenas: side by side, not one after another.
   auto together = encoder.start_concurrent();
   for (size_t p = 0; p < in.size(); ++p) {
-    encode(encoder, node_.plans[p], kernels[p], in[p], readable[p], out[p]);
+    encode(encoder, node_.plans[p], kernels[p], in[p], packer, out[p]);
   }
 }
 

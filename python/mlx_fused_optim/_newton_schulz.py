@@ -63,8 +63,10 @@ class NewtonSchulz(NamedTuple):
                     if last is not None and batch.is_large:
                         arena = _ext.after(arena, last)
                     # Of each matrix, without the powers of two that squares would lose.
-                    norms = _ext.norms(batch.views(arena))
-                    last = self._function(batch.shape)(_stacked(arena, batch), norms)
+                    stack, norms = _stacked(arena, batch), _ext.norms(batch.views(arena))
+                    if _ext.is_tracing():
+                        stack, norms = _near_one(stack, norms)
+                    last = self._function(batch.shape)(stack, norms)
                     arena, place = last.reshape(-1), (0, batch.size)
                 views = batch.views(arena, *place)
                 for tensor, view in zip(batch.tensors, views, strict=True):
@@ -229,6 +231,13 @@ def _applied(factor: mx.array, x: mx.array, a: float, scale: float, is_tall: boo
     if a == 0:
         return scale * factor @ x if not is_tall else x @ (scale * factor)
     return mx.addmm(x, left, right, alpha=scale, beta=scale * a)
+
+
+def _near_one(x: mx.array, norms: mx.array) -> tuple[mx.array, mx.array]:
+    """Both over a power of two, which is exact: a derivative divides by the square of a norm."""
+    exponents = mx.clip(mx.floor(mx.log2(mx.stop_gradient(norms))), -126, 126)
+    powers = mx.where(norms < 2.0**-126, 1.0, 2.0**exponents)
+    return x / powers.reshape(-1, 1, 1), norms / powers
 
 
 def _normalized(x: mx.array, norms: mx.array) -> mx.array:

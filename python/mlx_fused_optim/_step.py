@@ -221,7 +221,8 @@ class Arranged(NamedTuple):
         return updated if self.numbers is None else whole.unflatten(self.leaves(updated))
 
 
-_orders: Recent[tuple[list[int], Layout]] = Recent(64)
+# Numbers in their order, and its layout; None where they are in order already.
+_orders: Recent[tuple[list[int], Layout | None]] = Recent(64)
 
 
 def arranged(tree: _ext.Tree, hyper: Hyper) -> Arranged:
@@ -236,9 +237,11 @@ def arranged(tree: _ext.Tree, hyper: Hyper) -> Arranged:
         for number, (_, shape, _) in enumerate(rows):
             first.setdefault(shape, number)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1]) < 2, first[rows[i][1]], i))
-        found = _orders.keep(layout.key, (order, layout_of_rows([rows[i] for i in order])))
+        is_sorted = order == [*range(len(rows))]
+        own = None if is_sorted else layout_of_rows([rows[i] for i in order])
+        found = _orders.keep(layout.key, (order, own))
     numbers, own = found
-    if numbers == [*range(len(numbers))]:  # of a part too, whose layout is not the usual one
+    if own is None:  # of a part too, whose layout is not the usual one
         return Arranged(tree)
     return Arranged(tree.part(numbers, own.made), numbers)
 

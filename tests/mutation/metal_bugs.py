@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant("gaps_of_slots_forgotten", HOST, "      gaps |= is_fresh(*out.slots[slot], *in.slots[slot]);\n", ""),
     Mutant("source_slots_mixed_up", PACKING, "tensor.gradient_source = sources.of(gradient)", "tensor.gradient_source = sources.of(parameter)"),
     # ---- The host: the full step and the measurement
-    Mutant("slot_read_as_another", HOST, "encoder.set_input_array(*readable.slots[slot], at)", "encoder.set_input_array(*out.slots[slot], at)"),
-    Mutant("slots_not_looked_at_for_alignment", HOST, "aligned &= is_aligned(*out.slots[slot]) && is_aligned(*readable.slots[slot]);", ""),
+    Mutant("slot_read_as_another", HOST, "encoder.set_input_array(readable(*in.slots[slot]), at)", "encoder.set_input_array(*out.slots[slot], at)"),
+    Mutant("slots_not_looked_at_for_alignment", HOST, "aligned &= is_aligned(*out.slots[slot]) && is_aligned(readable(*in.slots[slot]));", ""),
     Mutant("flags_of_no_group", PACKING, "plan.tensor_flags(i)", "plan.flags()"),
     Mutant("number_in_the_arena", PACKING, "tensor.number = arena.tensors[i]", "tensor.number = i"),
     Mutant("first_tensor_of_a_whole_arena", PACKING, "plan.parameter_begin(i) * parameter.itemsize()", "0"),
