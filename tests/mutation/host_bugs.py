@@ -233,6 +233,7 @@ MUTANTS = [
     Mutant("arranged_for_good", STEP_PY, "zip(self.numbers, updated, strict=True)", "zip(reversed(self.numbers), updated, strict=True)", "muon"),
     Mutant("pitch_of_no_gap", NEWTON_SCHULZ, "last._replace(pitch=offset - last.offset)", "last", "muon"),
     Mutant("nothing_is_normalized", NEWTON_SCHULZ, "return x / mx.where(norms < 2.0**-126, 1.0, norms)", "return x", "muon"),
+    Mutant("derivative_by_the_square_of_a_norm", NEWTON_SCHULZ, "if _ext.is_tracing():", "if False:", "muon"),
     Mutant("norm_with_a_constant", NEWTON_SCHULZ, "mx.where(norms < 2.0**-126, 1.0, norms)", "(norms + 1e-7)", "muon"),
     Mutant("tall_matrices_are_wide", NEWTON_SCHULZ, "rows > columns, is_long", "False, is_long", "muon"),
     Mutant("gram_matrices_for_ever", NEWTON_SCHULZ, "or growth > _MOST_GROWTH", "or False", "muon"),
