@@ -27,7 +27,7 @@ void add_views(
   const size_t begin = views.size();
   auto node = std::make_shared<ArenaViews>(stream, layout, first, count, paced);
   for (size_t i = first; i < first + count; ++i) {
-    views.emplace_back(layout->shapes[i], arena.dtype(), node, std::vector<mx::array>{arena});
+    views.emplace_back(layout->shapes[i], arena.dtype(), node, std::vector<mx::array>(1, arena));
   }
   for (size_t i = 0; count > 1 && i < count; ++i) {
     std::vector<mx::array> siblings;
