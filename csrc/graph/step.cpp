@@ -624,7 +624,8 @@ std::vector<mx::array> FusedStep::outputs(
   for (auto& plan : plans) {
     plan.each_output([&](auto shape, auto dtype) {
       auto part = std::make_shared<Part>(step->stream(), step->parts_, parts.size(), shape);
-      parts.emplace_back(std::move(shape), dtype, std::move(part), std::vector<mx::array>(1, token));
+      parts.emplace_back(
+          std::move(shape), dtype, std::move(part), std::vector<mx::array>(1, token));
     });
   }
   return parts;
