@@ -11,6 +11,8 @@
 
 namespace mlx_fused_optim {
 
+namespace mx = mlx::core;
+
 /// The arrays that a node has made, until the graph takes them. Many outputs are dear: MLX gives
 /// each all others as siblings, and visits these for each use of it, twice. So a node of several
 /// arenas has one output, a token that nobody reads, and each array is an operation on the token.
