@@ -250,6 +250,49 @@ def test_gradients_live_until_the_device_has_read_them():
         assert mx.all(new[f"p{i}"] == -float(i)).item()
 
 
+def test_what_nobody_takes_lives_until_the_device_has_written_it():
+    """Its memory would be somebody else's meanwhile."""
+    parameters = in_arenas(optim.SGD(1.0), {f"p{i}": mx.zeros(HALF) for i in range(4)})
+    gradients = {f"p{i}": mx.full(HALF, float(i)) for i in range(4)}
+    state = optim.fused_sgd_init(parameters, momentum=0.5)
+    mx.eval(gradients, state)
+    slow = mx.random.normal((1000, 1000))
+    for _ in range(8):
+        slow = slow @ slow * 1e-3
+    rate = mx.where(mx.sum(slow) > 1e30, 0.0, 1.0)
+    new, state = optim.fused_sgd_step(
+        parameters, gradients, state, learning_rate=rate, momentum=0.5
+    )
+    assert nodes(new.values()) == 1
+    del state
+    mx.async_eval(new)
+    with mx.stream(mx.new_stream(mx.default_device())):
+        noise = [mx.full(HALF, 77.0) for _ in range(8)]
+        mx.eval(noise)
+    mx.eval(new)
+    assert all(mx.all(x == 77.0).item() for x in noise)
+
+
+def test_a_rate_that_waits_holds_no_parameters():
+    """It is a part of a step whose other parts have been taken."""
+    optimizer = optim.SGD(optim.exponential_decay(1.0, 0.5), momentum=0.5)
+    parameters = in_arenas(optimizer, {f"p{i}": mx.zeros(HALF) for i in range(4)})
+    gradients = {f"p{i}": mx.full(HALF, float(i)) for i in range(4)}
+    mx.eval(gradients)
+    rates, used = [], []
+    for _ in range(6):
+        new = optimizer.apply_gradients(gradients, parameters)
+        assert nodes(new.values()) == 1
+        parameters = new
+        del new
+        mx.eval(parameters, optimizer.state["arenas"], optimizer.step)
+        rates.append(optimizer.learning_rate)
+        mx.synchronize()
+        used.append(mx.get_active_memory())
+    assert max(used[2:]) - used[2] < HALF[0] * HALF[1] * 4
+    assert [rate.item() for rate in rates] == [0.5**i for i in range(1, 7)]
+
+
 @pytest.mark.parametrize("shapeless", [False, True])
 def test_a_node_that_a_compiled_function_captures(shapeless):
     """It is evaluated with each call, from what it was made of."""
