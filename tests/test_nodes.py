@@ -267,7 +267,7 @@ def test_what_nobody_takes_lives_until_the_device_has_written_it():
     del state
     mx.async_eval(new)
     with mx.stream(mx.new_stream(mx.default_device())):
-        noise = [mx.full(HALF, 77.0) for _ in range(8)]
+        noise = [mx.full((2 * HALF[0], HALF[1]), 77.0) for _ in range(4)]  # an arena's size
         mx.eval(noise)
     mx.eval(new)
     assert all(mx.all(x == 77.0).item() for x in noise)
