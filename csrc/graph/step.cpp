@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <string_view>
+#include <typeinfo>
 
 #include "composed/step.h"
 #include "composed/switch.h"
@@ -266,6 +267,11 @@ struct GradientInputs {
       }
     }
     are_flat = flats.size() == arrays.size();
+    are_totals = std::any_of(flats.begin(), flats.end(), [&](auto i) {
+      auto& flat = arrays[i];
+      return flat.status() == mx::array::Status::unscheduled && flat.has_primitive() &&
+          typeid(flat.primitive()) == typeid(FusedStep);
+    });
     if (flats.empty()) {
       places.clear();
     }
@@ -274,6 +280,7 @@ struct GradientInputs {
   std::vector<mx::array> arrays;
   std::vector<GradientPlace> places; // see StepPlan
   bool are_flat;
+  bool are_totals; // which are yet to be summed
 };
 
 /// A node to be, and its arrays and numbers: see StepInputs.
@@ -283,6 +290,7 @@ struct Gathered {
   size_t bytes = 0; // of parameters
   bool is_open = false; // for arenas that wait for nothing else
   bool waits = false;
+  bool is_of_totals = false;
   std::vector<std::uintptr_t> waits_for; // flat arrays of gradients
 
   /// Whether another arena joins those that are there.
@@ -305,10 +313,18 @@ bool are_available(const std::vector<mx::array>& arrays) {
   return std::all_of(arrays.begin(), arrays.end(), [](auto& a) { return a.is_available(); });
 }
 
-/// Makes the node, and puts its outputs where they belong.
-void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
-  if (gathered.node.plans.empty()) {
-    return;
+/// A node, and its outputs.
+struct Made {
+  std::shared_ptr<FusedStep> step;
+  std::vector<mx::array> outputs;
+};
+
+/// Makes the node; `last` is an output of that before.
+Made make_node(Gathered gathered, std::optional<mx::array>& last, mx::Stream stream) {
+  if (gathered.is_of_totals) {
+    // MLX evaluates breadth first, and would have all totals at once.
+    auto& gradient = gathered.arrays[gathered.node.plans[0].parameter_inputs()];
+    gradient = last ? after(gradient, *last) : gradient;
   }
   auto inputs = std::move(gathered.numbers);
   auto& arrays = gathered.arrays;
@@ -318,10 +334,18 @@ void finish(Gathered gathered, StepResult& result, mx::Stream stream) {
     gathered.node.held = std::move(arrays);
   }
   const auto step = std::make_shared<FusedStep>(stream, std::move(gathered.node));
-  const auto& plans = step->node().plans;
-  auto outputs = composed_is_asked_for() ? step_composed(plans[0], inputs, stream)
+  auto outputs = composed_is_asked_for() ? step_composed(step->node().plans[0], inputs, stream)
                                          : FusedStep::outputs(step, std::move(inputs));
-  auto* next = outputs.data();
+  if (gathered.is_of_totals) {
+    last = outputs[0];
+  }
+  return {step, std::move(outputs)};
+}
+
+/// Puts a node's outputs where they belong.
+void put_outputs(Made& made, StepResult& result, mx::Stream stream) {
+  const auto& plans = made.step->node().plans;
+  auto* next = made.outputs.data();
   for (auto& plan : plans) {
     const StepOutputs out(plan, next);
     next = out.end;
@@ -482,7 +506,7 @@ StepResult fused_step(
   // A trace may evaluate a node again, with other arrays, and transform it.
   const bool is_eager = !composed_is_asked_for() && !is_tracing();
   std::array<size_t, kSlots> used_slots{};
-  Gathered gathered;
+  std::vector<Gathered> all;
   for (size_t a = 0; a < arenas; ++a) {
     const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
     const auto& tensors = arena->tensors;
@@ -517,16 +541,16 @@ StepResult fused_step(
       }
     }
     own.waits = !is_eager || !are_available(arrays);
+    own.is_of_totals = from.are_totals;
     own.is_open = is_eager && is_together && has_slots && (!own.waits || from.are_flat);
     if (own.waits && own.is_open) {
       for (auto& flat : from.arrays) {
         own.waits_for.push_back(flat.id());
       }
     }
-    if (!gathered.takes(*arena, own)) {
-      finish(std::move(gathered), result, stream);
-      gathered = std::move(own);
-      auto& numbers = gathered.numbers;
+    if (all.empty() || !all.back().takes(*arena, own)) {
+      all.push_back(std::move(own));
+      auto& numbers = all.back().numbers;
       if (plan.reads_step()) {
         numbers.push_back(step);
       }
@@ -538,12 +562,20 @@ StepResult fused_step(
         numbers.push_back(*options.group_numbers);
       }
     } else {
-      std::move(arrays.begin(), arrays.end(), std::back_inserter(gathered.arrays));
+      std::move(arrays.begin(), arrays.end(), std::back_inserter(all.back().arrays));
     }
-    gathered.bytes += arena->size * arena->dtype.size();
-    gathered.node.plans.push_back(std::move(plan));
+    all.back().bytes += arena->size * arena->dtype.size();
+    all.back().node.plans.push_back(std::move(plan));
   }
-  finish(std::move(gathered), result, stream);
+  // From the last on: in this order a backward pass gives gradients.
+  std::optional<mx::array> last;
+  std::vector<Made> made(all.size());
+  for (size_t n = all.size(); n-- > 0;) {
+    made[n] = make_node(std::move(all[n]), last, stream);
+  }
+  for (auto& node : made) {
+    put_outputs(node, result, stream);
+  }
   if (!result.next) {
     result.next = next_counter(step, stream);
   }

@@ -141,6 +141,7 @@ MUTANTS = [
     Mutant("parts_are_held", "csrc/graph/parts.cpp", "  return std::exchange(made->arrays[number], mx::array({}, mx::uint8, nullptr, {}));\n", "  return made->arrays[number];\n", "nodes holding"),
     Mutant("parts_in_another_order", STEP, "step->parts_, parts.size(), shape", "step->parts_, parts.size() ^ 1, shape", "nodes"),
     Mutant("outputs_let_go", "csrc/graph/step.h", "node.has_parts() && p < outputs.size()", "false", "nodes"),
+    Mutant("totals_all_at_once", STEP, "gradient = last ? after(gradient, *last) : gradient;", "", "accumulation"),
     Mutant("gradients_let_go", CPU, "  encoder.add_temporaries(left_of(node_, in, out));\n", "", "nodes"),
     Mutant("tensors_of_the_first_arena", "csrc/cuda/batches.cpp", "arenas_ - 1};", "0};", "cuda_host"),
     Mutant("begin_of_every_arena", "cuda/step.cu", "tensor.arena == 0 ? control.begin : 0", "control.begin", "cuda_host"),
