@@ -108,7 +108,7 @@ void test_borrowed_memory_is_not_written() {
     for (auto parameters : {mlx, somebody}) {
       for (auto momentum : {mlx, somebody}) {
         Step step(parameters, momentum, whole);
-        set_outputs(step.node, true, step.inputs, step.outputs, allocate);
+        set_outputs(step.node, step.inputs, step.outputs, allocate);
         require(step.is_in_place(0, 0) == (parameters == mlx), "parameters");
         require(step.is_in_place(1, whole ? 1 : 2) == (momentum == mlx), "momentum");
       }
@@ -121,7 +121,7 @@ void test_a_failed_allocation_leaves_everything_as_it_was() {
   const auto number = step.inputs.size();
   bool has_thrown = false;
   try {
-    set_outputs(step.node, true, step.inputs, step.outputs, [](size_t) -> mx::allocator::Data {
+    set_outputs(step.node, step.inputs, step.outputs, [](size_t) -> mx::allocator::Data {
       throw std::bad_alloc(); // for the step counter, when all else is in place
     });
   } catch (const std::bad_alloc&) {

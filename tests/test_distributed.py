@@ -109,6 +109,22 @@ def test_of_one_process_it_is_what_was_given():
         assert given[name].default == mlx[name].default
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_as_much_is_communicated_at_once_as_suits_the_device(monkeypatch, has_cuda):
+    """By default; what is given counts."""
+    shapes, sizes = [(1 << 23,)] * 12, []  # 32 MiB each
+    device = mx.Device(mx.gpu if has_cuda else mx.cpu)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, **_: sizes.append(x.nbytes >> 20) or x)
+    gradients = {f"w{i}": mx.broadcast_to(mx.array(0.0), shape) for i, shape in enumerate(shapes)}
+    optim.average_gradients(gradients, Two())
+    assert sizes == ([256, 128] if has_cuda else [32] * 12)
+    sizes.clear()
+    optim.average_gradients(gradients, Two(), 64 << 20)
+    assert sizes == [64] * 6
+
+
 def test_what_cannot_be_averaged():
     for leaf, words in ((mx.ones(2, mx.complex64), "complex64"), (1.0, "float")):
         with pytest.raises(ValueError, match=rf"\[average_gradients\] .*'w'.*{words}"):

@@ -179,9 +179,9 @@ void Task::update(const TaskTensor& tensor, size_t begin, size_t end, const Step
 } // namespace
 
 void FusedStep::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  const auto out =
-      begin(inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
+  set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
   const auto in = node_.inputs(inputs);
+  const auto out = node_.outputs(outputs);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (size_t p = 0; p < in.size(); ++p) {
     auto task = std::make_shared<const Task>(node_.plans[p], in[p], out[p]);

@@ -56,7 +56,10 @@ const Backend& backend() {
 } // namespace cuda
 
 void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto set = [&](const cuda::Allocate& allocate) { return begin(inputs, outputs, allocate); };
+  auto set = [&](const cuda::Allocate& allocate) {
+    set_outputs(node_, inputs, outputs, allocate);
+    return node_.outputs(outputs);
+  };
   cuda::backend().step({node_, node_.inputs(inputs), set, stream()});
 }
 

@@ -161,7 +161,6 @@ std::optional<mx::array> whole_arena(const Arena& arena, const std::vector<mx::a
 
 void set_outputs(
     const StepNode& node,
-    bool is_only_use,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate) {
@@ -174,6 +173,11 @@ void set_outputs(
     }
   }
 
+  // What a node holds has no holder but the node, which each of its outputs has. Where other arrays
+  // have it too (a compiled function that has captured it makes some with each call), it is
+  // evaluated again, from the same.
+  const bool is_only_use = node.held.empty() ||
+      outputs[0].primitive_ptr().use_count() == static_cast<long>(outputs.size());
   try {
     const auto in = node.inputs(inputs);
     const auto out = node.outputs(outputs);

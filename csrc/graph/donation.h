@@ -24,10 +24,8 @@ std::optional<mx::array> whole_arena(
 ///   other holder, and when the buffer has no holder besides them.
 /// - The step counter and the learning rate, where the kernel writes them, are always
 ///   fresh: other dispatches of the same step still read the old counter.
-/// - If this is not the only use of what the node holds, everything is fresh.
 void set_outputs(
     const StepNode& node,
-    bool is_only_use,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<mx::allocator::Data(size_t)>& allocate);

@@ -235,8 +235,8 @@ std::vector<mx::array> measure(
 /// What is kept beside moments in bytes, as the kernels read it. A step's own output is in a row.
 mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
   const bool is_known = rows.is_available() && !rows.is_tracer();
-  const std::string_view name = rows.has_primitive() ? rows.primitive().name() : "";
-  const bool is_own = name == "FusedStep" || name == "Part";
+  const bool is_own =
+      rows.has_primitive() && std::string_view(rows.primitive().name()) == "FusedStep";
   return (is_known ? rows.flags().row_contiguous : is_own) ? rows
                                                            : mx::contiguous(rows, false, stream);
 }
@@ -334,8 +334,10 @@ Made make_node(Gathered gathered, std::optional<mx::array>& last, mx::Stream str
     gathered.node.held = std::move(arrays);
   }
   const auto step = std::make_shared<FusedStep>(stream, std::move(gathered.node));
-  auto outputs = composed_is_asked_for() ? step_composed(step->node().plans[0], inputs, stream)
-                                         : FusedStep::outputs(step, std::move(inputs));
+  auto outputs = composed_is_asked_for()
+      ? step_composed(step->node().plans[0], inputs, stream)
+      : mx::array::make_arrays(
+            step->node().output_shapes(), step->node().output_dtypes(), step, inputs);
   if (gathered.is_of_totals) {
     last = outputs[0];
   }
@@ -352,7 +354,12 @@ void put_outputs(Made& made, StepResult& result, mx::Stream stream) {
     if (out.parameters && plan.flags() & fused_math::kDirection) {
       result.parameters.push_back(*out.parameters);
     } else if (out.parameters) {
-      auto views = arena_tensors(*out.parameters, plan.arena, stream);
+      // For each use of an output MLX visits all of its siblings, twice: of several arenas each is
+      // used once, by a view that has no sibling.
+      const auto arena = plans.size() == 1
+          ? *out.parameters
+          : arena_tensor(*out.parameters, out.parameters->shape(), 0, stream);
+      auto views = arena_tensors(arena, plan.arena, stream);
       for (size_t i = 0; i < views.size(); ++i) {
         result.parameters[plan.arena->tensors[i]] = std::move(views[i]);
       }
@@ -452,6 +459,24 @@ std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const
   return all;
 }
 
+std::vector<mx::Shape> StepNode::output_shapes() const {
+  std::vector<mx::Shape> shapes;
+  for (auto& plan : plans) {
+    const auto more = plan.output_shapes();
+    shapes.insert(shapes.end(), more.begin(), more.end());
+  }
+  return shapes;
+}
+
+std::vector<mx::Dtype> StepNode::output_dtypes() const {
+  std::vector<mx::Dtype> dtypes;
+  for (auto& plan : plans) {
+    const auto more = plan.output_dtypes();
+    dtypes.insert(dtypes.end(), more.begin(), more.end());
+  }
+  return dtypes;
+}
+
 size_t StepPlan::slot_inputs() const {
   size_t count = 0;
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -468,13 +493,35 @@ bool StepPlan::reads_step() const {
 
 std::vector<mx::Shape> StepPlan::output_shapes() const {
   std::vector<mx::Shape> shapes;
-  each_output([&](auto shape, auto) { shapes.push_back(std::move(shape)); });
+  if (tensor_count() > 0) {
+    shapes.push_back(arena_shape(*arena));
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (has(slot)) {
+      shapes.push_back(kept.shape(*arena, slot));
+    }
+  }
+  if (writes_step) {
+    shapes.push_back({});
+    shapes.push_back({fused_math::kScalars});
+  }
   return shapes;
 }
 
 std::vector<mx::Dtype> StepPlan::output_dtypes() const {
   std::vector<mx::Dtype> dtypes;
-  each_output([&](auto, auto dtype) { dtypes.push_back(dtype); });
+  if (tensor_count() > 0) {
+    dtypes.push_back(parameter_out_dtype());
+  }
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (has(slot)) {
+      dtypes.push_back(slot_dtype(slot));
+    }
+  }
+  if (writes_step) {
+    dtypes.push_back(mx::uint64);
+    dtypes.push_back(mx::float32);
+  }
   return dtypes;
 }
 
@@ -514,7 +561,7 @@ StepResult fused_step(
     const auto whole = packs ? std::nullopt : whole_arena(*arena, parameters);
     auto plan = make_plan(arena, options, control, whole.has_value());
     plan.writes_step = a == 0 && plan.reads_step();
-    if (!plan.has_outputs()) {
+    if (plan.output_shapes().empty()) {
       continue;
     }
     Gathered own; // of this arena
@@ -643,51 +690,6 @@ std::vector<mx::array> arena_tensors(
                                  : arena_views(arena, layout, s);
 }
 
-std::vector<mx::array> FusedStep::outputs(
-    const std::shared_ptr<FusedStep>& step,
-    std::vector<mx::array> inputs) {
-  auto& plans = step->node_.plans;
-  if (!step->parts_) {
-    return mx::array::make_arrays(plans[0].output_shapes(), plans[0].output_dtypes(), step, inputs);
-  }
-  const mx::array token(mx::Shape{}, mx::uint8, step, std::move(inputs));
-  std::vector<mx::array> parts;
-  parts.reserve(step->node_.most_outputs());
-  for (auto& plan : plans) {
-    plan.each_output([&](auto shape, auto dtype) {
-      auto part = std::make_shared<Part>(step->stream(), step->parts_, parts.size(), shape);
-      parts.emplace_back(
-          std::move(shape), dtype, std::move(part), std::vector<mx::array>(1, token));
-    });
-  }
-  return parts;
-}
-
-std::vector<StepOutputs> FusedStep::begin(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
-    const std::function<mx::allocator::Data(size_t)>& allocate) {
-  // What a node holds has no holder but the node, which each of its outputs has. Where other arrays
-  // have it too (a compiled function that has captured it makes some with each call), it is
-  // evaluated again, from the same.
-  const bool is_only_use = node_.held.empty() ||
-      outputs[0].primitive_ptr().use_count() == static_cast<long>(outputs.size());
-  if (!parts_) {
-    set_outputs(node_, is_only_use, inputs, outputs, allocate);
-    return node_.outputs(outputs);
-  }
-  std::vector<mx::array> made;
-  made.reserve(node_.most_outputs());
-  for (auto& plan : node_.plans) {
-    plan.each_output([&](auto shape, auto dtype) {
-      made.emplace_back(std::move(shape), dtype, nullptr, std::vector<mx::array>{});
-    });
-  }
-  outputs[0].set_data(allocate(outputs[0].nbytes()));
-  set_outputs(node_, is_only_use, inputs, made, allocate);
-  return node_.outputs(parts_->put(outputs[0], std::move(made)));
-}
-
 std::vector<mx::Shape> FusedStep::output_shapes(const std::vector<mx::array>& inputs) {
   // A shapeless compiled graph calls this with new inputs. The arena was laid
   // out for the shapes of the trace, so only the batch may have changed.
@@ -714,7 +716,7 @@ std::vector<mx::Shape> FusedStep::output_shapes(const std::vector<mx::array>& in
       }
     }
   }
-  return parts_ ? std::vector<mx::Shape>{{}} : node_.plans[0].output_shapes();
+  return node_.output_shapes();
 }
 
 } // namespace mlx_fused_optim

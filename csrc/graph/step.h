@@ -2,12 +2,10 @@
 #pragma once
 
 #include <array>
-#include <functional>
 #include <variant>
 #include <vector>
 
 #include "graph/layout.h"
-#include "graph/parts.h"
 #include "graph/rules.h"
 #include "graph/schedule.h"
 #include "graph/view.h"
@@ -95,29 +93,9 @@ struct StepPlan {
   uint32_t tensor_flags(size_t i) const {
     return flags() & (groups ? groups->flags_of[group(i)] | ~fused_math::kTensorFlags : ~0u);
   }
-  bool has_outputs() const { return tensor_count() > 0 || writes_step; }
-  /// add(shape, dtype) for each output, in the order that StepOutputs has.
-  template <typename Add>
-  void each_output(Add add) const;
   std::vector<mx::Shape> output_shapes() const;
   std::vector<mx::Dtype> output_dtypes() const;
 };
-
-template <typename Add>
-void StepPlan::each_output(Add add) const {
-  if (tensor_count() > 0) {
-    add(arena_shape(*arena), parameter_out_dtype());
-  }
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (has(slot)) {
-      add(kept.shape(*arena, slot), slot_dtype(slot));
-    }
-  }
-  if (writes_step) {
-    add(mx::Shape{}, mx::uint64);
-    add(mx::Shape{fused_math::kScalars}, mx::float32);
-  }
-}
 
 /// Names for the positions in what a primitive has of inputs and outputs for a plan:
 /// arrays  = [parameters...] (or one arena), [gradients...] (or flat arrays that have them),
@@ -221,7 +199,8 @@ std::vector<mx::array> pack_arrays(
     bool skips_single,
     mx::StreamOrDevice s = {});
 
-/// Arenas that one node steps: as many as fit the arguments of a CUDA launch.
+/// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits
+/// them with each; and all are to fit the arguments of a CUDA launch.
 constexpr size_t kMostArenas = 16;
 
 /// What a node does, arena by arena, and the arrays that it holds.
@@ -231,25 +210,20 @@ struct StepNode {
   // The plans' arrays, where all are there; else they are inputs of the graph, before the numbers.
   std::vector<mx::array> held;
 
-  /// Whether what it makes are Parts.
-  bool has_parts() const { return plans.size() > 1; }
-  /// Of all plans, for who reserves.
-  size_t most_outputs() const { return plans.size() * (1 + kSlots) + 2; }
-
   /// The names for each plan.
   std::vector<StepInputs> inputs(const std::vector<mx::array>& arrays) const;
   std::vector<StepOutputs> outputs(std::vector<mx::array>& arrays) const;
+  std::vector<mx::Shape> output_shapes() const;
+  std::vector<mx::Dtype> output_dtypes() const;
 };
 
-/// What a backend holds until the device is done, as MLX holds inputs and siblings: of what a node
-/// holds, the arrays that no output has taken the memory of; and of several arenas the outputs, of
-/// which the graph may take none. (Here because CUDA's is another library.)
+/// Of what a node holds, the arrays that no output has taken the memory of: a backend holds them
+/// until the device has read them, as MLX holds inputs. (Here because CUDA's is another library.)
 inline std::vector<mx::array> left_of(
     const StepNode& node,
     const std::vector<StepInputs>& inputs,
     const std::vector<StepOutputs>& outputs) {
   std::vector<mx::array> left;
-  left.reserve(node.held.size() + (node.has_parts() ? node.most_outputs() : 0));
   for (size_t p = 0; !node.held.empty() && p < inputs.size(); ++p) {
     auto& plan = node.plans[p];
     auto& in = inputs[p];
@@ -269,9 +243,6 @@ inline std::vector<mx::array> left_of(
       }
     }
   }
-  for (size_t p = 0; node.has_parts() && p < outputs.size(); ++p) {
-    left.insert(left.end(), outputs[p].begin, outputs[p].end);
-  }
   return left;
 }
 
@@ -283,15 +254,8 @@ inline std::vector<mx::array> left_of(
 /// but its memory is the backend's to hold until the device is done, as MLX holds that of inputs.
 class FusedStep : public mx::Primitive {
  public:
-  FusedStep(mx::Stream stream, StepNode node)
-      : mx::Primitive(stream),
-        node_(std::move(node)),
-        parts_(node_.has_parts() ? std::make_shared<Parts>() : nullptr) {}
+  FusedStep(mx::Stream stream, StepNode node) : mx::Primitive(stream), node_(std::move(node)) {}
   const StepNode& node() const { return node_; }
-  /// Those of a step that begins, by its node's names; of several arenas they are parts.
-  static std::vector<mx::array> outputs(
-      const std::shared_ptr<FusedStep>& step,
-      std::vector<mx::array> inputs);
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -315,14 +279,8 @@ class FusedStep : public mx::Primitive {
  private:
   /// The only one, of a node that is transformed: see the definition.
   const StepPlan& traced_plan() const;
-  /// The outputs by name, with their memory: see set_outputs.
-  std::vector<StepOutputs> begin(
-      const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs,
-      const std::function<mx::allocator::Data(size_t)>& allocate);
 
   StepNode node_;
-  std::shared_ptr<Parts> parts_;
 };
 
 /// A tensor of a flat arena, without a copy; in MLX's operations where those are asked for.

@@ -198,8 +198,8 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   for (size_t p = 0; p < in.size(); ++p) {
     make_readable(packer, encoder, node_.plans[p], in[p]);
   }
-  const auto out =
-      begin(inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
+  set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
+  const auto out = node_.outputs(outputs);
   for (auto& array : left_of(node_, in, out)) {
     encoder.add_temporary(array);
   }

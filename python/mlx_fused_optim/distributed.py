@@ -563,6 +563,7 @@ def _described(optimizer: FusedOptimizer) -> str:
     if isinstance(rate, mx.array) and not _ext.has_placeholders([rate]):
         rate = rate.tolist()
     parts = [type(optimizer).__name__, hyper.flags, rate, *hyper.scalars, *options]
+    parts.append(collective_size(0))  # another where a process has CUDA and this one has not
     return repr([_told(part) for part in parts])
 
 
