@@ -70,14 +70,16 @@ def test_what_is_wrong_is_written_down(small, tmp_path, monkeypatch):
 
 def test_the_copy_makes_no_memory(monkeypatch):
     monkeypatch.setattr(check, "COPIED", 1 << 20)
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    assert check.copy_speed(4) > 0
-    mx.synchronize()
-    # CUDA's worker may hold an array for a moment longer, and so make one of the copies a new one.
-    arrays = 2 if mx.is_available(mx.gpu) else 1
-    assert mx.get_peak_memory() - before <= arrays * 4 * (1 << 20) + (1 << 16)
+    made = []
+    # A GPU's worker may let go of an array late, of which a copy then is a new one: not each time.
+    for _ in range(5 if mx.is_available(mx.gpu) else 1):
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        assert check.copy_speed(4) > 0
+        mx.synchronize()
+        made.append(mx.get_peak_memory() - before)
+    assert min(made) <= 4 * (1 << 20) + (1 << 16)
 
 
 def test_a_wrong_step_is_found(capsys, monkeypatch):
