@@ -124,8 +124,8 @@ struct Known {
 // ---- Where a block works -------------------------------------------------------------
 
 /// The tensor that this block works on: the last that begins at or before it.
-template <typename T, uint32_t capacity, typename Shared>
-__device__ inline const T& find_tensor(const Launch<T, capacity, Shared>& launch) {
+template <typename T, uint32_t capacity>
+__device__ inline const T& find_tensor(const Launch<T, capacity>& launch) {
   uint32_t low = 0;
   uint32_t high = launch.common.count - 1;
   while (low < high) {

@@ -150,8 +150,8 @@ __device__ Lanes add_elements(const Sparse& array, const Chunk& chunk, const Sca
   return lanes;
 }
 
-template <typename Known, typename Array>
-__device__ void measure(const Launch<Array>& launch) {
+template <typename Known, typename Array, uint32_t capacity>
+__device__ void measure(const Launch<Array, capacity>& launch) {
   __shared__ StepHyper shared;
   const MeasureCommon& common = launch.common;
   const Array& array = find_tensor(launch);
@@ -176,13 +176,13 @@ __device__ void measure(const Launch<Array>& launch) {
   finish_chunk(common.chunks[array.first_chunk + chunk.number], lanes, scaling);
 }
 
-template <typename Known>
-__device__ void run(const Launch<Dense>& launch) {
+template <typename Known, uint32_t capacity>
+__device__ void run(const Launch<Dense, capacity>& launch) {
   measure<Known>(launch);
 }
 
-template <typename Known>
-__device__ void run(const Launch<Sparse>& launch) {
+template <typename Known, uint32_t capacity>
+__device__ void run(const Launch<Sparse, capacity>& launch) {
   measure<Known>(launch);
 }
 

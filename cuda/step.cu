@@ -78,7 +78,7 @@ struct BiasesOfLanes {
 /// which may be a schedule's, then all lanes the rest. None may be used before the next barrier.
 template <typename Known>
 __device__ void compute_numbers(
-    const StepCommon& common,
+    const Common& common,
     const StepArena& arena,
     const Tensor& tensor,
     StepHyper& shared) {
@@ -160,7 +160,7 @@ __device__ int64_t gradient_step_of(const Tiled& tensor) {
 
 /// Whether an access to the arenas is a quad. Asked each time: what is kept in a register here
 /// spills elsewhere.
-__device__ bool has_wide_arenas(const StepCommon& common, const Matrix& tensor) {
+__device__ bool has_wide_arenas(const Common& common, const Matrix& tensor) {
   return (common.aligned >> tensor.arena & 1) && (tensor.wide & kWideArenas);
 }
 
@@ -322,8 +322,8 @@ __device__ void update(
   update<Known>(quads, gradients, position, hyper, tensor);
 }
 
-template <typename K, uint32_t capacity, typename Shared>
-__device__ void run(const Launch<Tiled, capacity, Shared>& launch) {
+template <typename K, uint32_t capacity>
+__device__ void run(const Launch<Tiled, capacity>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kInFlight = Known::kInFlight;
   __shared__ StepHyper shared;
@@ -413,8 +413,8 @@ constexpr uint32_t kTurnedBlocks =
 
 /// A square of the gradient, read along its rows and used along the parameter's. One more
 /// column spreads a column of the square over the banks of shared memory.
-template <typename K, uint32_t capacity, typename Shared>
-__device__ void run(const Launch<Turned, capacity, Shared>& launch) {
+template <typename K, uint32_t capacity>
+__device__ void run(const Launch<Turned, capacity>& launch) {
   using Known = StepKnown<K>;
   constexpr uint32_t kPerLine = kSquare / kQuad; // threads on a line of the square
   constexpr uint32_t kLines = kSquareThreads / kPerLine; // lines at a time
@@ -501,8 +501,8 @@ __device__ void run(const Launch<Turned, capacity, Shared>& launch) {
 
 // ---- Tensors that lie in any way --------------------------------------------------
 
-template <typename K>
-__device__ void run(const Launch<Strided>& launch) {
+template <typename K, uint32_t capacity>
+__device__ void run(const Launch<Strided, capacity>& launch) {
   using Known = StepKnown<K>;
   __shared__ StepHyper shared;
   const Strided& tensor = find_tensor(launch);

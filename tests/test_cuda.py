@@ -200,7 +200,7 @@ def test_several_arenas_count_one_step():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arenas_that_share_a_launch(dtype, options):
     """Gradients that are there, lazy ones (a launch an arena), and the CPU; of all kinds of
-    launches, and with more arenas than kernels for few tensors take."""
+    launches."""
     shapes = [(1024, 2000), (2100, 1000), (1 << 22,), (128, 128, 128), (7, 5), (4100, 1000)]
     parameters = [random(shape, dtype, i) for i, shape in enumerate(shapes)] * 2
     gradients = [random(shape, dtype, 10 + i) for i, shape in enumerate(shapes)] * 2
@@ -215,6 +215,23 @@ def test_arenas_that_share_a_launch(dtype, options):
     assert_same(there, run(GPU, parameters, lambda: lazy(gradients), options, 0.1))
     some = [*gradients[:3], *lazy(gradients[3:5]), *gradients[5:]]
     assert_same(there, run(GPU, parameters, lambda: some, options, 0.1, steps=3))
+
+
+# As many as kernels declare, and one more: see capacity_for in csrc/cuda/launch.h.
+@pytest.mark.parametrize("count", [32, 33, 64, 65, 128, 129, 256, 257, 449])
+def test_launches_of_every_size(count):
+    """The last tensor of each, of tiles, squares and strided ones, and what is measured of them."""
+    ways = {
+        "tiled": (lambda seed: random((5, 3), seed=seed), lambda g: g),
+        "turned": (lambda seed: random((8, 12), seed=seed), lambda g: mx.contiguous(g.T).T),
+        "strided": (lambda seed: random((3, 2, 5), seed=seed), lambda g: mx.contiguous(g.T).T),
+    }
+    for make, turned in ways.values():
+        parameters = [make(seed) for seed in range(count)]
+        gradients = [turned(make(1000 + seed)) for seed in range(count)]
+        mx.eval(gradients)
+        for options in ({"momentum": 0.9}, {"clip_norm": 0.5}):
+            assert_devices_agree(parameters, lambda gradients=gradients: gradients, options)
 
 
 def test_a_momentum_arena_that_is_not_contiguous():

@@ -20,7 +20,7 @@ CAPABILITIES = [80, 90, 100, 120]
 
 # Kind, Type and fused_math::ScheduleKind, in the order of csrc/cuda/variants.h, csrc/cuda/launch.h
 # and csrc/math/schedule.h.
-TILED, TILED_FEW, TURNED, TURNED_FEW, STRIDED, DENSE, SPARSE, FOLD, FINISH, SCHEDULE = range(10)
+TILED, TURNED, STRIDED, DENSE, SPARSE, FOLD, FINISH, SCHEDULE = range(8)
 FLOAT32, FLOAT16, BFLOAT16 = TYPES = range(3)
 BYTES = 4  # of the state
 ANY_TYPE = 7
@@ -66,26 +66,28 @@ def flags_of(rule, names):
     return sum(bits[name] for name in names.split())
 
 
-def step(kind, own, frame, parameter, state=None, gradients=None, schedules=NO_SCHEDULE):
-    """(kind, rule, parameter, state, set of gradients' types, flags, schedule's kinds and flags)"""
+def step(kind, own, frame, parameter, state=None, gradients=None, schedules=NO_SCHEDULE, most=0):
+    """(kind, rule, parameter, state, set of gradients' types, flags, schedule's kinds and flags,
+    capacity)"""
     rule, _, flags = own.partition(" ")
     state = parameter if state is None else state
     gradients = 1 << parameter if gradients is None else gradients
     flags = frame if isinstance(frame, int) else flags_of(rule, f"{flags} {frame}")
-    return kind, RULES[rule][0], parameter, state, gradients, flags, *schedules
+    return kind, RULES[rule][0], parameter, state, gradients, flags, *schedules, most
 
 
-def measurement(kind, gradients=1, flags="", schedules=NO_SCHEDULE):
-    return kind, 0, FLOAT32, FLOAT32, gradients, flags_of("sgd", flags), *schedules
+def measurement(kind, gradients=1, flags="", schedules=NO_SCHEDULE, most=0):
+    return kind, 0, FLOAT32, FLOAT32, gradients, flags_of("sgd", flags), *schedules, most
 
 
 def variants():
-    kinds = itertools.cycle([TURNED_FEW, STRIDED, TURNED, TILED_FEW])
+    kinds = itertools.cycle([(TURNED, 32), (STRIDED, 0), (TURNED, 0), (TILED, 256), (STRIDED, 64)])
     frames = itertools.cycle(["", "weight_decay", "weight_decay decoupled"])
     for own, dtype in itertools.product(OWN, TYPES):
         frame = next(frames)
         yield step(TILED, own, frame, dtype)
-        yield step(next(kinds), own, frame, dtype)
+        kind, most = next(kinds)
+        yield step(kind, own, frame, dtype, most=most)
     # Every way to keep an element, with every rule's slots in their own and in float32.
     turn, owns = itertools.count(), itertools.cycle(OWN)
     for frame, dtype in itertools.product(FRAMES, TYPES):
@@ -116,8 +118,9 @@ def variants():
         yield step(kind, own, most, BFLOAT16, BYTES)
     for number in range(3):
         scaled = "grad_scale clip_value" if number % 2 else ""
-        yield measurement(DENSE, 1 << number, scaled)
+        yield measurement(DENSE, 1 << number, scaled, most=32 << number)
     yield measurement(SPARSE)
+    yield measurement(SPARSE, most=32)
     yield measurement(FOLD)
     yield measurement(FINISH)
     for kind, own in itertools.product([TILED, TURNED], ["sgd momentum", "adam bias_correction"]):
@@ -193,7 +196,7 @@ def test_every_kind_of_step_compiles_and_spills_next_to_nothing(compiler, part):
     others = collections.defaultdict(lambda: itertools.cycle([80, 100, 120]))
 
     def capabilities(kind, rule, *rest):
-        takes_long = rest[-2:] == ANY_SCHEDULE
+        takes_long = rest[-3:-1] == ANY_SCHEDULE
         return (next(each),) if takes_long else (90, next(others[rule, kind == TILED]))
 
     lines = [(c, *v) for v in variants() for c in capabilities(*v)]

@@ -380,6 +380,18 @@ def test_a_set_of_tensors_has_the_name_that_saved_states_have():
     assert list(optimizer.state["arenas"]) == [f"layout_{arena.fingerprint:016x}"]
 
 
+def test_other_tensors_of_the_same_number_are_told_apart():
+    """A layout's number is of bytes in which dimensions can spell the next tensor."""
+    spelled = [int.from_bytes(part, "little") for part in (b"\xfe\xf8bi", b"as\xff\x01")]
+    one, other = {"a": mx.zeros((*spelled, 0))}, {"a": mx.zeros(()), "bias": mx.zeros((0,))}
+    optimizer = optim.SGD(1.0, momentum=0.9)
+    optimizer.apply_gradients(one, one)
+    (name,) = optimizer.state["arenas"]
+    with pytest.raises(ValueError, match="the layout is of other tensors") as error:
+        optim.SGD(1.0, momentum=0.9).apply_gradients(other, other)
+    assert str(error.value).count(name) == 2
+
+
 def test_what_is_known_of_sets_of_tensors_is_bounded():
     asked = []
     groups = [(lambda path, array: asked.append(path) or True, {"learning_rate": 0.5})]

@@ -127,7 +127,7 @@ nb::tuple step_of_tree(
     refuse(
         options.op,
         "the layout is of other tensors: got layout_",
-        fingerprint_text(layout.fingerprint),
+        fingerprint_text(layout.fingerprint.number()),
         ", the tree has layout_",
         tree.fingerprint(),
         ".");
@@ -309,7 +309,8 @@ NB_MODULE(_ext, m) {
           "arenas"_a,
           "name"_a = "")
       .def_prop_ro(
-          "fingerprint", [](const Layout& layout) { return fingerprint_text(layout.fingerprint); })
+          "fingerprint",
+          [](const Layout& layout) { return fingerprint_text(layout.fingerprint.number()); })
       .def_prop_ro("tensors", &layout_rows, "``[(path, shape, dtype), ...]``")
       .def_prop_ro(
           "arenas",

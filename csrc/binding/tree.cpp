@@ -185,6 +185,7 @@ void Tree::take(const Walk& found) {
   const size_t n = found.leaves.size();
   gradients_.reserve(n);
   parameters_.reserve(n);
+  fingerprint_.reserve(n, found.paths.size());
   const std::string_view paths = found.paths;
   size_t path_begin = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -339,16 +340,18 @@ void Tree::take(const Leaf& leaf, std::string_view path) {
 }
 
 Tree Tree::part(const std::vector<size_t>& numbers, nb::object layout) const {
+  const auto& made = nb::cast<const Layout&>(layout);
   Tree part;
   part.layout_ = layout;
   part.op_ = op_;
-  part.fingerprint_ = Fingerprint(nb::cast<const Layout&>(layout).fingerprint);
-  for (size_t number : numbers) {
-    part.gradients_.push_back(gradients_.at(number));
-    part.parameters_.push_back(parameters_.at(number));
+  part.fingerprint_ = made.fingerprint;
+  bool fits = numbers.size() == made.tensors.size();
+  for (size_t i = 0; fits && i < numbers.size(); ++i) {
+    part.gradients_.push_back(gradients_.at(numbers[i]));
+    auto& parameter = part.parameters_.emplace_back(parameters_.at(numbers[i]));
+    fits = parameter.shape() == made.tensors[i].shape && parameter.dtype() == made.tensors[i].dtype;
   }
-  if (!part.fits(nb::cast<const Layout&>(layout)) ||
-      part.gradients_.size() != part.specs().size()) {
+  if (!fits) {
     throw nb::index_error("[Tree] a part has one tensor for each of its layout.");
   }
   return part;

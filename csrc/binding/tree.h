@@ -47,7 +47,7 @@ class Tree {
   }
 
   /// Whether these are the tensors of a layout.
-  bool fits(const Layout& layout) const { return fingerprint_.number() == layout.fingerprint; }
+  bool fits(const Layout& layout) const { return fingerprint_ == layout.fingerprint; }
 
  private:
   /// A gradient and its parameter, and where their path ends in the text of all paths.

@@ -41,7 +41,7 @@ class ComposedStep {
   ComposedStep(const StepPlan& plan, const std::vector<mx::array>& inputs, mx::Stream s)
       : s(s),
         plan_(plan),
-        control_(plan.control),
+        control_(plan.control()),
         in_(plan, inputs.data(), inputs.data() + plan.array_inputs()) {}
 
   std::vector<mx::array> outputs() const;
@@ -81,7 +81,7 @@ class ComposedStep {
 
   mx::Stream s;
   const StepPlan& plan_;
-  const StepControl& control_;
+  const StepControl control_;
   StepInputs in_;
 };
 
@@ -352,12 +352,12 @@ std::vector<mx::array> ComposedStep::outputs() const {
 
 ComposedOperation composed_operation(const StepPlan& plan, mx::Stream s) {
   int in = int(plan.parameter_inputs() + plan.gradient_inputs), out = plan.tensor_count() > 0;
-  const auto shapes = plan.output_shapes();
-  const auto dtypes = plan.output_dtypes();
+  std::vector<std::pair<mx::Shape, mx::Dtype>> kinds; // of the outputs
+  plan.each_output([&](mx::Shape shape, mx::Dtype dtype) { kinds.emplace_back(shape, dtype); });
   std::vector<int> inputs;
   std::map<int, mx::array> outputs;
   auto gives_integer = [&](int place) {
-    outputs.emplace(place, mx::zeros(shapes[place], dtypes[place], s));
+    outputs.emplace(place, mx::zeros(kinds[place].first, kinds[place].second, s));
   };
   for (int slot = 0; slot < kSlots; ++slot) {
     if (plan.has(slot)) {

@@ -60,7 +60,7 @@ struct Task {
 };
 
 Task::Task(const StepPlan& plan, const StepInputs& in, const StepOutputs& out)
-    : control(plan.control),
+    : control(plan.control()),
       step(in.step ? in.step->data<uint64_t>() : nullptr),
       given(in.given ? in.given->data<float>() : nullptr),
       measured(in.measured ? in.measured->data<float>() : nullptr),
@@ -187,7 +187,7 @@ void FusedStep::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     auto task = std::make_shared<const Task>(node_.plans[p], in[p], out[p]);
     encoder.dispatch([task] { task->run(); });
   }
-  encoder.add_temporaries(left_of(node_, in, out));
+  each_left(node_, in, out, [&](const mx::array& array) { encoder.add_temporary(array); });
 }
 
 void EvaluateSchedule::eval_cpu(const std::vector<mx::array>& inputs, mx::array& output) {

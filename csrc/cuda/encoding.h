@@ -57,24 +57,13 @@ void launch(
   encoder.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, pointers);
 }
 
-/// The kernels that launches of one kind take: for any number of tensors, and for few (is_few).
-struct KernelPair {
-  CUfunction many = nullptr;
-  CUfunction few = nullptr;
-};
-
-/// Compiled and loaded, or an error now.
+/// A kernel for each batch; compiled and loaded, or an error now.
 template <typename T>
-KernelPair kernels_for(
-    const BatchList<T>& batches,
-    const Variant& many,
-    const Variant& few,
-    int device) {
-  KernelPair kernels;
+std::vector<CUfunction> kernels_for(const BatchList<T>& batches, Variant variant, int device) {
+  std::vector<CUfunction> kernels;
   for (auto& batch : batches) {
-    const bool takes_few = is_few(batch->arguments);
-    auto& function = takes_few ? kernels.few : kernels.many;
-    function = function ? function : kernel(takes_few ? few : many, device);
+    variant.capacity = capacity_for<T>(batch->arguments.common.count);
+    kernels.push_back(kernel(variant, device));
   }
   return kernels;
 }
@@ -84,21 +73,16 @@ KernelPair kernels_for(
 template <typename T, typename After>
 void launch_batches(
     mx::cu::CommandEncoder& encoder,
-    const KernelPair& kernels,
+    const std::vector<CUfunction>& kernels,
     uint32_t threads,
     const BatchList<T>& batches,
     typename T::Shared& common,
     After after) {
-  for (auto& batch : batches) {
-    auto& arguments = batch->arguments;
+  for (size_t i = 0; i < batches.size(); ++i) {
+    auto& arguments = batches[i]->arguments; // as much of it is read as the kernel declares
     common.count = arguments.common.count;
     arguments.common = common;
-    if (!is_few(arguments)) {
-      launch(encoder, kernels.many, batch->blocks, threads, arguments);
-    } else if constexpr (std::is_base_of_v<Matrix, T>) {
-      auto few = few_of(arguments);
-      launch(encoder, kernels.few, batch->blocks, threads, few);
-    }
+    launch(encoder, kernels[i], batches[i]->blocks, threads, arguments);
     after();
   }
 }

@@ -75,13 +75,12 @@ constexpr uint32_t kGenericMaster24Flags = ~0u;
 constexpr uint32_t kGenericFlags = ~0u ^ 1u << 30;
 constexpr bool is_generic(uint32_t flags) { return flags >> 31; }
 
-/// Arenas that a launch may have, and one of few tensors.
+/// Arenas that a launch may have.
 constexpr uint32_t kArenas = 16;
-constexpr uint32_t kFewArenas = 4;
 
 /// What all tensors of a step share. An arena's place in `control` is of none of them,
 /// and where one begins there is that of the first; the others begin at 0.
-struct StepCommon {
+struct Common {
   fused_math::StepControl control;
   const uint64_t* step; // null when no number depends on it
   const float* given; // null when nothing is given
@@ -91,10 +90,7 @@ struct StepCommon {
   float* used_out;
   uint32_t aligned; // a bit each arena: it and its slots start at multiples of 16 bytes
   uint32_t count; // of tensors
-};
-template <uint32_t number>
-struct Common : StepCommon {
-  StepArena arenas[number];
+  StepArena arenas[kArenas];
 };
 
 /// Places in an arena are multiples of this (elements), see kGranule.
@@ -102,7 +98,7 @@ constexpr uint32_t kPlace = 64;
 
 /// What every tensor has. Small: hundreds are to fit the arguments of one launch.
 struct Tensor {
-  using Shared = Common<kArenas>;
+  using Shared = Common;
   const void* parameter;
   const void* gradient;
   uint64_t size; // elements
@@ -148,25 +144,32 @@ struct Strided : AnyWay<Tensor> {
 };
 
 /// The arguments of one launch: as many tensors as 32764 bytes hold, which is
-/// what a kernel may be given by value from sm_70 on.
+/// what a kernel may be given by value from sm_70 on; or fewer, see capacity_for.
 constexpr size_t kArgumentBytes = 32764;
 template <typename T>
 constexpr uint32_t kMost = (kArgumentBytes - sizeof(typename T::Shared)) / sizeof(T);
-template <typename T, uint32_t capacity = kMost<T>, typename Shared = typename T::Shared>
+template <typename T, uint32_t capacity = kMost<T>>
 struct Launch {
   static constexpr uint32_t kCapacity = capacity;
-  Shared common;
+  typename T::Shared common;
   T tensors[kCapacity];
 };
 
-/// Kernels for few tensors declare less: the driver copies what is declared, several
-/// times (20 to 45 us a launch, docs/cuda.md). An arena that waits for its gradients is alone,
-/// and usually a sixteenth of a model: 28 tensors of 448.
-constexpr uint32_t kFew = 32;
+/// The tensors that a kernel for `count` of them declares; 0 for as many as fit. The driver copies
+/// what is declared, several times (20 to 45 us for all that fit, docs/cuda.md), and an arena that
+/// waits for its gradients is alone, and usually a sixteenth of a model: 28 tensors of 448. What
+/// is declared is how a larger Launch begins.
 template <typename T>
-using FewLaunch = Launch<T, kFew, Common<kFewArenas>>;
+constexpr uint32_t capacity_for(uint32_t count) {
+  for (uint32_t capacity = 32; capacity <= 256; capacity *= 2) {
+    if (count <= capacity && capacity < kMost<T>) {
+      return capacity;
+    }
+  }
+  return 0;
+}
 static_assert(sizeof(Launch<Tiled>) <= kArgumentBytes && Launch<Tiled>::kCapacity >= 448);
-static_assert(sizeof(FewLaunch<Tiled>) <= 5120);
+static_assert(sizeof(Launch<Tiled, 32>) <= 6144);
 static_assert(sizeof(Launch<Strided>) <= kArgumentBytes);
 static_assert(
     static_cast<uint32_t>(Type::float32) == fused_math::kFloat32 &&

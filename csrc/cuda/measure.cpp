@@ -31,7 +31,7 @@ MeasureBatches sort_arrays(const MeasurePlan& plan, const MeasureInputs& in) {
 }
 
 struct MeasureKernels {
-  KernelPair dense, sparse;
+  std::vector<CUfunction> dense, sparse; // of each batch
   CUfunction fold, finish;
 };
 
@@ -48,8 +48,8 @@ MeasureKernels kernels_for(const MeasurePlan& plan, const MeasureBatches& batche
   Variant sparse = dense;
   sparse.kind = Kind::measure_sparse;
   return {
-      kernels_for(batches.dense, dense, dense, device),
-      kernels_for(batches.sparse, sparse, sparse, device),
+      kernels_for(batches.dense, dense, device),
+      kernels_for(batches.sparse, sparse, device),
       kernel(Variant{Kind::measure_fold}, device),
       kernel(Variant{Kind::measure_finish}, device)};
 }

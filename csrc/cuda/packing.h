@@ -72,26 +72,6 @@ T& append(BatchList<T>& batches, const Base& tensor, uint64_t blocks) {
   return added;
 }
 
-/// Whether a kernel for few takes a launch: of matrices there is one.
-template <typename T>
-bool is_few(const Launch<T>& launch) {
-  if constexpr (std::is_base_of_v<Matrix, T>) { // added arena by arena
-    const uint32_t count = launch.common.count;
-    return count <= kFew && launch.tensors[count - 1].arena < kFewArenas;
-  }
-  return false;
-}
-
-/// Its arguments.
-template <typename T>
-FewLaunch<T> few_of(const Launch<T>& launch) {
-  FewLaunch<T> few;
-  static_cast<StepCommon&>(few.common) = launch.common;
-  std::copy_n(launch.common.arenas, kFewArenas, few.common.arenas);
-  std::copy_n(launch.tensors, launch.common.count, few.tensors);
-  return few;
-}
-
 /// Fewest dimensions in which both arrays have strides: neighbours that run on
 /// in both become one, dimensions of length 1 none.
 struct Collapsed {

@@ -106,7 +106,7 @@ Batches batches_of(
 }
 
 struct StepKernels {
-  KernelPair tiled, turned, strided;
+  std::vector<CUfunction> tiled, turned, strided; // of each batch
 };
 
 /// Compiled and loaded, or an error now.
@@ -115,24 +115,24 @@ StepKernels kernels_of(const StepPlan& plan, const Batches& batches, int device)
   auto variant = [&](Kind kind) {
     return Variant{
         kind,
-        plan.control.rule,
+        plan.kept.rule,
         type,
         // Where there is no slot of the rule, its type makes no kernel of its own.
         plan.has(0) ? static_cast<Type>(plan.kept.state_format) : type,
         batches.gradients,
         plan.flags() & ~fused_math::kMeasureNorm,
-        parts_of(plan.control)};
+        parts_of(*plan.shared)};
   };
   return {
-      kernels_for(batches.tiled, variant(Kind::tiled), variant(Kind::tiled_few), device),
-      kernels_for(batches.turned, variant(Kind::turned), variant(Kind::turned_few), device),
-      kernels_for(batches.strided, variant(Kind::strided), variant(Kind::strided), device)};
+      kernels_for(batches.tiled, variant(Kind::tiled), device),
+      kernels_for(batches.turned, variant(Kind::turned), device),
+      kernels_for(batches.strided, variant(Kind::strided), device)};
 }
 
 StepArena step_arena(const StepPlan& plan, const StepInputs& in, const StepOutputs& out) {
   StepArena arena{};
   arena.parameters_out = pointer<void>(out.parameters);
-  arena.place = plan.control.place;
+  arena.place = plan.arena->fingerprint;
   for (int slot = 0; slot < kSlots; ++slot) {
     arena.slots[slot] = {pointer<void>(in.slots[slot]), pointer<void>(out.slots[slot])};
   }
@@ -149,12 +149,12 @@ bool arena_is_aligned(const StepArena& arena) {
 
 static_assert(kMostArenas <= kArenas);
 
-Common<kArenas> common_arguments(
+Common common_arguments(
     const std::vector<StepPlan>& plans,
     const std::vector<StepInputs>& in,
     const std::vector<StepOutputs>& out) {
-  Common<kArenas> common{};
-  common.control = plans[0].control;
+  Common common{};
+  common.control = plans[0].control();
   common.step = pointer<uint64_t>(in[0].step);
   common.given = pointer<float>(in[0].given);
   common.measured = pointer<float>(in[0].measured);
@@ -192,9 +192,7 @@ void step(const Step& step) {
     }
   }
   set_inputs(encoder, {in[0].step, in[0].given, in[0].measured, in[0].groups});
-  for (auto& array : left_of(step.node, in, out)) {
-    encoder.add_temporary(array);
-  }
+  each_left(step.node, in, out, [&](const mx::array& array) { encoder.add_temporary(array); });
   set_inputs(encoder, copies.data(), copies.size());
   for (auto& copy : copies) {
     encoder.add_temporary(copy);

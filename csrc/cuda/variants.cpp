@@ -11,19 +11,17 @@ namespace {
 
 struct EntryPoint {
   const char* name;
-  const char* arguments;
+  const char* arguments; // of a capacity
   const char* threads; // and blocks that are to run at once
 };
 
 /// By Kind.
 constexpr EntryPoint kEntryPoints[] = {
-    {"step_tiled", "Launch<Tiled>", "kThreads, kTiledBlocks<%s>"},
-    {"step_tiled_few", "FewLaunch<Tiled>", "kThreads, kTiledBlocks<%s>"},
-    {"step_turned", "Launch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
-    {"step_turned_few", "FewLaunch<Turned>", "kSquareThreads, kTurnedBlocks<%s>"},
-    {"step_strided", "Launch<Strided>", "kThreads"},
-    {"measure_dense", "Launch<Dense>", "kThreads"},
-    {"measure_sparse", "Launch<Sparse>", "kThreads"},
+    {"step_tiled", "Launch<Tiled%s>", "kThreads, kTiledBlocks<%s>"},
+    {"step_turned", "Launch<Turned%s>", "kSquareThreads, kTurnedBlocks<%s>"},
+    {"step_strided", "Launch<Strided%s>", "kThreads"},
+    {"measure_dense", "Launch<Dense%s>", "kThreads"},
+    {"measure_sparse", "Launch<Sparse%s>", "kThreads"},
     {"measure_fold", "FoldLaunch", "kFoldLanes"},
     {"measure_finish", "FinishLaunch", "kFoldLanes"},
     {"evaluate_schedule", "ScheduleLaunch", "kThreads"},
@@ -69,6 +67,7 @@ Variant Variant::generic() const {
     any.flags = fused_math::is_master24(flags) ? kGenericMaster24Flags : kGenericFlags;
   }
   any.schedules = {~0u, ~0u};
+  any.capacity = 0;
   return any;
 }
 
@@ -76,7 +75,8 @@ const char* Variant::name() const { return entry_point(kind).name; }
 
 std::string Variant::description() const {
   return formatted(
-      "%s: rule %u, parameters %s, state %s, gradients %#x, flags %#x, schedules %#x %#x",
+      "%s: rule %u, parameters %s, state %s, gradients %#x, flags %#x, schedules %#x %#x, capacity "
+      "%u",
       name(),
       rule,
       name_of(parameter),
@@ -84,13 +84,15 @@ std::string Variant::description() const {
       gradients,
       flags,
       schedules.kinds,
-      schedules.flags);
+      schedules.flags,
+      capacity);
 }
 
 std::string Variant::text() const {
   auto& entry = entry_point(kind);
   const auto known = formatted(
       "Known<%uu, %s, %s, %uu, %uu>", rule, name_of(parameter), name_of(state), gradients, flags);
+  const auto declared = capacity > 0 ? formatted(", %u", capacity) : std::string();
   return formatted(
              "#define SCHEDULE_KINDS %uu\n#define SCHEDULE_FLAGS %uu\n",
              schedules.kinds,
@@ -105,7 +107,7 @@ std::string Variant::text() const {
              "} // namespace mlx_fused_optim::cuda\n",
              formatted(entry.threads, known.c_str()).c_str(),
              entry.name,
-             entry.arguments,
+             formatted(entry.arguments, declared.c_str()).c_str(),
              known.c_str());
 }
 

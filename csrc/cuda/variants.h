@@ -10,10 +10,8 @@
 namespace mlx_fused_optim::cuda {
 
 enum class Kind : uint32_t {
-  tiled, // "few" in its name: for FewLaunch, as the next
-  tiled_few,
+  tiled,
   turned,
-  turned_few,
   strided,
   measure_dense,
   measure_sparse,
@@ -42,6 +40,7 @@ struct Variant {
   uint32_t gradients = bit_of(Type::float32); // a set of types
   uint32_t flags = 0; // fused_math::StepFlags
   ScheduleParts schedules = {};
+  uint32_t capacity = 0; // see capacity_for
   auto operator<=>(const Variant&) const = default;
 
   /// The same kernel, for all schedules, gradients and options.

@@ -29,30 +29,36 @@ mx::Shape arena_shape(const Arena& arena) {
   return {static_cast<mx::ShapeElem>(arena.size / row), row};
 }
 
-void Fingerprint::add_bytes(const void* bytes, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    hash_ = (hash_ ^ static_cast<const unsigned char*>(bytes)[i]) * 0x100000001b3;
-  }
+void Fingerprint::reserve(size_t tensors, size_t bytes) {
+  text_.reserve(bytes + 12 * tensors);
+  ends_.reserve(tensors);
 }
 
 void Fingerprint::add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype) {
-  add_bytes(path.data(), path.size());
+  const size_t end = text_.size();
+  text_.resize(end + path.size() + 3 + 4 * shape.size());
+  char* next = std::copy(path.begin(), path.end(), text_.data() + end);
   // Bytes that no path contains end each part; dimensions go in little-endian.
-  const unsigned char type[] = {
-      0xff,
-      static_cast<unsigned char>(
-          dtype == mx::float32       ? 1
-              : dtype == mx::float16 ? 2
-                                     : 3)};
-  add_bytes(type, sizeof(type));
+  *next++ = '\xff';
+  *next++ = dtype == mx::float32 ? 1 : dtype == mx::float16 ? 2 : 3;
   for (auto length : shape) {
-    unsigned char bytes[4];
     for (int b = 0; b < 4; ++b) {
-      bytes[b] = static_cast<uint32_t>(length) >> (8 * b);
+      *next++ = static_cast<char>(static_cast<uint32_t>(length) >> (8 * b));
     }
-    add_bytes(bytes, sizeof(bytes));
   }
-  add_bytes("\xfe", 1);
+  *next = '\xfe';
+  ends_.push_back(text_.size());
+  number_.reset();
+}
+
+uint64_t Fingerprint::number() const {
+  if (!number_) {
+    number_ = 0xcbf29ce484222325;
+    for (unsigned char byte : text_) {
+      number_ = (*number_ ^ byte) * 0x100000001b3;
+    }
+  }
+  return *number_;
 }
 
 std::string fingerprint_text(uint64_t number) {
@@ -103,7 +109,7 @@ Layout make_layout(std::vector<TensorSpec> tensors, size_t least_of_bytes, size_
   for (auto& spec : tensors) {
     of_all.add(spec.path, spec.shape, spec.dtype);
   }
-  Layout layout{std::move(tensors), {}, of_all.number()};
+  Layout layout{std::move(tensors), {}, std::move(of_all)};
   for (auto& arena : arenas) {
     Fingerprint fingerprint;
     for (int t : arena.tensors) {

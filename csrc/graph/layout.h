@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -61,13 +62,6 @@ struct Arena {
   bool is_small = false; // its tensors have no moments in bytes
 };
 
-struct Layout {
-  std::vector<TensorSpec> tensors;
-  std::vector<std::shared_ptr<const Arena>> arenas; // shared with every step's graph
-  uint64_t fingerprint = 0; // of all tensors
-  std::string name = {}; // of one that is not the usual one of its tensors
-};
-
 size_t element_count(const mx::Shape& shape);
 
 /// The shape of an arena's flat array: {size}, or two dimensions where int32
@@ -76,17 +70,30 @@ mx::Shape arena_shape(const Arena& arena);
 
 /// Identifies a sequence of tensors by path, shape and dtype: the same number in
 /// every process, on every platform and in later versions, because saved states
-/// name their layout with it. FNV-1a, 64 bits.
+/// name their layout with it. FNV-1a, 64 bits, which goes byte by byte: made when it is asked for,
+/// and not by a step that only compares.
 class Fingerprint {
  public:
-  Fingerprint() = default;
-  explicit Fingerprint(uint64_t number) : hash_(number) {}
+  /// Asks for memory for the paths of `tensors`, `bytes` in all.
+  void reserve(size_t tensors, size_t bytes);
   void add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype);
-  uint64_t number() const { return hash_; }
+  uint64_t number() const;
+  /// Whether these are the same tensors, however numbers fall.
+  bool operator==(const Fingerprint& other) const {
+    return text_ == other.text_ && ends_ == other.ends_;
+  }
 
  private:
-  void add_bytes(const void* bytes, size_t count);
-  uint64_t hash_ = 0xcbf29ce484222325;
+  std::string text_; // what is hashed
+  std::vector<size_t> ends_; // of each tensor in it, whose dimensions could be another's path
+  mutable std::optional<uint64_t> number_; // once it was asked for, under Python's lock
+};
+
+struct Layout {
+  std::vector<TensorSpec> tensors;
+  std::vector<std::shared_ptr<const Arena>> arenas; // shared with every step's graph
+  Fingerprint fingerprint = {}; // of all tensors
+  std::string name = {}; // of one that is not the usual one of its tensors
 };
 
 /// As states have it, in their keys.

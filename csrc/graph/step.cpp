@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <numeric>
 #include <string_view>
 #include <typeinfo>
 
@@ -42,16 +43,10 @@ ArenaSlots slots_of(const Arena& arena, const StepOptions& options) {
 StepPlan make_plan(
     std::shared_ptr<const Arena> arena,
     const StepOptions& options,
-    const StepControl& control,
+    std::shared_ptr<const StepControl> shared,
     bool whole) {
   const auto kept = slots_of(*arena, options);
-  StepPlan plan{std::move(arena), options.groups, control, kept, false, whole};
-  plan.control.flags = kept.flags;
-  plan.control.place = plan.arena->fingerprint;
-  plan.control.begin = plan.arena->begin;
-  plan.control.parameter_format = kept.parameter_format;
-  plan.control.state_format = kept.state_format;
-  return plan;
+  return {std::move(arena), options.groups, std::move(shared), kept, false, whole};
 }
 
 void check_slots(const Layout& layout, const StepSlots& slots, const StepOptions& options) {
@@ -309,6 +304,11 @@ struct Gathered {
   }
 };
 
+void append(std::vector<mx::array>& arrays, std::vector<mx::array>&& more) {
+  arrays.insert(
+      arrays.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+}
+
 bool are_available(const std::vector<mx::array>& arrays) {
   return std::all_of(arrays.begin(), arrays.end(), [](auto& a) { return a.is_available(); });
 }
@@ -334,10 +334,22 @@ Made make_node(Gathered gathered, std::optional<mx::array>& last, mx::Stream str
     gathered.node.held = std::move(arrays);
   }
   const auto step = std::make_shared<FusedStep>(stream, std::move(gathered.node));
-  auto outputs = composed_is_asked_for()
-      ? step_composed(step->node().plans[0], inputs, stream)
-      : mx::array::make_arrays(
-            step->node().output_shapes(), step->node().output_dtypes(), step, inputs);
+  auto& plans = step->node().plans;
+  std::vector<mx::array> outputs;
+  if (composed_is_asked_for()) {
+    outputs = step_composed(plans[0], inputs, stream);
+  } else {
+    outputs.reserve(
+        std::accumulate(plans.begin(), plans.end(), size_t(0), [](size_t n, auto& plan) {
+          return n + plan.outputs();
+        }));
+    for (auto& plan : plans) {
+      plan.each_output([&](mx::Shape shape, mx::Dtype dtype) {
+        outputs.emplace_back(std::move(shape), dtype, step, inputs);
+      });
+    }
+    make_siblings(outputs, 0);
+  }
   if (gathered.is_of_totals) {
     last = outputs[0];
   }
@@ -415,7 +427,7 @@ StepInputs::StepInputs(const StepPlan& plan, const mx::array* arrays, const mx::
   }
   next = numbers;
   step = plan.reads_step() ? next++ : nullptr;
-  given = plan.control.given ? next++ : nullptr;
+  given = plan.shared->given ? next++ : nullptr;
   measured = plan.is_measured() ? next++ : nullptr;
   groups = plan.flags() & fused_math::kGroups ? next++ : nullptr;
 }
@@ -443,6 +455,7 @@ std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) c
   auto* next = held.empty() ? arrays.data() : held.data();
   auto* numbers = arrays.data() + (held.empty() ? count : 0);
   std::vector<StepInputs> all;
+  all.reserve(plans.size());
   for (auto& plan : plans) {
     all.emplace_back(plan, next, numbers);
     next += plan.array_inputs();
@@ -452,29 +465,12 @@ std::vector<StepInputs> StepNode::inputs(const std::vector<mx::array>& arrays) c
 
 std::vector<StepOutputs> StepNode::outputs(std::vector<mx::array>& arrays) const {
   std::vector<StepOutputs> all;
+  all.reserve(plans.size());
   auto* next = arrays.data();
   for (auto& plan : plans) {
     next = all.emplace_back(plan, next).end;
   }
   return all;
-}
-
-std::vector<mx::Shape> StepNode::output_shapes() const {
-  std::vector<mx::Shape> shapes;
-  for (auto& plan : plans) {
-    const auto more = plan.output_shapes();
-    shapes.insert(shapes.end(), more.begin(), more.end());
-  }
-  return shapes;
-}
-
-std::vector<mx::Dtype> StepNode::output_dtypes() const {
-  std::vector<mx::Dtype> dtypes;
-  for (auto& plan : plans) {
-    const auto more = plan.output_dtypes();
-    dtypes.insert(dtypes.end(), more.begin(), more.end());
-  }
-  return dtypes;
 }
 
 size_t StepPlan::slot_inputs() const {
@@ -487,42 +483,14 @@ size_t StepPlan::slot_inputs() const {
 
 bool StepPlan::reads_step() const {
   using namespace fused_math;
-  return control.scheduled || Rules::is_bias_corrected(control.rule, flags()) ||
+  return shared->scheduled || Rules::is_bias_corrected(kept.rule, flags()) ||
       flags() & (kStochastic | kSkipNonfinite);
 }
 
 std::vector<mx::Shape> StepPlan::output_shapes() const {
   std::vector<mx::Shape> shapes;
-  if (tensor_count() > 0) {
-    shapes.push_back(arena_shape(*arena));
-  }
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (has(slot)) {
-      shapes.push_back(kept.shape(*arena, slot));
-    }
-  }
-  if (writes_step) {
-    shapes.push_back({});
-    shapes.push_back({fused_math::kScalars});
-  }
+  each_output([&](mx::Shape shape, mx::Dtype) { shapes.push_back(std::move(shape)); });
   return shapes;
-}
-
-std::vector<mx::Dtype> StepPlan::output_dtypes() const {
-  std::vector<mx::Dtype> dtypes;
-  if (tensor_count() > 0) {
-    dtypes.push_back(parameter_out_dtype());
-  }
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (has(slot)) {
-      dtypes.push_back(slot_dtype(slot));
-    }
-  }
-  if (writes_step) {
-    dtypes.push_back(mx::uint64);
-    dtypes.push_back(mx::float32);
-  }
-  return dtypes;
 }
 
 StepResult fused_step(
@@ -550,6 +518,7 @@ StepResult fused_step(
   // With no tensor at all, an empty arena still evaluates schedules.
   static const auto no_tensors = std::make_shared<const Arena>(Arena{mx::float32});
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
+  const auto shared = std::make_shared<const StepControl>(control);
   // A trace may evaluate a node again, with other arrays, and transform it.
   const bool is_eager = !composed_is_asked_for() && !is_tracing();
   std::array<size_t, kSlots> used_slots{};
@@ -559,9 +528,9 @@ StepResult fused_step(
     const auto& tensors = arena->tensors;
     const bool packs = options.flags & fused_math::kPack;
     const auto whole = packs ? std::nullopt : whole_arena(*arena, parameters);
-    auto plan = make_plan(arena, options, control, whole.has_value());
+    auto plan = make_plan(arena, options, shared, whole.has_value());
     plan.writes_step = a == 0 && plan.reads_step();
-    if (plan.output_shapes().empty()) {
+    if (plan.outputs() == 0) {
       continue;
     }
     Gathered own; // of this arena
@@ -578,7 +547,7 @@ StepResult fused_step(
       }
     }
     const bool is_together = packs || whole || (tensors.size() == 1 && are_available(arrays));
-    arrays.insert(arrays.end(), from.arrays.begin(), from.arrays.end());
+    append(arrays, std::move(from.arrays));
     bool has_slots = true;
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
@@ -591,9 +560,11 @@ StepResult fused_step(
     own.is_of_totals = from.are_totals;
     own.is_open = is_eager && is_together && has_slots && (!own.waits || from.are_flat);
     if (own.waits && own.is_open) {
-      for (auto& flat : from.arrays) {
-        own.waits_for.push_back(flat.id());
-      }
+      const auto flats = arrays.begin() + plan.parameter_inputs();
+      std::transform(
+          flats, flats + plan.gradient_inputs, std::back_inserter(own.waits_for), [](auto& flat) {
+            return flat.id();
+          });
     }
     if (all.empty() || !all.back().takes(*arena, own)) {
       all.push_back(std::move(own));
@@ -609,7 +580,7 @@ StepResult fused_step(
         numbers.push_back(*options.group_numbers);
       }
     } else {
-      std::move(arrays.begin(), arrays.end(), std::back_inserter(all.back().arrays));
+      append(all.back().arrays, std::move(arrays));
     }
     all.back().bytes += arena->size * arena->dtype.size();
     all.back().node.plans.push_back(std::move(plan));
@@ -716,7 +687,12 @@ std::vector<mx::Shape> FusedStep::output_shapes(const std::vector<mx::array>& in
       }
     }
   }
-  return node_.output_shapes();
+  std::vector<mx::Shape> shapes;
+  for (auto& plan : node_.plans) {
+    const auto more = plan.output_shapes();
+    shapes.insert(shapes.end(), more.begin(), more.end());
+  }
+  return shapes;
 }
 
 } // namespace mlx_fused_optim

@@ -1,6 +1,7 @@
 // The fused step: the operation (checks, graph) and its primitive.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <variant>
 #include <vector>
@@ -56,7 +57,7 @@ struct GradientPlace {
 struct StepPlan {
   std::shared_ptr<const Arena> arena;
   std::shared_ptr<const StepGroups> groups; // null without kGroups
-  StepControl control; // its flags are those that this arena's dtype has a use for
+  std::shared_ptr<const StepControl> shared; // by all arenas of a step: they are large
   ArenaSlots kept;
   bool writes_step; // the next counter and the numbers used are outputs too; needs reads_step()
   bool whole; // the parameters come as one array, which is the arena
@@ -65,6 +66,16 @@ struct StepPlan {
   std::vector<GradientPlace> places;
   size_t gradient_inputs = 0; // arrays
 
+  /// With what is this arena's own. (Here because CUDA's backend is another library.)
+  StepControl control() const {
+    StepControl own = *shared;
+    own.flags = kept.flags;
+    own.place = arena->fingerprint;
+    own.begin = arena->begin;
+    own.parameter_format = kept.parameter_format;
+    own.state_format = kept.state_format;
+    return own;
+  }
   size_t tensor_count() const { return arena->tensors.size(); }
   /// What packs arrays has them for gradients, and reads nothing else.
   bool packs() const { return flags() & fused_math::kPack; }
@@ -77,14 +88,14 @@ struct StepPlan {
   }
   size_t gradient_begin(size_t i) const { return places.empty() ? 0 : places[i].begin; }
   size_t tensor_size(size_t i) const { return element_count(arena->shapes[i]); }
-  uint32_t flags() const { return control.flags; }
+  uint32_t flags() const { return kept.flags; }
   bool is_measured() const { return flags() & fused_math::kMeasuredFlags; }
   /// Whether something depends on the step counter: a number, a random bit, or the next
   /// counter on what was measured. A kernel for which nothing does is not given it, so that
   /// nobody has to know it: a compiled step need not capture it then, as with mlx.optimizers.
   bool reads_step() const;
   mx::Dtype parameter_out_dtype() const {
-    return dtype_of(fused_math::parameter_out_format(flags(), control.parameter_format));
+    return dtype_of(fused_math::parameter_out_format(flags(), kept.parameter_format));
   }
   bool has(int slot) const { return kept.has(slot); }
   mx::Dtype slot_dtype(int slot) const { return kept.dtype(slot); }
@@ -93,8 +104,24 @@ struct StepPlan {
   uint32_t tensor_flags(size_t i) const {
     return flags() & (groups ? groups->flags_of[group(i)] | ~fused_math::kTensorFlags : ~0u);
   }
+  /// Calls give(shape, dtype) for each output.
+  template <typename Give>
+  void each_output(Give give) const {
+    if (tensor_count() > 0) {
+      give(arena_shape(*arena), parameter_out_dtype());
+    }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (has(slot)) {
+        give(kept.shape(*arena, slot), slot_dtype(slot));
+      }
+    }
+    if (writes_step) {
+      give(mx::Shape(), mx::uint64);
+      give(mx::Shape{fused_math::kScalars}, mx::float32);
+    }
+  }
   std::vector<mx::Shape> output_shapes() const;
-  std::vector<mx::Dtype> output_dtypes() const;
+  size_t outputs() const { return (tensor_count() > 0) + slot_inputs() + 2 * writes_step; }
 };
 
 /// Names for the positions in what a primitive has of inputs and outputs for a plan:
@@ -213,37 +240,36 @@ struct StepNode {
   /// The names for each plan.
   std::vector<StepInputs> inputs(const std::vector<mx::array>& arrays) const;
   std::vector<StepOutputs> outputs(std::vector<mx::array>& arrays) const;
-  std::vector<mx::Shape> output_shapes() const;
-  std::vector<mx::Dtype> output_dtypes() const;
 };
 
-/// Of what a node holds, the arrays that no output has taken the memory of: a backend holds them
-/// until the device has read them, as MLX holds inputs. (Here because CUDA's is another library.)
-inline std::vector<mx::array> left_of(
+/// Calls leave(array) for what a node holds and no output has taken the memory of: a backend holds
+/// that until the device has read it, as MLX holds inputs. (Here because CUDA's is another
+/// library.)
+template <typename Leave>
+void each_left(
     const StepNode& node,
     const std::vector<StepInputs>& inputs,
-    const std::vector<StepOutputs>& outputs) {
-  std::vector<mx::array> left;
+    const std::vector<StepOutputs>& outputs,
+    Leave leave) {
   for (size_t p = 0; !node.held.empty() && p < inputs.size(); ++p) {
     auto& plan = node.plans[p];
     auto& in = inputs[p];
     auto& out = outputs[p];
-    auto leave = [&](const mx::array& a, const mx::array* output) {
+    auto leave_unless_taken = [&](const mx::array& a, const mx::array* output) {
       if (!output || a.data_shared_ptr() != output->data_shared_ptr()) {
-        left.push_back(a);
+        leave(a);
       }
     };
     for (size_t i = 0; i < plan.parameter_inputs(); ++i) {
-      leave(in.parameters[i], out.parameters);
+      leave_unless_taken(in.parameters[i], out.parameters);
     }
-    left.insert(left.end(), in.gradients, in.gradients + plan.gradient_inputs);
+    std::for_each(in.gradients, in.gradients + plan.gradient_inputs, leave);
     for (int slot = 0; slot < kSlots; ++slot) {
       if (in.slots[slot]) {
-        leave(*in.slots[slot], out.slots[slot]);
+        leave_unless_taken(*in.slots[slot], out.slots[slot]);
       }
     }
   }
-  return left;
 }
 
 /// The step of one arena, or of several that wait for the same: then it takes the device one

@@ -14,8 +14,7 @@ namespace {
 /// 1.77, 1.76, 1.83, 1.92.
 size_t views_per_node(mx::Stream stream) { return stream.device == mx::Device::gpu ? 4 : 8; }
 
-/// Appends the outputs of one node. As mx::array::make_arrays makes them, but with the
-/// memory that they need and no more: a step makes hundreds.
+/// Appends the outputs of one node.
 void add_views(
     std::vector<mx::array>& views,
     const mx::array& arena,
@@ -25,20 +24,25 @@ void add_views(
     mx::Stream stream,
     bool paced = false) {
   const size_t begin = views.size();
-  auto node = std::make_shared<ArenaViews>(stream, layout, first, count, paced);
+  const auto node = std::make_shared<ArenaViews>(stream, layout, first, count, paced);
   for (size_t i = first; i < first + count; ++i) {
     views.emplace_back(layout->shapes[i], arena.dtype(), node, std::vector<mx::array>(1, arena));
   }
-  for (size_t i = 0; count > 1 && i < count; ++i) {
-    std::vector<mx::array> siblings;
-    siblings.reserve(count - 1);
-    siblings.insert(siblings.end(), views.begin() + begin, views.begin() + begin + i);
-    siblings.insert(siblings.end(), views.begin() + begin + i + 1, views.end());
-    views[begin + i].set_siblings(std::move(siblings), i);
-  }
+  make_siblings(views, begin);
 }
 
 } // namespace
+
+void make_siblings(std::vector<mx::array>& arrays, size_t first) {
+  const auto begin = arrays.begin() + first;
+  for (auto one = begin; arrays.end() - begin > 1 && one != arrays.end(); ++one) {
+    std::vector<mx::array> siblings;
+    siblings.reserve(arrays.end() - begin - 1);
+    siblings.insert(siblings.end(), begin, one);
+    siblings.insert(siblings.end(), one + 1, arrays.end());
+    one->set_siblings(std::move(siblings), static_cast<uint16_t>(one - begin));
+  }
+}
 
 std::vector<mx::array> arena_views(
     const mx::array& arena,

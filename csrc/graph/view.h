@@ -69,6 +69,10 @@ class ArenaViews : public mx::Primitive {
   bool paced_;
 };
 
+/// Makes the arrays from `first` on the outputs of one node. As mx::array::make_arrays does, but
+/// with the memory that they need and no more: a step makes hundreds.
+void make_siblings(std::vector<mx::array>& arrays, size_t first);
+
 /// All tensors of a row-contiguous arena.
 std::vector<mx::array> arena_views(
     const mx::array& arena,

@@ -43,18 +43,18 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
-    const fused_math::StepControl& control,
+    const ArenaSlots& kept,
     mx::Dtype gradient,
     uint32_t tile_columns) {
   using namespace fused_math;
   // Where the rule has no slots, their format makes no kernel of its own.
-  const bool has_slots = Rules::slots(control.rule, control.flags) > 0;
+  const bool has_slots = Rules::slots(kept.rule, kept.flags) > 0;
   const uint32_t values[] = {
-      control.rule,
-      control.flags,
-      control.parameter_format,
+      kept.rule,
+      kept.flags,
+      kept.parameter_format,
       format_of(gradient),
-      has_slots ? control.state_format : control.parameter_format,
+      has_slots ? kept.state_format : kept.parameter_format,
       tile_columns};
   mx::metal::MTLFCList constants;
   // MLX caches by this name alone, so it has every constant's value.

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "math/frame.h"
+#include "graph/step.h"
 #include "mlx/array.h"
 #include "mlx/backend/metal/device.h"
 
@@ -18,7 +18,7 @@ MTL::ComputePipelineState* kernel(mx::metal::Device& device, const std::string& 
 /// The kernel of a step, specialised for its rule and options, and for what is in memory.
 MTL::ComputePipelineState* step_kernel(
     mx::metal::Device& device,
-    const fused_math::StepControl& control,
+    const ArenaSlots& kept,
     mx::Dtype gradient,
     uint32_t tile_columns);
 

@@ -45,7 +45,7 @@ StepKernels::StepKernels(mx::metal::Device& device, const StepPlan& plan, const 
     const auto gradient = in.gradient(i).dtype();
     auto*& kernel = step[gradient.val()];
     if (!kernel) {
-      kernel = metal::step_kernel(device, plan.control, gradient, groups.tile_columns);
+      kernel = metal::step_kernel(device, plan.kept, gradient, groups.tile_columns);
       groups.threads = std::min(groups.threads, metal::threads_for(kernel));
     }
   }
@@ -107,7 +107,7 @@ std::vector<metal::Dispatch> dispatches_of(
       readable,
       aligned,
       gaps,
-      kBuffers - source_place(plan.control.rule, plan.flags()),
+      kBuffers - source_place(plan.kept.rule, plan.flags()),
       groups);
 }
 
@@ -138,7 +138,7 @@ void bind_buffers(
     const StepInputs& in,
     const metal::Packer& readable,
     const StepOutputs& out) {
-  const uint32_t rule = plan.control.rule, flags = plan.flags();
+  const uint32_t rule = plan.kept.rule, flags = plan.flags();
   encoder.set_output_array(*out.parameters, int(kFirstBuffer) + kParameterOutPlace);
   for (int slot = 0; slot < kSlots; ++slot) {
     if (out.slots[slot]) {
@@ -164,9 +164,10 @@ void encode(
     const StepInputs& in,
     const metal::Packer& readable,
     const StepOutputs& out) {
+  const auto control = plan.control();
   for (auto& dispatch : dispatches_of(plan, in, out, readable, kernels.groups)) {
     encoder.set_compute_pipeline_state(kernels.step.at(dispatch.gradient_dtype.val()));
-    bind_numbers(encoder, plan.control, in);
+    bind_numbers(encoder, control, in);
     encoder.set_bytes(dispatch.table, kTableBuffer);
     bind_buffers(encoder, plan, dispatch, in, readable, out);
     encoder.dispatch_threadgroups(
@@ -174,7 +175,7 @@ void encode(
   }
   if (kernels.finish) {
     encoder.set_compute_pipeline_state(kernels.finish);
-    bind_numbers(encoder, plan.control, in);
+    bind_numbers(encoder, control, in);
     bind_optional(encoder, in.measured, kMeasuredBuffer);
     encoder.set_output_array(*out.step, kStepOutBuffer);
     encoder.set_output_array(*out.used, kUsedOutBuffer);
@@ -200,9 +201,7 @@ void FusedStep::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   }
   set_outputs(node_, inputs, outputs, [](size_t bytes) { return mx::allocator::malloc(bytes); });
   const auto out = node_.outputs(outputs);
-  for (auto& array : left_of(node_, in, out)) {
-    encoder.add_temporary(array);
-  }
+  each_left(node_, in, out, [&](const mx::array& array) { encoder.add_temporary(array); });
 
   // They write disjoint parts of their arenas: side by side, not one after another.
   auto together = encoder.start_concurrent();

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -430,32 +431,27 @@ void test_gradients_of_several_types() {
   require(batches.gradients == (bit_of(Type::bfloat16) | bit_of(Type::float32)), "two");
 }
 
-void test_few_tensors_of_few_arenas() {
-  auto takes_few = [](uint32_t tensors, uint32_t arenas) {
-    Batches batches(Type::float32, false);
-    for (uint32_t a = 0; a < arenas; ++a) {
-      batches.begin_arena(slot_ways());
-      for (uint32_t t = 0; t < tensors / arenas; ++t) {
-        add(batches, {5 + int(t)}, {});
-      }
-    }
-    require(batches.launches() == 1, "one launch for all arenas");
-    auto& launch = batches.tiled[0]->arguments;
-    require(launch.tensors[launch.common.count - 1].arena == arenas - 1, "the arena");
-    if (!is_few(launch)) {
-      return false;
-    }
-    launch.common.arenas[arenas - 1].place = 17;
-    launch.common.aligned = 5;
-    const auto few = few_of(launch);
-    require(few.common.arenas[arenas - 1].place == 17 && few.common.aligned == 5, "the arenas");
-    require(few.common.count == tensors && few.tensors[tensors - 1].arena == arenas - 1, "few");
-    return true;
-  };
-  require(takes_few(kFew, 1) && takes_few(kFew, kFewArenas), "few");
-  require(!takes_few(kFew + 1, 1), "many tensors");
-  require(!takes_few(kFewArenas + 1, kFewArenas + 1), "many arenas");
-  require(!takes_few(448, kArenas), "all that fit");
+template <typename T>
+size_t tensors_begin() {
+  const auto launch = std::make_unique<T>();
+  return reinterpret_cast<const char*>(launch->tensors) -
+      reinterpret_cast<const char*>(launch.get());
+}
+
+/// A kernel declares how a launch begins: what it has, and seldom twice that.
+void test_capacity_for() {
+  require(tensors_begin<Launch<Tiled, 32>>() == tensors_begin<Launch<Tiled>>(), "tiles");
+  require(tensors_begin<Launch<Turned, 64>>() == tensors_begin<Launch<Turned>>(), "squares");
+  require(tensors_begin<Launch<Strided, 32>>() == tensors_begin<Launch<Strided>>(), "strided");
+  require(tensors_begin<Launch<Dense, 128>>() == tensors_begin<Launch<Dense>>(), "dense");
+  require(tensors_begin<Launch<Sparse, 64>>() == tensors_begin<Launch<Sparse>>(), "sparse");
+  for (uint32_t count = 0; count <= kMost<Tiled>; ++count) {
+    const uint32_t capacity = capacity_for<Tiled>(count);
+    require(capacity == 0 ? count > 256 : count <= capacity, "too few");
+    require(count <= 32 ? capacity == 32 : capacity < 2 * count, "too many");
+  }
+  require(kMost<Strided> < 128 && capacity_for<Strided>(65) == 0, "more than fit");
+  require(capacity_for<Strided>(33) == 64, "fewer than fit");
 }
 
 void test_capacity() {
@@ -525,7 +521,7 @@ int main() {
   test_what_needs_the_strided_kernel();
   test_an_arena_without_tensors();
   test_gradients_of_several_types();
-  test_few_tensors_of_few_arenas();
+  test_capacity_for();
   test_capacity();
   test_arrays_to_measure();
   test_refusals();

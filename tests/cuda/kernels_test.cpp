@@ -4,6 +4,7 @@
 // of elements, or says what is wrong and fails.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 
@@ -213,17 +214,17 @@ void run_all(
     const typename T::Shared& common,
     void (*kernel)(const Launch<T>&),
     uint32_t threads = kThreads,
-    void (*kernel_for_few)(const FewLaunch<T>&) = nullptr) {
+    void (*kernel_for_few)(const Launch<T, 32>&) = nullptr) {
   for (auto& batch : batches) {
     auto& launch = batch->arguments;
     const uint32_t count = launch.common.count;
     launch.common = common;
     launch.common.count = count;
     std::function<void()> run = [&] { kernel(launch); };
-    if constexpr (std::is_base_of_v<Matrix, T>) {
-      if (kernel_for_few && is_few(launch)) {
-        run = [few = few_of(launch), kernel_for_few] { kernel_for_few(few); };
-      }
+    Launch<T, 32> few; // how the whole begins, as the driver copies it
+    if (kernel_for_few && capacity_for<T>(count) == 32) {
+      std::memcpy(static_cast<void*>(&few), &launch, sizeof(few));
+      run = [&] { kernel_for_few(few); };
     }
     for (uint32_t block = 0; block < batch->blocks; ++block) {
       emulation::run_block(block, threads, run);
@@ -241,8 +242,9 @@ struct Tested {
   void (*tiled)(const Launch<Tiled>&);
   void (*turned)(const Launch<Turned>&);
   void (*strided)(const Launch<Strided>&);
-  void (*tiled_few)(const FewLaunch<Tiled>&);
-  void (*turned_few)(const FewLaunch<Turned>&);
+  void (*tiled_few)(const Launch<Tiled, 32>&);
+  void (*turned_few)(const Launch<Turned, 32>&);
+  void (*strided_few)(const Launch<Strided, 32>&);
 };
 
 template <typename Rule, typename... All>
@@ -262,6 +264,7 @@ constexpr Tested tested() {
       static_cast<Type>(kFormatOf<S>),
       gradients,
       flags,
+      run<K>,
       run<K>,
       run<K>,
       run<K>,
@@ -406,7 +409,7 @@ void test_step(int round, Counted& counted) {
   const bool skips = flags & kSkipNonfinite && below(3) == 0, in_place = pass % 2 == 0,
              special = round % 3 == 1;
 
-  Common<kArenas> common{};
+  Common common{};
   common.control.rule = kernel.rule;
   common.control.flags = flags;
   common.control.given = (1 << kFirstRuleScalar) - 1;
@@ -675,7 +678,7 @@ void test_step(int round, Counted& counted) {
   const bool few = pass % 2 == 1; // else what is for many serves
   run_all(batches.tiled, common, kernel.tiled, kThreads, few ? kernel.tiled_few : nullptr);
   run_all(batches.turned, common, kernel.turned, kSquareThreads, few ? kernel.turned_few : nullptr);
-  run_all(batches.strided, common, kernel.strided);
+  run_all(batches.strided, common, kernel.strided, kThreads, few ? kernel.strided_few : nullptr);
 
   require(next == (!counts ? 0 : skips ? step : step + 1), "the step counter");
   for (int i = 0; counts && i < kScalars; ++i) {
@@ -716,7 +719,7 @@ void test_an_arena_without_tensors_counts_the_step() {
   Batches batches(Type::float32, false);
   batches.begin_arena({});
   batches.add_nothing();
-  Common<kArenas> common{};
+  Common common{};
   common.control.given = (1 << kScalars) - 1;
   const uint64_t step = 41;
   const float given[kScalars] = {0.1f, 0.01f, 4.0f, 0.9f, 0.0f, 0.0f};
@@ -931,7 +934,7 @@ int main(int, char** arguments) {
     const bool all = counted.tiled[i] && counted.turned[i] && !counted.strided[i] == has_bytes;
     require(all, "the random tensors miss a kernel of variant " + std::to_string(i));
   }
-  require(counted.arenas > kFewArenas, "the random arenas are few");
+  require(counted.arenas > 4, "the random launches have few arenas");
   for (int round = 0; round < rounds / 4; ++round) {
     test_measurement(round, counted);
   }

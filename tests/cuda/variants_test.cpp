@@ -50,7 +50,7 @@ Variant read_variant(std::istream& numbers) {
   uint32_t kind, parameter, state;
   Variant v{};
   numbers >> kind >> v.rule >> parameter >> state >> v.gradients >> v.flags >> v.schedules.kinds >>
-      v.schedules.flags;
+      v.schedules.flags >> v.capacity;
   v.kind = static_cast<Kind>(kind);
   v.parameter = static_cast<Type>(parameter);
   v.state = static_cast<Type>(state);
