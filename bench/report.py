@@ -56,9 +56,9 @@ The picture has what all four of its runs have timed, each group on a scale of i
 
 ![Bars of a step's time, ours beside mlx compiled, torch fused and optax jit](benchmarks.svg)
 
-Where we lose on a GPU, to torch's fused kernels, it is with many small tensors. Those runs launched
-a kernel for each sixteenth of a model; sixteenths whose gradients are there share launches since
-([CUDA](cuda.md)).
+Where we lose on a GPU, to torch's fused kernels, it is with many small tensors: each arena, a
+sixteenth of a model, costs the host 5 to 10 us ([CUDA](cuda.md)). The runs of 2026-11-27 launched a
+kernel for each; those whose gradients are there share launches since.
 """
 
 

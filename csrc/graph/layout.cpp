@@ -30,31 +30,31 @@ mx::Shape arena_shape(const Arena& arena) {
 }
 
 void Fingerprint::reserve(size_t tensors, size_t bytes) {
-  text_.reserve(bytes + 12 * tensors);
+  bytes_.reserve(bytes + 12 * tensors);
   ends_.reserve(tensors);
 }
 
 void Fingerprint::add(std::string_view path, const mx::Shape& shape, mx::Dtype dtype) {
-  const size_t end = text_.size();
-  text_.resize(end + path.size() + 3 + 4 * shape.size());
-  char* next = std::copy(path.begin(), path.end(), text_.data() + end);
+  const size_t end = bytes_.size();
+  bytes_.resize(end + path.size() + 3 + 4 * shape.size());
+  auto* next = std::copy(path.begin(), path.end(), bytes_.data() + end);
   // Bytes that no path contains end each part; dimensions go in little-endian.
-  *next++ = '\xff';
+  *next++ = 0xff;
   *next++ = dtype == mx::float32 ? 1 : dtype == mx::float16 ? 2 : 3;
   for (auto length : shape) {
     for (int b = 0; b < 4; ++b) {
-      *next++ = static_cast<char>(static_cast<uint32_t>(length) >> (8 * b));
+      *next++ = static_cast<uint32_t>(length) >> (8 * b);
     }
   }
-  *next = '\xfe';
-  ends_.push_back(text_.size());
+  *next = 0xfe;
+  ends_.push_back(bytes_.size());
   number_.reset();
 }
 
 uint64_t Fingerprint::number() const {
   if (!number_) {
     number_ = 0xcbf29ce484222325;
-    for (unsigned char byte : text_) {
+    for (auto byte : bytes_) {
       number_ = (*number_ ^ byte) * 0x100000001b3;
     }
   }

@@ -80,11 +80,11 @@ class Fingerprint {
   uint64_t number() const;
   /// Whether these are the same tensors, however numbers fall.
   bool operator==(const Fingerprint& other) const {
-    return text_ == other.text_ && ends_ == other.ends_;
+    return bytes_ == other.bytes_ && ends_ == other.ends_;
   }
 
  private:
-  std::string text_; // what is hashed
+  std::vector<unsigned char> bytes_; // which are hashed
   std::vector<size_t> ends_; // of each tensor in it, whose dimensions could be another's path
   mutable std::optional<uint64_t> number_; // once it was asked for, under Python's lock
 };

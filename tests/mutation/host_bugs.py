@@ -150,7 +150,7 @@ MUTANTS = [
     Mutant("norms_out_of_order", "csrc/graph/measure.cpp", "for (size_t first : {0, 1})", "for (size_t first : {1, 0})", "norm muon"),
     Mutant("place_of_no_tensors", "csrc/graph/step.h", "    own.place = arena->fingerprint;\n", "", "rounding full_conformance"),
     Mutant("format_of_no_slot", "csrc/graph/step.h", "    own.state_format = kept.state_format;\n", "", "full_step full_conformance"),
-    Mutant("tensors_of_one_number", "csrc/graph/layout.h", "text_ == other.text_ && ends_ == other.ends_", "text_ == other.text_", "state"),
+    Mutant("tensors_of_one_number", "csrc/graph/layout.h", "bytes_ == other.bytes_ && ends_ == other.ends_", "bytes_ == other.bytes_", "state"),
     Mutant("declares_one_too_few", "csrc/cuda/launch.h", "if (count <= capacity &&", "if (count <= capacity + 1 &&", "cuda_host"),
     Mutant("declares_more_than_fits", "csrc/cuda/launch.h", " && capacity < kMost<T>)", ")", "cuda_host"),
     Mutant("float32_has_a_master", STEP, "flags &= ~(kMaster | kCompensated);", "flags &= ~kCompensated;", "full_step"),
