@@ -93,7 +93,7 @@ MUTANTS = [
     # ---- C++: layout and views
     Mutant("arenas_as_large_as_a_model", LAYOUT, "bytes / kArenaShare", "bytes", "optimizer"),
     Mutant("arenas_without_a_cap", LAYOUT, "(arena->size + size) * spec.dtype.size() > limit", "arena->size * spec.dtype.size() > 2 * limit", "optimizer full_step"),
-    Mutant("shapes_run_together", LAYOUT, 'add_bytes("\\xfe", 1);', "", "state"),
+    Mutant("shapes_run_together", LAYOUT, "  *next = 0xfe;\n", "", "state"),
     Mutant("order_of_bytes", LAYOUT, ">> (8 * b)", ">> (24 - 8 * b)", "state"),
     Mutant("views_of_one_shape", VIEW, "shape(i) == that.shape(i) && offset(i) == that.offset(i)", "shape(i) == that.shape(i)", "modes"),
     Mutant("batch_axis_first", VIEW, "mx::moveaxis(inputs[0], axes[0], 0, stream())", "inputs[0]", "transforms_full modes"),
@@ -225,7 +225,7 @@ MUTANTS = [
     Mutant("momentum_of_sgd", MUON, "gradient, momentum, rest);\n      gradient", "gradient, momentum, rest / rest);\n      gradient", "muon full_conformance"),
     Mutant("nesterov_of_sgd", MUON, "moved(v, gradient, momentum, rest) : v", "gradient + momentum * v : v", "muon full_conformance"),
     Mutant("directions_have_a_rate", FRAME, "    hyper.rule.learning_rate = 1.0f;\n", "", "muon full_conformance"),
-    Mutant("directions_of_the_parameters_type", STEP.replace(".cpp", ".h"), "dtype_of(fused_math::parameter_out_format(flags(), control.parameter_format))", "arena->dtype", "muon full_conformance"),
+    Mutant("directions_of_the_parameters_type", STEP.replace(".cpp", ".h"), "dtype_of(fused_math::parameter_out_format(flags(), kept.parameter_format))", "arena->dtype", "muon full_conformance"),
     Mutant("decay_in_both_halves", STEP_PY, "(decay if flags & decoupled else 0)", "decay", "muon"),
     Mutant("frame_in_the_first_half", STEP_PY, "first = flags & ~second | flags & _OF_BOTH", "first = flags & ~_OF_UPDATE", "muon"),
     Mutant("decay_of_the_parameter", STEP_PY, "if flags & master and first & decay:", "if False:", "muon"),

@@ -136,8 +136,8 @@ MUTANTS = [
     Mutant("chunks_one_after_another", MEASURING, "auto together = encoder.start_concurrent(); // they", "// they"),
     # ---- The host: the library
     Mutant("constants_not_in_the_name", LIBRARY, "    specialised += std::to_string(size_t(values[i]));", ""),
-    Mutant("format_without_slots_in_the_name", LIBRARY, "has_slots ? control.state_format : control.parameter_format", "control.state_format"),
-    Mutant("formats_of_the_host_swapped", LIBRARY, "      control.parameter_format,\n      format_of(gradient),", "      format_of(gradient),\n      control.parameter_format,"),
+    Mutant("format_without_slots_in_the_name", LIBRARY, "has_slots ? kept.state_format : kept.parameter_format", "kept.state_format"),
+    Mutant("formats_of_the_host_swapped", LIBRARY, "      kept.parameter_format,\n      format_of(gradient),", "      format_of(gradient),\n      kept.parameter_format,"),
     Mutant("fast_math", LIBRARY, "mx::MathMode::Safe", "mx::MathMode::Fast"),
     Mutant("compiler_message_lost", LIBRARY, "error.what() +", '"an error" +'),
     Mutant("another_kernel_name", HOST, '"step_finish"', '"step_end"'),
