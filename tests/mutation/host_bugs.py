@@ -159,6 +159,8 @@ MUTANTS = [
     Mutant("composed_position", ROUNDING, "word(static_cast<uint32_t>(first))", "word(0u)", "full_conformance"),
     # ---- The CPU's kernels
     Mutant("position_in_the_tensor", CPU, "tensor.position = plan.arena->offsets[i];", "tensor.position = 0;", "full_step rounding full_conformance"),
+    Mutant("first_arena_for_all", CPU, "tensor.arena = static_cast<uint32_t>(arenas.size() - 1);", "tensor.arena = 0;", "nodes"),
+    Mutant("random_bits_of_the_first_arena", CPU, "hyper[tensors[t].arena]", "hyper[0]", "nodes rounding full_step"),
     Mutant("gaps_stay", CPU, "if (next > end) {", "if (false) {", "optimizer holding conformance"),
     Mutant("parameters_clipped", CPU_MEASURE, "a < plan.gradient_count ? control.flags : 0", "control.flags", "norm full_step full_conformance"),
     Mutant("each_step_skipped", CPU_MEASURE, "*skipped + !apply", "*skipped + 1", "full_step"),
