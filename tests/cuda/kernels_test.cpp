@@ -733,6 +733,47 @@ void test_an_arena_without_tensors_counts_the_step() {
   require(next == 42 && used[0] == 0.1f && used[kGradScaleFactor] == 1.0f, "a step of nothing");
 }
 
+/// A kernel that declares `capacity` tensors reads how a launch begins, and every one of them.
+template <uint32_t capacity>
+void test_a_launch_of() {
+  require(capacity_for<Tiled>(capacity) == capacity, "a size that no launch has");
+  const int32_t shape[] = {3};
+  const int64_t strides[] = {1};
+  std::vector<float> parameters(capacity * kPlace), gradients(capacity * kPlace);
+  std::generate(parameters.begin(), parameters.end(), normal);
+  std::generate(gradients.begin(), gradients.end(), normal);
+  SlotWays ways;
+  ways.fill(kContiguousWay);
+  Batches batches(Type::float32, false);
+  batches.begin_arena(ways);
+  for (uint32_t t = 0; t < capacity; ++t) {
+    auto source = [&](auto& data) {
+      return Source{data.data() + t * kPlace, Type::float32, true, strides};
+    };
+    batches.add(1, shape, {t * kPlace, t, 0, 0}, source(parameters), source(gradients));
+  }
+  std::vector<float> updated(capacity * kPlace, 7.0f);
+  const float given[kScalars] = {0.5f};
+  auto& launch = batches.tiled.at(0)->arguments;
+  const uint32_t count = launch.common.count;
+  launch.common = {};
+  launch.common.count = count;
+  launch.common.control.given = (1 << kScalars) - 1;
+  launch.common.given = given;
+  launch.common.arenas[0].parameters_out = updated.data();
+  Launch<Tiled, capacity> declared;
+  std::memcpy(static_cast<void*>(&declared), &launch, sizeof(declared));
+  for (uint32_t block = 0; block < batches.tiled[0]->blocks; ++block) {
+    emulation::run_block(block, kThreads, [&] {
+      run<Known<number_of<Sgd>(Rules()), float32, float32, kF32, 0>>(declared);
+    });
+  }
+  for (uint32_t i = 0; i < updated.size(); ++i) {
+    const float want = i % kPlace < 3 ? parameters[i] - 0.5f * gradients[i] : 0.0f;
+    require(updated[i] == want, "element " + std::to_string(i) + " of a launch");
+  }
+}
+
 /// What is stored where the last rounding is that of memory: all patterns at which a format
 /// or a NaN ends, and random ones.
 void test_narrowing() {
@@ -941,5 +982,9 @@ int main(int, char** arguments) {
   test_narrowing();
   test_folds_of_more_than_the_lanes();
   test_an_arena_without_tensors_counts_the_step();
+  test_a_launch_of<32>();
+  test_a_launch_of<64>();
+  test_a_launch_of<128>();
+  test_a_launch_of<256>();
   std::printf("ok %zu elements\n", counted.elements);
 }
