@@ -22,7 +22,7 @@ PEERS = {
     "torch fused": "#93a9bc",
     "optax jit": "#c3ced8",
 }
-SELDOM = {"optax jit"}  # it compiles for minutes: not every run has it
+SELDOM = {"optax jit"}  # left out of runs that have little time
 LEFT, COLUMN, LONGEST = 12, 176, 118  # the longest bar of a group, before its number
 TOP, ROW, BAR = 74, 82, 13
 WIDTH = LEFT + COLUMN * len(COLUMNS)
