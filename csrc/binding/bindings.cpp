@@ -259,11 +259,26 @@ NB_MODULE(_ext, m) {
 
   nb::class_<Tree>(m, "Tree", "Gradients and their parameters, flattened in one pass.")
       .def(
-          nb::init<nb::object, nb::object, std::string, bool>(),
+          "__init__",
+          [](Tree* self,
+             nb::object gradients,
+             nb::object parameters,
+             std::string op,
+             bool exact,
+             const PreparedStep* like) {
+            new (self) Tree(
+                std::move(gradients),
+                std::move(parameters),
+                std::move(op),
+                exact,
+                like ? like->outline() : nullptr);
+          },
           "gradients"_a.none(), // refused by the walk, which names the place
           "parameters"_a.none(),
           "op"_a,
-          "exact"_a = false)
+          "exact"_a = false,
+          "like"_a = nb::none(),
+          "Trees like those of a prepared step are read along these.")
       .def("__len__", [](const Tree& tree) { return tree.parameters().size(); })
       .def_prop_ro(
           "parameters", [](const Tree& tree) { return std::vector<mx::array>(tree.parameters()); })
@@ -589,7 +604,8 @@ NB_MODULE(_ext, m) {
   nb::class_<PreparedStep>(
       m, "PreparedStep", "A step that is taken again: see csrc/binding/prepared.h.")
       .def(
-          nb::init<nb::object, std::string, size_t, StepOptions>(),
+          nb::init<const Tree&, nb::object, std::string, size_t, StepOptions>(),
+          "tree"_a,
           "layout"_a,
           "key"_a,
           "entries"_a,

@@ -17,8 +17,7 @@ nb::handle dict_at(nb::handle dict, nb::handle key) {
 
 /// The array that an object is, or null.
 const mx::array* as_array(nb::handle object) {
-  const bool is_array = object && nb::isinstance<mx::array>(object) && nb::inst_ready(object);
-  return is_array ? nb::inst_ptr<mx::array>(object) : nullptr;
+  return object && is_array(object) ? &array_of(object) : nullptr;
 }
 
 const mx::array* as_scalar(nb::handle object) {
@@ -81,8 +80,14 @@ nb::dict copy_of(nb::handle dict) {
 
 } // namespace
 
-PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, StepOptions options)
-    : held_(layout),
+PreparedStep::PreparedStep(
+    const Tree& tree,
+    nb::object layout,
+    std::string key,
+    size_t entries,
+    StepOptions options)
+    : outline_(tree.outline()),
+      held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),
       entries_(entries),

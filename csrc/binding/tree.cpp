@@ -58,119 +58,27 @@ class Recursion {
   ~Recursion() { Py_LeaveRecursiveCall(); }
 };
 
-bool is_sequence(nb::handle tree) {
-  return nb::isinstance<nb::list>(tree) || nb::isinstance<nb::tuple>(tree);
-}
-
-nb::object item(nb::handle sequence, size_t i) {
-  PyObject* object = PyList_Check(sequence.ptr()) ? PyList_GetItem(sequence.ptr(), i)
-                                                  : PyTuple_GetItem(sequence.ptr(), i);
-  if (!object) {
-    nb::raise_python_error();
-  }
-  return nb::borrow(object);
-}
-
 std::string python_type(nb::handle object) {
   return nb::cast<std::string>(object.type().attr("__name__"));
-}
-
-// The type is looked up once: a tree has hundreds of leaves.
-bool is_array(nb::handle object) {
-  static PyObject* const array_type = nb::type<mx::array>().ptr();
-  return object.type().ptr() == array_type && nb::inst_ready(object);
-}
-
-/// Of an array: integers are data, such as the weights of a quantized layer.
-bool is_integer(nb::handle array) {
-  const auto dtype = nb::inst_ptr<mx::array>(array)->dtype();
-  return dtype == mx::bool_ || mx::issubdtype(dtype, mx::integer);
 }
 
 std::string described(std::string_view path) {
   return path.empty() ? "the tree itself" : "'" + path_name(path) + "'";
 }
 
-/// A step begins when the caches have forgotten the tree: the last step took milliseconds.
-/// Asks for what an array has to say, before it is read.
-void prefetch_array(nb::handle object) {
-  constexpr size_t kLine = 64, kDescriptor = 384; // bytes, about
-  if (is_array(object)) {
-    auto* descriptor = reinterpret_cast<const char*>(nb::inst_ptr<mx::array>(object)->id());
-    for (size_t at = 0; at < kDescriptor; at += kLine) {
-      __builtin_prefetch(descriptor + at);
-    }
-  }
-}
-
-/// Calls visit(path, leaf) for each leaf, in the order of Tree.
-template <typename Visit>
-void for_each_leaf(nb::handle tree, std::string& path, Visit&& visit) {
-  if (nb::isinstance<nb::dict>(tree)) {
-    for (auto [key, child] : nb::borrow<nb::dict>(tree)) {
-      Descend down(path, key);
-      for_each_leaf(child, path, visit);
-    }
-  } else if (is_sequence(tree)) {
-    size_t i = 0;
-    for (auto child : tree) {
-      Descend down(path, i++);
-      for_each_leaf(child, path, visit);
-    }
-  } else {
-    visit(path, tree);
-  }
-}
-
-[[noreturn]] void refuse_change() {
-  throw std::logic_error("[Tree] the tree of gradients was changed while a step was made of it.");
-}
-
-nb::object rebuild(
-    nb::handle tree,
-    std::vector<mx::array>& leaves,
-    size_t& next,
-    bool skips_integers) {
-  if (is_array(tree)) {
-    return skips_integers && is_integer(tree) ? nb::borrow(tree)
-                                              : nb::cast(std::move(leaves.at(next++)));
-  }
-  if (nb::isinstance<nb::dict>(tree)) {
-    nb::dict result;
-    for (auto [key, child] : nb::borrow<nb::dict>(tree)) {
-      result[key] = rebuild(child, leaves, next, skips_integers);
-    }
-    return result;
-  }
-  if (is_sequence(tree)) {
-    nb::list items;
-    for (auto child : tree) {
-      items.append(rebuild(child, leaves, next, skips_integers));
-    }
-    auto type = nb::borrow(tree.type());
-    if (type.is(nb::handle((PyObject*)&PyList_Type))) {
-      return items;
-    }
-    return nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items);
-  }
-  refuse_change();
-}
-
 } // namespace
 
-nb::handle lookup(nb::handle dict, nb::handle key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (!value && PyErr_Occurred()) {
-    throw nb::python_error();
+Tree::Tree(
+    nb::object gradients,
+    nb::object parameters,
+    std::string op,
+    bool exact,
+    std::shared_ptr<const Outline> like)
+    : op_(std::move(op)), exact_(exact), skips_integers_(!exact && gradients.is(parameters)) {
+  if (like && like->read(gradients, parameters, exact, gradients_, parameters_)) {
+    outline_ = std::move(like);
+    return;
   }
-  return value;
-}
-
-Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exact)
-    : structure_(gradients),
-      op_(std::move(op)),
-      exact_(exact),
-      skips_integers_(!exact && gradients.is(parameters)) {
   Walk found;
   try {
     walk(gradients, parameters, found);
@@ -179,45 +87,43 @@ Tree::Tree(nb::object gradients, nb::object parameters, std::string op, bool exa
     throw;
   }
   take(found);
+  outline_ = std::make_shared<const Outline>(std::move(found.outline));
 }
 
-void Tree::take(const Walk& found) {
-  const size_t n = found.leaves.size();
-  gradients_.reserve(n);
-  parameters_.reserve(n);
-  fingerprint_.reserve(n, found.paths.size());
-  const std::string_view paths = found.paths;
-  size_t path_begin = 0;
-  for (size_t i = 0; i < n; ++i) {
-    constexpr size_t kAhead = 8;
-    if (i + kAhead < n) {
-      prefetch_array(found.leaves[i + kAhead].gradient);
-      prefetch_array(found.leaves[i + kAhead].parameter);
-    }
-    const auto& leaf = found.leaves[i];
-    take(leaf, paths.substr(path_begin, leaf.path_end - path_begin));
-    path_begin = leaf.path_end;
-  }
+void Tree::take(Walk& found) {
+  gradients_.reserve(found.leaves.size());
+  parameters_.reserve(found.leaves.size());
+  found.outline.reserve_tensors();
+  for_each_leaf(found.leaves, [&](size_t i, const Leaf& leaf) {
+    take(leaf, found.outline.path(i));
+    found.outline.add_tensor(parameters_.back());
+  });
 }
 
 void Tree::walk(nb::handle gradients, nb::handle parameters, Walk& walk) {
-  Recursion guard; // the other walks follow the same structure
+  Recursion guard;
+  auto key = std::move(walk.key);
   if (is_array(gradients)) {
-    if (skips_integers_ && is_integer(gradients)) {
+    if (skips_integers_ && is_integer(array_of(gradients))) {
+      walk.outline.add_kept(std::move(key), nb::borrow(gradients));
       return;
     }
-    walk.paths += walk.path;
-    walk.leaves.push_back({nb::borrow(gradients), nb::borrow(parameters), walk.paths.size()});
+    if (!is_array(parameters)) {
+      array(parameters, "parameter", walk.path);
+    }
+    walk.outline.add_leaf(std::move(key), walk.path);
+    walk.leaves.push_back({nb::borrow(gradients), nb::borrow(parameters)});
   } else if (nb::isinstance<nb::dict>(gradients)) {
-    walk_dicts(gradients, parameters, walk);
+    walk_dicts(gradients, parameters, walk.outline.add_dict(std::move(key)), walk);
   } else if (is_sequence(gradients)) {
-    walk_sequences(gradients, parameters, walk);
+    const auto number = walk.outline.add_sequence(std::move(key), nb::borrow(gradients.type()));
+    walk_sequences(gradients, parameters, number, walk);
   } else {
     array(gradients, gradients.is(parameters) ? "parameter" : "gradient", walk.path);
   }
 }
 
-void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
+void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, size_t number, Walk& walk) {
   if (!exact_ && nb::len(gradients) == 0) {
     return; // a place without gradients, as mlx.utils.tree_unflatten fills lists with
   }
@@ -250,6 +156,8 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
           described(walk.path),
           ", allowed only paths that the parameters have.");
     }
+    walk.key = own_key;
+    walk.outline.add_child(number);
     this->walk(own_gradient, parameter, walk);
   }
   if (exact_) {
@@ -266,7 +174,7 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, Walk& walk) {
   }
 }
 
-void Tree::walk_sequences(nb::handle gradients, nb::handle parameters, Walk& walk) {
+void Tree::walk_sequences(nb::handle gradients, nb::handle parameters, size_t number, Walk& walk) {
   const size_t length = nb::len(gradients);
   if (!is_sequence(parameters) || nb::len(parameters) < length ||
       (exact_ && nb::len(parameters) != length)) {
@@ -288,6 +196,7 @@ void Tree::walk_sequences(nb::handle gradients, nb::handle parameters, Walk& wal
       __builtin_prefetch(item(parameters, i + kAhead).ptr());
     }
     Descend down(walk.path, i);
+    walk.outline.add_child(number);
     this->walk(item(gradients, i), item(parameters, i), walk);
   }
 }
@@ -304,8 +213,8 @@ const mx::array& Tree::array(nb::handle object, const char* role, std::string_vi
         python_type(object),
         ", allowed mlx.core.array.");
   }
-  auto& a = *nb::inst_ptr<mx::array>(object);
-  if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
+  auto& a = array_of(object);
+  if (!is_trainable(a.dtype())) {
     refuse(
         op_,
         "the ",
@@ -336,7 +245,6 @@ void Tree::take(const Leaf& leaf, std::string_view path) {
   }
   gradients_.push_back(g);
   parameters_.push_back(p);
-  fingerprint_.add(path, p.shape(), p.dtype());
 }
 
 Tree Tree::part(const std::vector<size_t>& numbers, nb::object layout) const {
@@ -344,7 +252,6 @@ Tree Tree::part(const std::vector<size_t>& numbers, nb::object layout) const {
   Tree part;
   part.layout_ = layout;
   part.op_ = op_;
-  part.fingerprint_ = made.fingerprint;
   bool fits = numbers.size() == made.tensors.size();
   for (size_t i = 0; fits && i < numbers.size(); ++i) {
     part.gradients_.push_back(gradients_.at(numbers[i]));
@@ -369,30 +276,7 @@ Tree Tree::with_gradients(std::vector<mx::array> gradients) const {
 }
 
 nb::object Tree::unflatten(std::vector<mx::array> leaves) const {
-  if (layout_) {
-    return nb::cast(std::move(leaves));
-  }
-  size_t next = 0;
-  return rebuild(structure_, leaves, next, skips_integers_);
-}
-
-std::vector<TensorSpec> Tree::specs() const {
-  if (layout_) {
-    return nb::cast<const Layout&>(layout_).tensors;
-  }
-  std::vector<TensorSpec> specs;
-  std::string path;
-  for_each_leaf(structure_, path, [&](const std::string& name, nb::handle leaf) {
-    if (skips_integers_ && is_array(leaf) && is_integer(leaf)) {
-      return;
-    }
-    if (specs.size() == parameters_.size()) {
-      refuse_change();
-    }
-    auto& parameter = parameters_[specs.size()];
-    specs.push_back({name, parameter.shape(), parameter.dtype()});
-  });
-  return specs;
+  return layout_ ? nb::cast(std::move(leaves)) : outline_->make(std::move(leaves));
 }
 
 } // namespace mlx_fused_optim

@@ -62,7 +62,12 @@ class Tree:
     """Gradients and their parameters, flattened in one pass."""
 
     def __init__(
-        self, gradients: object | None, parameters: object | None, op: str, exact: bool = False
+        self,
+        gradients: object | None,
+        parameters: object | None,
+        op: str,
+        exact: bool = False,
+        like: PreparedStep | None = None,
     ) -> None: ...
     def __len__(self) -> int: ...
     def part(self, numbers: Sequence[int], layout: object) -> Tree: ...
@@ -199,7 +204,9 @@ def after(x: mx.array, other: mx.array) -> mx.array: ...
 class PreparedStep:
     """A step that is taken again: see csrc/binding/prepared.h."""
 
-    def __init__(self, layout: object, key: str, entries: int, options: Options) -> None: ...
+    def __init__(
+        self, tree: Tree, layout: object, key: str, entries: int, options: Options
+    ) -> None: ...
     def __call__(
         self,
         tree: Tree,

@@ -127,7 +127,6 @@ def _step_of(cls: type[FusedOptimizer]) -> Step:
         stream: mx.Stream | mx.Device | None = None,
         **arguments: Any,
     ) -> tuple[Any, _packing.State]:
-        tree = _ext.Tree(gradients, parameters, op, exact=True)
         if callable(learning_rate):
             schedule = learning_rate = as_ours(learning_rate)
         else:
@@ -135,6 +134,8 @@ def _step_of(cls: type[FusedOptimizer]) -> Step:
         key = (schedule, *arguments.values())
         key_name = (op, *arguments, *map(id, key))
         prepared = _prepared.get(key_name)
+        like = None if prepared is None else prepared.step
+        tree = _ext.Tree(gradients, parameters, op, exact=True, like=like)
         if prepared is not None:
             taken = prepared.step(tree, state, learning_rate, stream)
             if taken is not None:

@@ -19,6 +19,7 @@ LAYOUT = "csrc/graph/layout.cpp"
 VIEW = "csrc/graph/view.cpp"
 DONATION = "csrc/graph/donation.cpp"
 TREE = "csrc/binding/tree.cpp"
+OUTLINE = "csrc/binding/outline.cpp"
 PREPARED = "csrc/binding/prepared.cpp"
 MEASURE = "csrc/graph/measure.cpp"
 SCHEDULE = "csrc/graph/schedule.cpp"
@@ -108,7 +109,16 @@ MUTANTS = [
     Mutant("parameters_left_out", TREE, "  if (exact_) {\n", "  if (false) {\n", "bad_input optimizer"),
     Mutant("paths_grow", TREE, "~Descend() { path_.resize(length_); }", "~Descend() {}", "optimizer"),
     Mutant("shapes_of_one_size", TREE, "g.shape() != p.shape()", "g.size() != p.size()", "bad_input"),
-    Mutant("named_tuples", TREE, 'nb::hasattr(type, "_fields") ? type(*nb::tuple(items)) : type(items)', "type(items)", "optimizer modes"),
+    Mutant("named_tuples", OUTLINE, 'nb::hasattr(here.type, "_fields") ? here.type(*nb::tuple(items)) : here.type(items)', "here.type(items)", "optimizer modes"),
+    Mutant("outline_of_any_keys", OUTLINE, "PyUnicode_Compare(key, known.ptr()) == 0", "true", "outline"),
+    Mutant("outline_of_more_keys", OUTLINE, "!PyDict_Check(gradient.ptr()) || nb::len(gradient) != here.children", "!PyDict_Check(gradient.ptr()) || nb::len(gradient) < here.children", "outline"),
+    Mutant("outline_of_other_gradients", OUTLINE, "g.shape() == shapes_[i]", "g.size() > 0", "outline bad_input"),
+    Mutant("outline_of_other_parameters", OUTLINE, "p.shape() == shapes_[i]", "true", "outline prepared"),
+    Mutant("outline_of_other_dtypes", OUTLINE, "p.dtype() == dtypes_[i]", "true", "outline prepared"),
+    Mutant("outline_of_integers", OUTLINE, "is_like &= is_trainable(g.dtype()) && ", "is_like &= ", "outline bad_input"),
+    Mutant("outline_of_any_sequence", OUTLINE, "!gradient.type().is(here.type)", "!is_sequence(gradient)", "outline"),
+    Mutant("outline_of_more_parameters", OUTLINE, "(exact && nb::len(parameter) != here.children)) {\n        return false;\n      }\n      Py_ssize_t", "false) {\n        return false;\n      }\n      Py_ssize_t", "outline bad_input"),
+    Mutant("outline_with_a_leaf_more", TREE, "      walk.outline.add_kept(std::move(key), nb::borrow(gradients));\n", "", "optimizer bad_input outline"),
     Mutant("skipped_steps_not_counted", PREPARED, "nb::cast(taken.measured[1])", "nb::cast(*options.skipped)", "prepared"),
     Mutant("norm_of_the_last_step", PREPARED, "  if (is_measured) {\n", "  if (false) {\n", "prepared"),
     Mutant("prepared_for_other_tensors", PREPARED, "if (!tree.fits(layout_) || !step", "if (!step", "prepared"),

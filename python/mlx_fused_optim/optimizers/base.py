@@ -380,11 +380,11 @@ class FusedOptimizer(Optimizer):
         if self._is_single:
             self._check_single(grad_scale)
             return super().apply_gradients(gradients, parameters)
-        tree = _ext.Tree(gradients, parameters, self._op)
+        prepared = self._prepared
+        tree = _ext.Tree(gradients, parameters, self._op, like=prepared.step)
         hyper = self._hyper()
         learning_rate = self._schedulers.get("learning_rate")
         key = (hyper, self._options, learning_rate)
-        prepared = self._prepared
         if (
             prepared.step is not None
             and grad_scale is None

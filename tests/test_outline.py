@@ -1,0 +1,278 @@
+"""Trees that are read along the outline of an earlier one, csrc/binding/outline.h: the same as by
+a walk, and whatever is not like that one is left to the walk."""
+
+import collections
+import gc
+import weakref
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_fused_optim as optim
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_fused_optim import _ext
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+class Text(str):
+    pass
+
+
+def leaf(value, shape=(2, 3), dtype=mx.float32):
+    return mx.full(shape, value, dtype)
+
+
+def usual(start=1.0):
+    """Every container, nested, and a place without gradients."""
+    return {
+        "a": leaf(start),
+        "layers": [
+            {"weight": leaf(start + 1, (4,)), "bias": leaf(start + 2, ())},
+            {},
+            {"weight": leaf(start + 3, (0,)), "bias": leaf(start + 4, (1,), mx.float16)},
+        ],
+        "alike": {"x": leaf(start + 9), "y": leaf(start + 10)},
+        "pair": (leaf(start + 5), [leaf(start + 6)]),
+        "named": Pair(leaf(start + 7), leaf(start + 8, dtype=mx.bfloat16)),
+    }
+
+
+def steps_of(tree):
+    """What an optimizer has prepared for trees like this."""
+    optimizer = optim.SGD(optim.exponential_decay(0.1, 0.9), momentum=0.9)
+    optimizer.apply_gradients(tree_map(mx.ones_like, tree), tree)
+    assert optimizer._prepared.step is not None
+    return optimizer._prepared.step
+
+
+def shown(tree):
+    """Types, keys and values, in their order."""
+    if isinstance(tree, dict):
+        return type(tree), [(type(key), key, shown(value)) for key, value in tree.items()]
+    if isinstance(tree, list | tuple):
+        return type(tree), [shown(value) for value in tree]
+    return tree.shape, tree.dtype, tree.tolist()
+
+
+def outcome(gradients, parameters, exact, like):
+    try:
+        tree = _ext.Tree(gradients, parameters, "op", exact, like)
+    except Exception as error:
+        return type(error), str(error)
+    leaves = [mx.array(float(i)) for i in range(len(tree))]
+    return (
+        tree.fingerprint,
+        shown(tree.gradients),
+        shown(tree.parameters),
+        shown(tree.unflatten(leaves)),
+        _ext.Layout(tree).tensors,
+    )
+
+
+def changed(change):
+    tree = usual()
+    change(tree)
+    return tree
+
+
+CHANGES = {
+    "nothing": lambda t: None,
+    "another order of keys": lambda t: t.update({"a": t.pop("a")}),
+    "of two alike the second first": lambda t: t.update(alike=dict(reversed(t["alike"].items()))),
+    "of two alike one of another key": lambda t: t.update(alike={"x": leaf(0), "z": leaf(0)}),
+    "another key": lambda t: t.update({"b": t.pop("a")}),
+    "one more": lambda t: t.update(more=leaf(0)),
+    "one less": lambda t: t.pop("a"),
+    "more in a list": lambda t: t["layers"].append({"weight": leaf(0)}),
+    "less in a list": lambda t: t["layers"].pop(),
+    "an empty place is filled": lambda t: t["layers"][1].update(weight=leaf(0)),
+    "a place is emptied": lambda t: t["layers"][0].clear(),
+    "a list for a dict": lambda t: t.update(layers=[[leaf(0)], {}, []]),
+    "a dict for a list": lambda t: t.update(pair={"0": leaf(0)}),
+    "a list for a tuple": lambda t: t.update(pair=list(t["pair"])),
+    "a tuple for a named one": lambda t: t.update(named=tuple(t["named"])),
+    "a named one for a tuple": lambda t: t.update(pair=Pair(*t["pair"])),
+    "a leaf for a tree": lambda t: t.update(layers=leaf(0)),
+    "a tree for a leaf": lambda t: t.update(a={"a": leaf(0)}),
+    "another shape": lambda t: t.update(a=leaf(0, (3, 2))),
+    "another rank": lambda t: t.update(a=leaf(0, (6,))),
+    "another dtype": lambda t: t.update(a=leaf(0, dtype=mx.float16)),
+    "integers": lambda t: t.update(a=leaf(0, dtype=mx.int32)),
+    "a number": lambda t: t.update(a=1.0),
+    "nothing for a leaf": lambda t: t.update(a=None),
+    "nothing for a tree": lambda t: t.update(layers=None),
+    "a key of another type": lambda t: t.update({Text("a"): t.pop("a")}),
+    "a number as key": lambda t: t.update({0: t.pop("a")}),
+    "an ordered dict": lambda t: t.update(layers=[collections.OrderedDict(t["layers"][0]), {}, {}]),
+    "itself": lambda t: t.update(a=t),
+}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("of", ["gradients", "parameters", "both"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_same_as_a_walk(change, of, exact):
+    like = steps_of(usual())
+    gradients = changed(CHANGES[change]) if of != "parameters" else usual(20.0)
+    parameters = changed(CHANGES[change]) if of != "gradients" else usual(20.0)
+    want = outcome(gradients, parameters, exact, None)
+    assert outcome(gradients, parameters, exact, like) == want
+    if change == "nothing":
+        assert want[0] == outcome(usual(), usual(), exact, None)[0]
+
+
+def test_parameters_of_a_module():
+    """It is a dict of more, in another order, with gradients for what is trained."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm(4), nn.Linear(4, 2))
+    model.layers[2].freeze(keys="bias")
+    gradients = tree_map(mx.ones_like, model.trainable_parameters())
+    optimizer = optim.SGD(optim.exponential_decay(0.1, 0.9))
+    optimizer.update(model, gradients)
+    like = optimizer._prepared.step
+    want = outcome(gradients, model, False, None)
+    assert len(want[1][1]) == 5
+    assert outcome(gradients, model, False, like) == want
+
+
+def test_keys_are_those_of_the_outline():
+    """So a tree was read along it: a walk would have the keys of the tree itself."""
+    key, same = "".join(["ke", "y"]), "".join(["k", "ey"])
+    assert key is not same
+    like = steps_of({key: leaf(1)})
+    other = {same: leaf(2)}
+    for known, want in ((like, key), (None, same)):
+        tree = _ext.Tree(other, other, "op", True, known).unflatten([leaf(3)])
+        assert next(iter(tree)) is want
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_a_later_tree_was_made_like_can_go(exact):
+    optimizer = optim.SGD(optim.exponential_decay(0.1, 0.9))
+    parameters = optimizer.apply_gradients(usual(), usual())
+    tree = _ext.Tree(usual(5.0), parameters, "op", exact, optimizer._prepared.step)
+    del optimizer
+    gc.collect()
+    back = tree.unflatten(tree.gradients)
+    assert shown(back) == shown(usual(5.0))
+
+
+def test_integers_of_parameters_alone_stay():
+    """Data of a quantized layer, which nobody trains."""
+    tree = {"w": leaf(1), "data": [leaf(2, dtype=mx.uint32), leaf(3)], "last": leaf(4)}
+    read = _ext.Tree(tree, tree, "op")
+    assert len(read) == 3
+    made = read.unflatten([leaf(10), leaf(30), leaf(40)])
+    assert shown(made) == shown(
+        {"w": leaf(10), "data": [leaf(2, dtype=mx.uint32), leaf(30)], "last": leaf(40)}
+    )
+    optimizer = optim.SGD(optim.exponential_decay(0.1, 0.9))
+    for _ in range(2):
+        assert optimizer.apply_gradients(tree, tree)["data"][0] is tree["data"][0]
+    like = optimizer._prepared.step
+    assert outcome(tree, tree, False, like) == outcome(tree, tree, False, None)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        _ext.Tree(tree, dict(tree), "op", False, like)
+
+
+def test_no_array_is_kept():
+    class Array(dict):
+        """A dict can be referred to weakly if it is a subclass; what it holds goes with it."""
+
+    gradients = Array(usual())
+    gone = weakref.ref(gradients)
+    like = steps_of(gradients)
+    before = mx.get_active_memory()
+    del gradients
+    gc.collect()
+    assert gone() is None
+    mx.clear_cache()
+    assert mx.get_active_memory() <= before
+    assert outcome(usual(), usual(), True, like) == outcome(usual(), usual(), True, None)
+
+
+@pytest.mark.parametrize("when", ["hash", "eq"])
+@pytest.mark.parametrize("where", ["gradients", "parameters"])
+@pytest.mark.parametrize("action", ["clear", "grow", "replace"])
+def test_keys_that_change_the_trees(when, where, action):
+    """Code of a key in the parameters runs while a tree is read: no crash, whatever it does."""
+    like = steps_of({f"k{i}": [leaf(i)] for i in range(4)})
+    gradients = {f"k{i}": [leaf(i)] for i in range(4)}
+    trees = {"gradients": gradients, "parameters": None}
+    calls = []
+
+    def act():
+        tree = trees[where]
+        if tree is None or calls:
+            return
+        calls.append(1)
+        if action == "clear":
+            tree.clear()
+        elif action == "grow":
+            tree.update({f"new{i}": [leaf(0)] for i in range(100)})
+        else:
+            for key in list(tree):
+                tree[key] = None
+
+    class Key:
+        def __hash__(self):
+            act() if when == "hash" else None
+            return hash("k2")
+
+        def __eq__(self, other):
+            act()
+            return False
+
+    trees["parameters"] = parameters = {Key(): leaf(0), **{f"k{i}": [leaf(i)] for i in range(4)}}
+    calls.clear()
+    found = outcome(gradients, parameters, False, like)
+    assert isinstance(found, tuple)
+    gc.collect()
+
+
+def test_depth():
+    """As deep as a walk goes, an outline is followed."""
+
+    def nested(depth):
+        tree = leaf(1)
+        for _ in range(depth):
+            tree = [tree]
+        return tree
+
+    like = steps_of(nested(200))
+    assert (
+        outcome(nested(200), nested(200), True, like)[0]
+        == (outcome(nested(200), nested(200), True, None)[0])
+    )
+    assert outcome(nested(199), nested(199), True, like) == (
+        outcome(nested(199), nested(199), True, None)
+    )
+
+
+def test_random_trees():
+    """Trees of one kind, read along outlines of another: always as a walk has it."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    shapes = st.sampled_from([(), (1,), (2, 2), (4,)])
+    dtypes = st.sampled_from([mx.float32, mx.float16, mx.bfloat16])
+    leaves = st.builds(lambda s, d: mx.ones(s, d), shapes, dtypes)
+    trees = st.recursive(
+        leaves,
+        lambda inner: (
+            st.lists(inner, min_size=1, max_size=3)
+            | st.lists(inner, min_size=1, max_size=3).map(tuple)
+            | st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, min_size=1, max_size=3)
+        ),
+        max_leaves=6,
+    )
+
+    @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+    @hypothesis.given(trees, trees, trees, st.booleans())
+    def check(known, gradients, parameters, exact):
+        like = steps_of(known)
+        for g, p in ((gradients, parameters), (gradients, gradients), (known, known)):
+            assert outcome(g, p, exact, like) == outcome(g, p, exact, None)
+            other = tree_map(lambda a: a + 1, p) if tree_flatten(p) else p
+            assert outcome(g, other, exact, like) == outcome(g, other, exact, None)
+
+    check()
