@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import itertools
 import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.optimizers
@@ -296,6 +298,47 @@ def test_steps_in_place_need_no_memory():
     # Counters only; an arena is 32 MiB.
     assert mx.get_peak_memory() - active < 1 << 20
     assert mx.get_active_memory() - active < 1 << 20
+
+
+GRAPHS = """
+import os, sys
+import mlx.core as mx
+import mlx_fused_optim as optim
+
+folder, compiled = os.path.dirname(os.environ["MLX_SAVE_CUDA_GRAPHS_DOT_FILE"]), sys.argv[1] == "1"
+parameters = [mx.ones((1 << 20,)) for _ in range(12)]  # six arenas
+gradients = [mx.ones((1 << 20,)) for _ in range(12)]
+optimizer = optim.SGD(optim.exponential_decay(0.1, 0.9), momentum=0.9)
+optimizer.init(parameters)
+mx.eval(parameters, gradients, optimizer.state)
+step = optimizer.apply_gradients
+if compiled:
+    step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+for i in range(6):
+    parameters = step(gradients, parameters)
+    mx.eval(parameters, optimizer.state)
+    if i == 2:  # parameters lie in arenas, and are written in place
+        mx.synchronize()
+        before = set(os.listdir(folder))
+print(*sorted(set(os.listdir(folder)) - before))
+"""
+
+
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_a_step_is_kernels_and_nothing_else(compiled, tmp_path):
+    """MLX finds the graph to be updated by its kernels, and takes one with other nodes between
+    them for the same: that fails, and a graph is instantiated with each step."""
+    environment = dict(os.environ, MLX_SAVE_CUDA_GRAPHS_DOT_FILE=str(tmp_path / "graph"))
+    made = subprocess.run(
+        [sys.executable, "-c", GRAPHS, str(compiled)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    graphs = [(tmp_path / name).read_text() for name in made]
+    assert len(graphs) >= 3
+    assert all("step_tiled" in graph and "EMPTY" not in graph for graph in graphs), graphs[0]
 
 
 def test_memory_is_mlx_s_own():

@@ -16,28 +16,32 @@ namespace mlx_fused_optim::cuda {
 
 namespace {
 
-/// MLX does not export its allocation of device memory, and its public one gives
-/// unified memory. But every operation that writes an output allocates it, and a
-/// concatenation of no arrays does nothing else.
-mx::array concatenation_of_nothing(const mx::Shape& shape, mx::Stream stream) {
+/// MLX does not export its allocation of device memory, and its public one gives unified
+/// memory. But every operation that writes an output allocates it, and a conversion as much as its
+/// input takes, although an array without elements leaves it nothing else to do. (Nor would a
+/// concatenation of no arrays do anything else, but leave an empty node in the graph of the
+/// encoder. These are not in the key by which MLX finds a graph to update: two graphs of a step had
+/// one key, and each was instantiated anew, at 200 us.)
+mx::array conversion_of_nothing(size_t bytes, mx::Stream stream) {
   static thread_local std::unordered_map<int, std::shared_ptr<mx::Primitive>> primitives;
   auto& primitive = primitives[stream.index];
   if (!primitive) {
-    const mx::array some({0.0f});
-    primitive = mx::concatenate({some, some}, 0, stream).primitive_ptr();
+    primitive = mx::astype(mx::array(0.0f), mx::uint8, stream).primitive_ptr();
   }
-  std::vector<mx::array> outputs = {mx::array(shape, mx::uint8, nullptr, {})};
-  primitive->eval_gpu({}, outputs);
+  mx::array nothing({0}, mx::uint8, nullptr, {});
+  nothing.set_data({mx::allocator::Buffer(nullptr), nullptr}, bytes, {1}, {true, true, true});
+  std::vector<mx::array> outputs = {mx::array({0}, mx::uint8, primitive, {})};
+  primitive->eval_gpu({nothing}, outputs); // which could have the memory of an array held once
   return outputs[0];
 }
 
 /// Device memory, if MLX has it. It answers with unified memory where the device
 /// has no more, but also with what it finds in its cache, and that becomes unified
 /// when the host has read it: such a buffer is held while another is asked for.
-std::optional<mx::allocator::Data> device_memory(const mx::Shape& shape, mx::Stream stream) {
+std::optional<mx::allocator::Data> device_memory(size_t bytes, mx::Stream stream) {
   std::vector<mx::array> unified;
   for (int tries = 0; tries < 3; ++tries) {
-    auto block = concatenation_of_nothing(shape, stream);
+    auto block = conversion_of_nothing(bytes, stream);
     if (static_cast<const mx::cu::CudaBuffer*>(block.buffer().ptr())->device >= 0) {
       return std::move(*block.data_shared_ptr());
     }
@@ -92,19 +96,14 @@ constexpr size_t kLarge = size_t(16) << 20;
 mx::allocator::Data allocate(size_t bytes, mx::Stream stream) {
   // MLX keeps 8 bytes or less in unified memory, across the bus.
   bytes = std::max<size_t>(bytes, 16);
-  constexpr size_t kRow = 256;
-  mx::Shape shape = {static_cast<int>(bytes)};
-  if (bytes > kRow) { // two dimensions: int32 counts to 2 GiB only
-    shape = {static_cast<int>((bytes + kRow - 1) / kRow), static_cast<int>(kRow)};
-  }
   if (bytes >= kLarge) {
     require_room(bytes, stream);
   }
-  if (auto memory = device_memory(shape, stream)) {
+  if (auto memory = device_memory(bytes, stream)) {
     return std::move(*memory);
   }
   free_what_can_be_freed(stream);
-  if (auto memory = device_memory(shape, stream)) {
+  if (auto memory = device_memory(bytes, stream)) {
     return std::move(*memory);
   }
   refuse_memory(bytes);
