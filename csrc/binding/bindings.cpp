@@ -257,28 +257,16 @@ NB_MODULE(_ext, m) {
   m.def("join", &join, "schedules"_a, "boundaries"_a, "None if it needs too many segments.");
   m.def("scaled", &scaled, "schedule"_a, "factor"_a);
 
+  nb::class_<Outline>(m, "Outline", "What a tree is made of: see csrc/binding/outline.h.");
   nb::class_<Tree>(m, "Tree", "Gradients and their parameters, flattened in one pass.")
       .def(
-          "__init__",
-          [](Tree* self,
-             nb::object gradients,
-             nb::object parameters,
-             std::string op,
-             bool exact,
-             const PreparedStep* like) {
-            new (self) Tree(
-                std::move(gradients),
-                std::move(parameters),
-                std::move(op),
-                exact,
-                like ? like->outline() : nullptr);
-          },
+          nb::init<nb::object, nb::object, std::string, bool, std::shared_ptr<Outline>>(),
           "gradients"_a.none(), // refused by the walk, which names the place
           "parameters"_a.none(),
           "op"_a,
           "exact"_a = false,
           "like"_a = nb::none(),
-          "Trees like those of a prepared step are read along these.")
+          "Trees like an earlier one are read along its outline.")
       .def("__len__", [](const Tree& tree) { return tree.parameters().size(); })
       .def_prop_ro(
           "parameters", [](const Tree& tree) { return std::vector<mx::array>(tree.parameters()); })
@@ -294,6 +282,8 @@ NB_MODULE(_ext, m) {
       .def("with_gradients", &Tree::with_gradients, "gradients"_a)
       .def("unflatten", &Tree::unflatten, "leaves"_a, "The structure, with other leaves.")
       .def_prop_ro("fingerprint", &Tree::fingerprint)
+      .def_prop_ro(
+          "outline", &Tree::outline, "For the trees of later steps; None if none is read along it.")
       .def_prop_ro(
           "layout_name",
           &Tree::layout_name,
@@ -604,8 +594,7 @@ NB_MODULE(_ext, m) {
   nb::class_<PreparedStep>(
       m, "PreparedStep", "A step that is taken again: see csrc/binding/prepared.h.")
       .def(
-          nb::init<const Tree&, nb::object, std::string, size_t, StepOptions>(),
-          "tree"_a,
+          nb::init<nb::object, std::string, size_t, StepOptions>(),
           "layout"_a,
           "key"_a,
           "entries"_a,

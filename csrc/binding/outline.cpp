@@ -2,6 +2,14 @@
 
 namespace mlx_fused_optim {
 
+size_t Outline::add(Node node) {
+  const auto* type = node.type.ptr(); // or an array that is kept
+  is_plain_ = is_plain_ && (!node.key || PyUnicode_CheckExact(node.key.ptr())) &&
+      (!type || type == (PyObject*)&PyList_Type || type == (PyObject*)&PyTuple_Type);
+  nodes_.push_back(std::move(node));
+  return nodes_.size() - 1;
+}
+
 std::vector<TensorSpec> Outline::specs() const {
   std::vector<TensorSpec> specs;
   specs.reserve(shapes_.size());
@@ -55,16 +63,17 @@ bool Outline::find(
       }
       leaves.push_back({nb::borrow(gradient), nb::borrow(parameter)});
       return true;
-    case Kind::kept:
+    case Kind::kept: // not in a plain one
       return false;
     case Kind::dict: {
-      if (!PyDict_Check(gradient.ptr()) || nb::len(gradient) != here.children) {
+      const auto length = static_cast<Py_ssize_t>(here.children);
+      if (!PyDict_Check(gradient.ptr()) || PyDict_Size(gradient.ptr()) != length) {
         return false;
       }
       if (here.children == 0 && !exact) {
         return true; // whatever the parameters have there
       }
-      if (!PyDict_Check(parameter.ptr()) || (exact && nb::len(parameter) != here.children)) {
+      if (!PyDict_Check(parameter.ptr()) || (exact && PyDict_Size(parameter.ptr()) != length)) {
         return false;
       }
       Py_ssize_t at = 0;
@@ -75,9 +84,8 @@ bool Outline::find(
         }
         // Other keys have code of their own, which may change the trees.
         const auto& known = nodes_[node].key;
-        if (!PyUnicode_CheckExact(key) ||
-            (key != known.ptr() &&
-             !(PyUnicode_CheckExact(known.ptr()) && PyUnicode_Compare(key, known.ptr()) == 0))) {
+        if (key != known.ptr() &&
+            !(PyUnicode_CheckExact(key) && PyUnicode_Compare(key, known.ptr()) == 0)) {
           return false;
         }
         const auto child = nb::borrow(value), other = nb::borrow(lookup(parameter, known));

@@ -25,7 +25,7 @@ class Outline {
     paths_ += path;
     path_ends_.push_back(paths_.size());
   }
-  /// A leaf that is no tensor.
+  /// A leaf that is no tensor, and stays as it is.
   void add_kept(nb::object key, nb::object leaf) {
     add({Kind::kept, std::move(key), std::move(leaf), 0});
   }
@@ -44,8 +44,12 @@ class Outline {
   std::vector<TensorSpec> specs() const;
   const Fingerprint& fingerprint() const { return fingerprint_; }
 
-  /// The arrays of trees like this, or false where they are not like it, or may not be: then a
-  /// walk has to say so. `exact` if every parameter must have a gradient.
+  /// Whether trees can be read along it. Then it refers to nothing but text and Python's own types,
+  /// so that it can be kept: Python's collector of cycles does not look into it.
+  bool is_plain() const { return is_plain_; }
+
+  /// The arrays of trees like this plain one, or false where they are not like it, or may not be:
+  /// then a walk has to say so. `exact` if every parameter must have a gradient.
   bool read(
       nb::handle gradients,
       nb::handle parameters,
@@ -63,10 +67,7 @@ class Outline {
     nb::object key, type; // the type of a sequence; what is kept
     size_t children;
   };
-  size_t add(Node node) {
-    nodes_.push_back(std::move(node));
-    return nodes_.size() - 1;
-  }
+  size_t add(Node node);
   bool find(
       size_t& node,
       nb::handle gradient,
@@ -76,6 +77,7 @@ class Outline {
   nb::object make(size_t& node, size_t& leaf, std::vector<mx::array>& leaves) const;
 
   std::vector<Node> nodes_; // each before its children
+  bool is_plain_ = true;
   std::string paths_; // of all leaves
   std::vector<size_t> path_ends_;
   std::vector<mx::Shape> shapes_;

@@ -80,14 +80,8 @@ nb::dict copy_of(nb::handle dict) {
 
 } // namespace
 
-PreparedStep::PreparedStep(
-    const Tree& tree,
-    nb::object layout,
-    std::string key,
-    size_t entries,
-    StepOptions options)
-    : outline_(tree.outline()),
-      held_(layout),
+PreparedStep::PreparedStep(nb::object layout, std::string key, size_t entries, StepOptions options)
+    : held_(layout),
       layout_(nb::cast<const Layout&>(layout)),
       key_(key.c_str()),
       entries_(entries),

@@ -15,15 +15,7 @@ class PreparedStep {
  public:
   /// `key` is the layout's in state["arenas"], which has `entries` in all. Of `options`, the
   /// learning rate counts only if it is a schedule.
-  PreparedStep(
-      const Tree& tree,
-      nb::object layout,
-      std::string key,
-      size_t entries,
-      StepOptions options);
-
-  /// Of the trees that it expects.
-  const std::shared_ptr<const Outline>& outline() const { return outline_; }
+  PreparedStep(nb::object layout, std::string key, size_t entries, StepOptions options);
 
   /// The updated parameters and the next state, or nothing where something is not as it
   /// was when the step was prepared: then Python has to look, and to say what is wrong.
@@ -34,7 +26,6 @@ class PreparedStep {
       mx::StreamOrDevice stream) const;
 
  private:
-  std::shared_ptr<const Outline> outline_;
   nb::object held_; // keeps layout_
   const Layout& layout_;
   nb::str key_;

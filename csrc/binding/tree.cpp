@@ -73,7 +73,7 @@ Tree::Tree(
     nb::object parameters,
     std::string op,
     bool exact,
-    std::shared_ptr<const Outline> like)
+    std::shared_ptr<Outline> like)
     : op_(std::move(op)), exact_(exact), skips_integers_(!exact && gradients.is(parameters)) {
   if (like && like->read(gradients, parameters, exact, gradients_, parameters_)) {
     outline_ = std::move(like);
@@ -87,7 +87,7 @@ Tree::Tree(
     throw;
   }
   take(found);
-  outline_ = std::make_shared<const Outline>(std::move(found.outline));
+  outline_ = std::make_shared<Outline>(std::move(found.outline));
 }
 
 void Tree::take(Walk& found) {
@@ -109,6 +109,7 @@ void Tree::walk(nb::handle gradients, nb::handle parameters, Walk& walk) {
       return;
     }
     if (!is_array(parameters)) {
+      array(gradients, "gradient", walk.path); // which is told first
       array(parameters, "parameter", walk.path);
     }
     walk.outline.add_leaf(std::move(key), walk.path);

@@ -19,7 +19,7 @@ class Tree {
       nb::object parameters,
       std::string op,
       bool exact,
-      std::shared_ptr<const Outline> like = nullptr);
+      std::shared_ptr<Outline> like = nullptr);
 
   /// Some of its tensors, those of `layout`, by their numbers; a list of them is its structure.
   Tree part(const std::vector<size_t>& numbers, nb::object layout) const;
@@ -37,8 +37,10 @@ class Tree {
   const std::vector<mx::array>& parameters() const { return parameters_; }
   std::string fingerprint() const { return fingerprint_text(tensors().number()); }
 
-  /// For the trees of later steps. A part has none.
-  const std::shared_ptr<const Outline>& outline() const { return outline_; }
+  /// For the trees of later steps, where they can be read along it. A part has none.
+  std::optional<std::shared_ptr<Outline>> outline() const {
+    return outline_ && outline_->is_plain() ? std::optional(outline_) : std::nullopt;
+  }
 
   /// Of a part whose layout is not the usual one of its tensors; else nothing.
   std::string layout_name() const { return layout_ ? layout().name : std::string(); }
@@ -68,7 +70,7 @@ class Tree {
 
   Tree() = default; // of no tensors
 
-  std::shared_ptr<const Outline> outline_;
+  std::shared_ptr<Outline> outline_;
   nb::object layout_; // of a part, which has no outline
   std::string op_; // for error messages
   bool exact_ = false; // every parameter must have a gradient

@@ -16,12 +16,11 @@ namespace mlx_fused_optim::cuda {
 
 namespace {
 
-/// MLX does not export its allocation of device memory, and its public one gives unified
-/// memory. But every operation that writes an output allocates it, and a conversion as much as its
-/// input takes, although an array without elements leaves it nothing else to do. (Nor would a
-/// concatenation of no arrays do anything else, but leave an empty node in the graph of the
-/// encoder. These are not in the key by which MLX finds a graph to update: two graphs of a step had
-/// one key, and each was instantiated anew, at 200 us.)
+/// MLX does not export its allocation of device memory, and its public one gives unified memory.
+/// But every operation that writes an output allocates it, and a conversion takes as much as its
+/// input says that it has in memory: this one says `bytes`, and has no elements to be converted.
+/// (A concatenation of no arrays launches nothing either, but leaves an empty node in the encoder's
+/// graph: docs/cuda.md, "Synchronisation", has what comes of it.)
 mx::array conversion_of_nothing(size_t bytes, mx::Stream stream) {
   static thread_local std::unordered_map<int, std::shared_ptr<mx::Primitive>> primitives;
   auto& primitive = primitives[stream.index];
@@ -31,7 +30,10 @@ mx::array conversion_of_nothing(size_t bytes, mx::Stream stream) {
   mx::array nothing({0}, mx::uint8, nullptr, {});
   nothing.set_data({mx::allocator::Buffer(nullptr), nullptr}, bytes, {1}, {true, true, true});
   std::vector<mx::array> outputs = {mx::array({0}, mx::uint8, primitive, {})};
-  primitive->eval_gpu({nothing}, outputs); // which could have the memory of an array held once
+  primitive->eval_gpu({nothing}, outputs); // held twice: nobody takes over its memory
+  if (outputs[0].buffer_size() < bytes) {
+    throw std::logic_error("[fused_step] this MLX allocates nothing for a conversion of nothing.");
+  }
   return outputs[0];
 }
 

@@ -142,7 +142,6 @@ def prepared_step(
         return None
     scalars = [rate, hyper.scalars[0], options.grad_scale, *hyper.scalars[1:]]
     return _ext.PreparedStep(
-        tree,
         layout.made,
         layout.key,
         len(state.get("arenas", ())),

@@ -48,16 +48,22 @@ class _Prepared(NamedTuple):
 
     key: tuple[Any, ...]
     step: _ext.PreparedStep
+    outline: _ext.Outline | None
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
 
 
-def _prepare(name: tuple[Any, ...], key: tuple[Any, ...], step: _ext.PreparedStep | None) -> None:
+def _prepare(
+    name: tuple[Any, ...],
+    key: tuple[Any, ...],
+    step: _ext.PreparedStep | None,
+    outline: _ext.Outline | None,
+) -> None:
     if step is not None and all(map(never_changes, key)):
         if len(_prepared) >= 16:  # a number that is another object in each call
             del _prepared[next(iter(_prepared))]
-        _prepared[name] = _Prepared(key, step)
+        _prepared[name] = _Prepared(key, step, outline)
 
 
 def _checked(
@@ -134,7 +140,7 @@ def _step_of(cls: type[FusedOptimizer]) -> Step:
         key = (schedule, *arguments.values())
         key_name = (op, *arguments, *map(id, key))
         prepared = _prepared.get(key_name)
-        like = None if prepared is None else prepared.step
+        like = None if prepared is None else prepared.outline
         tree = _ext.Tree(gradients, parameters, op, exact=True, like=like)
         if prepared is not None:
             taken = prepared.step(tree, state, learning_rate, stream)
@@ -146,7 +152,8 @@ def _step_of(cls: type[FusedOptimizer]) -> Step:
         updated, state, _ = take_step(
             op, tree, parameters, state, learning_rate, hyper, options, None, stream, packs=False
         )
-        _prepare(key_name, key, prepared_step(tree, state, learning_rate, hyper, options))
+        again = prepared_step(tree, state, learning_rate, hyper, options)
+        _prepare(key_name, key, again, tree.outline)
         return updated, state
 
     step.__doc__ = f"""One step of :class:`{cls.__name__}` for all parameters, in one kernel.

@@ -31,13 +31,18 @@ from ..schedules._of_mlx import as_ours
 
 
 class _Prepared:
-    """What a step was prepared for, and the step. Copied and pickled as nothing: it is made
-    again."""
+    """What a step was prepared for, the step, and what trees are like. Copied and pickled as
+    nothing: it is made again."""
 
-    __slots__ = ("key", "step")
+    __slots__ = ("key", "outline", "step")
 
-    def __init__(self, key: tuple[Any, ...] = (), step: _ext.PreparedStep | None = None):
-        self.key, self.step = key, step
+    def __init__(
+        self,
+        key: tuple[Any, ...] = (),
+        step: _ext.PreparedStep | None = None,
+        outline: _ext.Outline | None = None,
+    ):
+        self.key, self.step, self.outline = key, step, outline
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Prepared, ()
@@ -381,7 +386,7 @@ class FusedOptimizer(Optimizer):
             self._check_single(grad_scale)
             return super().apply_gradients(gradients, parameters)
         prepared = self._prepared
-        tree = _ext.Tree(gradients, parameters, self._op, like=prepared.step)
+        tree = _ext.Tree(gradients, parameters, self._op, like=prepared.outline)
         hyper = self._hyper()
         learning_rate = self._schedulers.get("learning_rate")
         key = (hyper, self._options, learning_rate)
@@ -397,6 +402,7 @@ class FusedOptimizer(Optimizer):
                 updated, state = taken
                 self._replace_state(state)
                 return updated
+        self._prepared = _Prepared(prepared.key, prepared.step, tree.outline)
         return self._take_step(tree, parameters, self._options, grad_scale)
 
     def _take_step(
@@ -440,7 +446,8 @@ class FusedOptimizer(Optimizer):
         self._take({**state, **used, **others})
         if options is self._options:
             step = prepared_step(tree, state, learning_rate, hyper, options)
-            self._prepared = _Prepared((hyper, options, given_rate), step)
+            key = (hyper, options, given_rate)
+            self._prepared = _Prepared(key, step, self._prepared.outline)
         return updated
 
     def ema_parameters(self, dtype: mx.Dtype | None = None) -> Any:
