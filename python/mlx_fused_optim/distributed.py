@@ -227,6 +227,7 @@ class Sharded:
         self._wanted: _packing.Wanted | None = None
         self._agreed = False
         self._scatters = False
+        self._outline: _ext.Outline | None = None
         weakref.finalize(self, _let_go).atexit = False
 
     @property
@@ -381,7 +382,8 @@ class Sharded:
         the first step all processes find out together whether they may begin."""
         try:
             _check_others(self.optimizer)
-            tree = _ext.Tree(gradients, parameters, _OP)
+            tree = _ext.Tree(gradients, parameters, _OP, like=self._outline)
+            self._outline = tree.outline
             told = [] if self._agreed else self._told(tree, parameters)
         except Exception:
             if not self._agreed:
