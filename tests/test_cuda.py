@@ -327,8 +327,9 @@ print(*sorted(set(os.listdir(folder)) - before))
 
 @pytest.mark.parametrize("compiled", [0, 1])
 def test_a_step_is_kernels_and_nothing_else(compiled, tmp_path):
-    """MLX finds the graph to be updated by its kernels, and takes one with other nodes between
-    them for the same: that fails, and a graph is instantiated with each step."""
+    """Where an arena is one launch. MLX finds the graph to be updated by its kernels and edges, and
+    takes one with other nodes between them for the same: that fails, and a graph is instantiated
+    with each step."""
     environment = dict(os.environ, MLX_SAVE_CUDA_GRAPHS_DOT_FILE=str(tmp_path / "graph"))
     made = subprocess.run(
         [sys.executable, "-c", GRAPHS, str(compiled)],

@@ -122,8 +122,6 @@ def test_the_same_as_a_walk(change, of, exact):
     parameters = changed(CHANGES[change]) if of != "gradients" else usual(20.0)
     want = outcome(gradients, parameters, exact, None)
     assert outcome(gradients, parameters, exact, like) == want
-    if change == "nothing":
-        assert want[0] == outcome(usual(), usual(), exact, None)[0]
 
 
 def test_parameters_of_a_module():
@@ -241,42 +239,37 @@ def test_the_gradient_of_a_leaf_is_told_first():
         _ext.Tree({"a": mx.array([1.0])}, {"a": None}, "op")
 
 
-@pytest.mark.parametrize("when", ["hash", "eq"])
 @pytest.mark.parametrize("where", ["gradients", "parameters"])
 @pytest.mark.parametrize("action", ["clear", "grow", "replace"])
-def test_keys_that_change_the_trees(when, where, action):
-    """Code of a key in the parameters runs while a tree is read: no crash, whatever it does."""
+def test_keys_that_change_the_trees(where, action):
+    """Code of a key in the parameters runs while a tree is read along an outline: an error or a
+    tree of what was there, and no crash."""
     like = outline_of({f"k{i}": [leaf(i)] for i in range(4)})
-    gradients = {f"k{i}": [leaf(i)] for i in range(4)}
-    trees = {"gradients": gradients, "parameters": None}
-    calls = []
-
-    def act():
-        tree = trees[where]
-        if tree is None or calls:
-            return
-        calls.append(1)
-        if action == "clear":
-            tree.clear()
-        elif action == "grow":
-            tree.update({f"new{i}": [leaf(0)] for i in range(100)})
-        else:
-            for key in list(tree):
-                tree[key] = None
+    trees, calls = {}, []
 
     class Key:
         def __hash__(self):
-            act() if when == "hash" else None
             return hash("k2")
 
         def __eq__(self, other):
-            act()
+            if trees and not calls:
+                calls.append(other)
+                tree = trees[where]
+                if action == "clear":
+                    tree.clear()
+                elif action == "grow":
+                    tree.update({f"new{i}": [leaf(0)] for i in range(100)})
+                else:
+                    tree.update(dict.fromkeys(tree))
             return False
 
-    trees["parameters"] = parameters = {Key(): leaf(0), **{f"k{i}": [leaf(i)] for i in range(4)}}
-    calls.clear()
+    gradients = {f"k{i}": [leaf(i)] for i in range(4)}
+    parameters = {Key(): leaf(0), **{f"k{i}": [leaf(i)] for i in range(4)}}
+    trees.update(gradients=gradients, parameters=parameters)
     found = outcome(gradients, parameters, False, like)
-    assert isinstance(found, tuple)
+    assert calls == ["k2"]
+    if found[0] is not ValueError:
+        assert [value[2] for value in found[1][1]] in ([], [leaf(i).tolist() for i in range(4)])
     gc.collect()
 
 
@@ -290,13 +283,9 @@ def test_depth():
         return tree
 
     like = outline_of(nested(200))
-    assert (
-        outcome(nested(200), nested(200), True, like)[0]
-        == (outcome(nested(200), nested(200), True, None)[0])
-    )
-    assert outcome(nested(199), nested(199), True, like) == (
-        outcome(nested(199), nested(199), True, None)
-    )
+    for depth in (199, 200, 201):
+        tree = nested(depth)
+        assert outcome(tree, tree, True, like) == outcome(tree, tree, True, None)
 
 
 def test_random_trees():
