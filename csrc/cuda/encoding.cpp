@@ -1,5 +1,7 @@
 #include "cuda/encoding.h"
 
+#include <algorithm>
+
 namespace mlx_fused_optim::cuda {
 
 namespace {
@@ -18,9 +20,11 @@ template struct Pending<
 int pending_kernels(mx::cu::CommandEncoder& encoder);
 size_t pending_elements(mx::cu::CommandEncoder& encoder);
 
-/// A launch of its own costs the host 10 to 30 us, which the device has to gain by starting
-/// earlier: four of the smallest arenas.
-constexpr size_t kWorthALaunch = size_t(1) << 24;
+/// A launch of its own costs the host 30 to 50 us, which the device has to gain by starting
+/// earlier. So of a small step most is launched at once, and the rest with its end; but never less
+/// than four of the smallest arenas, and of a large step what takes the device 0.1 ms.
+constexpr size_t kLeastToLaunch = size_t(1) << 24;
+constexpr size_t kEnoughToLaunch = size_t(1) << 26;
 
 bool is_idle(mx::cu::CommandEncoder& encoder) {
   return cuStreamQuery(static_cast<cudaStream_t>(encoder.stream())) == CUDA_SUCCESS;
@@ -58,8 +62,9 @@ bool has_nothing_to_do(mx::cu::CommandEncoder& encoder) {
   return pending_kernels(encoder) == 0 && is_idle(encoder);
 }
 
-void start_if_idle(mx::cu::CommandEncoder& encoder) {
-  if (pending_elements(encoder) >= kWorthALaunch && is_idle(encoder)) {
+void start_if_idle(mx::cu::CommandEncoder& encoder, size_t elements) {
+  const size_t enough = std::clamp(elements / 5 * 3, kLeastToLaunch, kEnoughToLaunch);
+  if (pending_elements(encoder) >= enough && is_idle(encoder)) {
     encoder.commit();
   }
 }

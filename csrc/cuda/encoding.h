@@ -103,7 +103,7 @@ void side_by_side(mx::cu::CommandEncoder& encoder, size_t launches, LaunchAll la
 bool has_nothing_to_do(mx::cu::CommandEncoder& encoder);
 
 /// Launches what waits, if it is much and the device has nothing to do: it works while the
-/// host goes on.
-void start_if_idle(mx::cu::CommandEncoder& encoder);
+/// host goes on. Of a step that reads `elements` in all.
+void start_if_idle(mx::cu::CommandEncoder& encoder, size_t elements);
 
 } // namespace mlx_fused_optim::cuda

@@ -204,7 +204,7 @@ void step(const Step& step) {
     launch_batches(encoder, kernels.turned, kSquareThreads, batches.turned, common, counted);
     launch_batches(encoder, kernels.strided, kThreads, batches.strided, common, counted);
   });
-  start_if_idle(encoder);
+  start_if_idle(encoder, step.node.step_reads);
 }
 
 constexpr Backend kBackend = {step, measure, evaluate_schedule, pace};
