@@ -33,15 +33,20 @@ STYLE = (
 )
 
 
+def steps(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a run has timed by the name of the work, but for steps in a training step."""
+    return {r["name"]: r for r in run["results"] if r["kind"] == "step"}
+
+
 def works(runs: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Names and titles of what every run of the picture has timed, wins and losses alike."""
     timed = [
         {
-            r["name"]: r["title"]
-            for r in runs[name]["results"]
-            if PEERS.keys() - SELDOM <= r["candidates"].keys()
+            name: result["title"]
+            for name, result in steps(runs[column]).items()
+            if PEERS.keys() - SELDOM <= result["candidates"].keys()
         }
-        for name in COLUMNS
+        for column in COLUMNS
     ]
     return {name: title for name, title in timed[0].items() if all(name in t for t in timed)}
 
@@ -64,9 +69,9 @@ def draw(runs: dict[str, dict[str, Any]]) -> str:
     for column, (name, title) in enumerate(COLUMNS.items()):
         x = LEFT + COLUMN * column
         lines.append(f'<text x="{x}" y="62" class="head">{title}</text>')
-        results = {result["name"]: result["candidates"] for result in runs[name]["results"]}
+        results = steps(runs[name])
         for row, work in enumerate(rows):
-            lines += _group(results[work], x, TOP + ROW * row + 18)
+            lines += _group(results[work]["candidates"], x, TOP + ROW * row + 18)
     for row, title in enumerate(rows.values()):
         lines.append(f'<text x="{LEFT}" y="{TOP + ROW * row + 11}" class="quiet">{title}</text>')
     return "\n".join([*lines, "</svg>", ""])

@@ -57,8 +57,9 @@ The picture has what all four of its runs have timed, each group on a scale of i
 ![Bars of a step's time, ours beside mlx compiled, torch fused and optax jit](benchmarks.svg)
 
 Where we lose on a GPU, to torch's fused kernels, it is with many small tensors: each arena, a
-sixteenth of a model, costs the host 5 to 10 us ([CUDA](cuda.md)). The runs of 2026-11-27 launched a
-kernel for each; those whose gradients are there share launches since.
+sixteenth of a model, costs the host 5 to 10 us ([CUDA](cuda.md)). Rows of AdamW that were measured
+on 2026-11-27 ([Benchmarks](benchmarks.md) dates them) had a launch for each arena; those whose
+gradients are there share launches since.
 """
 
 
@@ -134,7 +135,8 @@ def _run(name: str, run: dict) -> str:
 
 def _step(result: dict) -> list[str]:
     times = result["candidates"]
-    lines = [f"### {result['title']} ({result['elements']:,} elements)", ""]
+    date = f", {result['date']}" if "date" in result else ""  # of another run than the others
+    lines = [f"### {result['title']} ({result['elements']:,} elements){date}", ""]
     lines += ["| | ms | quartiles | GB/s | new memory |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, time in _ranked(times):
         rate = f"{result['least_bytes'] / time['median_ms'] / 1e6:.1f}"
