@@ -437,6 +437,8 @@ BAD_STATES = {
     "without step": (lambda s: {k: v for k, v in s.items() if k != "step"}, ("step", "nothing")),
     "a number for step": (lambda s: {**s, "step": 3.0}, ("step", "float")),
     "a negative step": (lambda s: {**s, "step": -3}, ("step", "int", "0 or more")),
+    "a negative step in an array": (
+        lambda s: {**s, "step": mx.array(-3)}, ("step", "-3", "0 or more")),
     "a step of float32": (lambda s: {**s, "step": mx.array(3.0)}, ("step", "float32")),
     "a step of shape (1,)": (
         lambda s: {**s, "step": mx.array([3], mx.uint64)}, ("step", "(1,)")),

@@ -358,6 +358,35 @@ class Wrapping(mlx.optimizers.Optimizer):
         return parameter - self.learning_rate * mx.sign(state["m"])
 
 
+def zero_step(gradient, parameter, state):
+    return parameter * 0
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+def test_a_step_of_one_tensor_may_be_set_on_an_optimizer(name):
+    """Or on its class, after it was defined: tensor by tensor from then on, as in MLX."""
+    tree = {"a": mx.array([1.0, -2.0]), "b": [mx.array(3.0)]}
+    for module in (mlx.optimizers, optim):
+        optimizer = getattr(module, name)(0.1)
+        updated = optimizer.apply_gradients(tree, tree)
+        assert updated["a"].tolist() != [0, 0]
+        before = optimizer.unpacked_state() if module is optim else optimizer.state
+        kept = {k: v.tolist() for k, v in tree_flatten(before) if k.startswith("a.")}
+        optimizer.apply_single = zero_step
+        assert optimizer.apply_gradients(tree, tree)["a"].tolist() == [0, 0]
+        after = {k: v.tolist() for k, v in tree_flatten(optimizer.state) if k.startswith("a.")}
+        assert after.items() >= kept.items()  # unpacked, for whoever steps by himself
+
+        changed = type("Changed", (getattr(module, name),), {})
+        changed.apply_single = lambda self, gradient, parameter, state: parameter * 0
+        assert changed(0.1).apply_gradients(tree, tree)["a"].tolist() == [0, 0]
+
+
+def test_the_base_of_optimizers_makes_none():
+    with pytest.raises(TypeError, match=r"^\[FusedOptimizer\] .* got .*, allowed AdamW"):
+        optim.FusedOptimizer(0.1)
+
+
 ALONE = {
     "plain": {},
     "momentum": {"momentum": 0.9},

@@ -38,7 +38,7 @@ TERMS = {
 }
 
 
-RULE_FLAGS = sum(SGD_FLAGS.values())  # the two bits that any rule has
+RULE_FLAGS = max(sum(row["flags"].values()) for row in _ext.RULES)  # two bits, each rule's own
 
 
 class Member(NamedTuple):

@@ -69,9 +69,10 @@ FRAME = r"""Arithmetic is float32 and is rounded once, to the parameter's dtype 
     ``clip_norm`` :math:`C`, where :math:`\lVert g \rVert` is the norm of all unscaled and by
     value clipped gradients together. After it, ``trust_coefficient`` :math:`\kappa` multiplies
     the gradient of each tensor by :math:`\kappa \lVert w \rVert / (\lVert g \rVert + \lambda
-    \lVert w \rVert)` of that tensor (LARS), or by 1 where a norm is 0
-    or the ratio beyond float32. A norm is infinite only where it is beyond float32, whatever
-    its squares are; its relative error is below :math:`7.5 \cdot 10^{-7}`.
+    \lVert w \rVert)` of that tensor (LARS; without :math:`\lambda \lVert w \rVert` where the weight
+    decay is ``decoupled``), or by 1 where a norm is 0 or the ratio beyond float32. A norm is
+    infinite only where it is beyond float32, whatever its squares are; its relative error is
+    below :math:`7.5 \cdot 10^{-7}`.
 
     ``state`` is a tree of arrays for ``mx.compile`` and ``mx.save_safetensors``; a state
     of the class in ``mlx.optimizers`` can be assigned to it or put into it with ``update``,

@@ -278,8 +278,13 @@ def check_scalars(state: State, op: str) -> None:
     check_is_state(state, op)
     step = state.get("step")
     if isinstance(step, mx.array):
-        is_integer = step.dtype == mx.uint64 or mx.issubdtype(step.dtype, mx.integer)
-        is_step = step.ndim == 0 and is_integer
+        is_signed = mx.issubdtype(step.dtype, mx.signedinteger)  # then it was put in, see with_step
+        is_step = step.ndim == 0 and (is_signed or mx.issubdtype(step.dtype, mx.unsignedinteger))
+        if is_step and is_signed and not _ext.is_tracing() and bool(step < 0):
+            raise ValueError(
+                f"[{op}] state['step'] is out of range: got {step.item()}, allowed an integer "
+                "scalar of 0 or more."
+            )
     else:
         is_step = type(step) is int and 0 <= step < 2**64
     if not is_step:

@@ -160,6 +160,10 @@ class Betas:
             setattr(instance, name, beta)
 
 
+# What a wrapping optimizer calls, and a subclass or an instance may have of its own.
+SINGLE = ("init_single", "apply_single")
+
+
 class FusedOptimizer(Optimizer):
     """An optimizer whose step is one kernel for the whole tree of parameters.
 
@@ -176,7 +180,7 @@ class FusedOptimizer(Optimizer):
     _defaults: ClassVar[dict[str, Any]]  # of its own arguments
 
     _prepared = _Prepared()
-    # Of a subclass with a step of one tensor or a number of its own: as in MLX, tensor by tensor.
+    # Of one with a step of one tensor or a number of its own: as in MLX, tensor by tensor.
     _is_single = False
     _compiled = False  # a step was traced by mx.compile
     _state_of_trace = False  # the state was made inside a function that is traced
@@ -200,12 +204,19 @@ class FusedOptimizer(Optimizer):
     ema_decay = Option()
     weight_decay = Number()
 
+    def __init__(self, *arguments: Any, **options: Any):
+        raise TypeError(
+            f"[{type(self).__name__}] only optimizers with a rule can be made: got "
+            f"{type(self).__name__}, allowed AdamW, SGD and the other subclasses."
+        )
+
     def _begin(self, learning_rate: LearningRate, options: StepOptions, **own: Any) -> None:
         """The constructor of every subclass, with its own arguments by name; nothing is made of
         arguments that make no sense."""
         _, checked = self._from_arguments(self._op, {**own, **options})
         Optimizer.__init__(self)  # type: ignore[no-untyped-call]  # not that of its second base
         self._options = checked
+        self._is_single = self._is_single or self._is_per_tensor()
         self._state = _State(self._state, self._rule.slots)
         self._known: tuple[str, ...] = ()  # the arenas that this optimizer has made or checked
         self._state_of_trace = _ext.is_tracing()
@@ -249,12 +260,6 @@ class FusedOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        parts = ("init_single", "apply_single", "learning_rate")
-        kinds, bases = (Number, Betas), cls.__mro__
-        numbers = {name for base in bases for name, x in vars(base).items() if isinstance(x, kinds)}
-        cls._is_single = any(
-            getattr(cls, name) != getattr(FusedOptimizer, name) for name in parts
-        ) or not all(isinstance(getattr(cls, name), kinds) for name in numbers)
         if "_op" in vars(cls):
             code = cls.__init__.__code__
             names = code.co_varnames[2 : code.co_argcount]  # behind self and the learning rate
@@ -264,9 +269,21 @@ class FusedOptimizer(Optimizer):
             for part, words in {**PARTS, "{options}": _words(cls)}.items():
                 cls.__doc__ = cls.__doc__.replace(part, words)
 
+    @classmethod
+    def _is_per_tensor(cls) -> bool:
+        """Asked when one is made, since a class may be changed after it was defined."""
+        kinds, bases = (Number, Betas), cls.__mro__
+        numbers = {name for base in bases for name, x in vars(base).items() if isinstance(x, kinds)}
+        return any(
+            getattr(cls, name) != getattr(FusedOptimizer, name)
+            for name in ("learning_rate", *SINGLE)
+        ) or not all(isinstance(getattr(cls, name), kinds) for name in numbers)
+
     def __setattr__(self, name: str, value: Any) -> None:
         is_stale = self._compiled and not _ext.is_tracing() and self._changes(name, value)
         super().__setattr__(name, value)
+        if name in SINGLE:  # the next step unpacks the state
+            vars(self).update(_is_single=True, _initialized=False)
         if is_stale:
             warnings.warn(
                 f"[{self._op}] {name} was set after a step was compiled: functions that mx.compile "
@@ -281,7 +298,7 @@ class FusedOptimizer(Optimizer):
         in the state."""
         if name == "learning_rate":
             return callable(value)
-        if name not in {"betas", *self._names(), *self._rule.choices, *Options._fields}:
+        if name not in {*SINGLE, "betas", *self._names(), *self._rule.choices, *Options._fields}:
             return False
         old, plain = getattr(self, name), (float, int, str)
         is_same = isinstance(old, plain) and isinstance(value, plain) and old == value
