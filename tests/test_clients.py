@@ -382,6 +382,34 @@ def test_a_step_of_one_tensor_may_be_set_on_an_optimizer(name):
         assert changed(0.1).apply_gradients(tree, tree)["a"].tolist() == [0, 0]
 
 
+def test_a_beginning_of_one_tensor_may_be_set_on_an_optimizer():
+    def five(parameter, state):
+        state["v"] = mx.full(parameter.shape, 5.0)
+
+    tree, updated = {"a": mx.array([1.0, -2.0])}, []
+    for module in (mlx.optimizers, optim):
+        optimizer = module.SGD(0.1, momentum=0.9)
+        optimizer.init_single = five
+        updated.append(optimizer.apply_gradients(tree, tree)["a"].tolist())
+    assert updated[0] == updated[1]
+    assert (
+        updated[0]
+        != mlx.optimizers.SGD(0.1, momentum=0.9).apply_gradients(tree, tree)["a"].tolist()
+    )
+
+
+def test_a_step_of_one_tensor_that_is_set_after_a_trace_warns():
+    tree = {"a": mx.array([1.0, -2.0])}
+    optimizer = optim.SGD(0.1, momentum=0.9)
+    optimizer.init(tree)
+    step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+    mx.eval(step(tree, tree))
+    with pytest.warns(
+        UserWarning, match=r"^\[SGD\] apply_single was set after a step was compiled"
+    ):
+        optimizer.apply_single = zero_step
+
+
 def test_the_base_of_optimizers_makes_none():
     with pytest.raises(TypeError, match=r"^\[FusedOptimizer\] .* got .*, allowed AdamW"):
         optim.FusedOptimizer(0.1)

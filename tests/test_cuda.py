@@ -464,7 +464,7 @@ def driver_of_gpu():
 
 @contextlib.contextmanager
 def little_memory(left=512 << 20):
-    """The GPU has this much left (bytes). One process a time: what another gives back is room."""
+    """The GPU has this much left (bytes). One process at a time, as others give room back."""
     with (Path(tempfile.gettempdir()) / "mlx_fused_optim.little_memory").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         mx.synchronize()

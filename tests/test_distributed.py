@@ -153,6 +153,12 @@ def test_an_optimizer_that_cannot_be_sharded():
     later.optimizer.others = optim.AdamW(0.1)
     with pytest.raises(TypeError, match=r"\[Sharded\] the optimizer is two"):
         later.init(parameters)
+    later.optimizer.others = None
+    later.optimizer.apply_single = lambda gradient, parameter, state: parameter
+    with pytest.raises(
+        TypeError, match=r"\[Sharded\] the optimizer is of the wrong type: got Muon"
+    ):
+        later.init(parameters)
 
 
 def test_nothing_to_gather():

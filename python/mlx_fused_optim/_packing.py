@@ -280,7 +280,7 @@ def check_scalars(state: State, op: str) -> None:
     if isinstance(step, mx.array):
         is_signed = mx.issubdtype(step.dtype, mx.signedinteger)  # then it was put in, see with_step
         is_step = step.ndim == 0 and (is_signed or mx.issubdtype(step.dtype, mx.unsignedinteger))
-        if is_step and is_signed and not _ext.is_tracing() and bool(step < 0):
+        if is_step and is_signed and not _ext.has_placeholders([step]) and bool(step < 0):
             raise ValueError(
                 f"[{op}] state['step'] is out of range: got {step.item()}, allowed an integer "
                 "scalar of 0 or more."

@@ -212,13 +212,7 @@ class Sharded:
         group: mx.distributed.Group | None = None,
         communication_stream: mx.Stream | None = None,
     ):
-        is_ours = isinstance(optimizer, FusedOptimizer) and not optimizer._is_single
-        if not is_ours:
-            raise TypeError(
-                f"[Sharded] the optimizer is of the wrong type: got {type(optimizer).__name__}, "
-                "allowed an optimizer of mlx_fused_optim that does not step tensor by tensor."
-            )
-        _check_others(optimizer)
+        _check_optimizer(optimizer)
         self.optimizer = optimizer
         self._group = group or mx.distributed.init()
         self._stream = communication_stream
@@ -381,7 +375,7 @@ class Sharded:
         """The tensors, their order and whose they are, and a state that is of this process' own. At
         the first step all processes find out together whether they may begin."""
         try:
-            _check_others(self.optimizer)
+            _check_optimizer(self.optimizer)
             tree = _ext.Tree(gradients, parameters, _OP, like=self._outline)
             self._outline = tree.outline
             told = [] if self._agreed else self._told(tree, parameters)
@@ -526,7 +520,13 @@ def _let_go() -> None:
         Sharded._last = None
 
 
-def _check_others(optimizer: FusedOptimizer) -> None:
+def _check_optimizer(optimizer: FusedOptimizer) -> None:
+    """With each step: it may have been changed since the last."""
+    if not isinstance(optimizer, FusedOptimizer) or optimizer._is_single:
+        raise TypeError(
+            f"[{_OP}] the optimizer is of the wrong type: got {type(optimizer).__name__}, "
+            "allowed an optimizer of mlx_fused_optim that does not step tensor by tensor."
+        )
     if isinstance(optimizer, Muon) and optimizer.others is not None:
         raise TypeError(
             f"[{_OP}] the optimizer is two: got a Muon with {type(optimizer.others).__name__} as "

@@ -566,8 +566,9 @@ class FusedOptimizer(Optimizer):
         ``mlx.optimizers`` has under this name, with its roundings.
 
         For an optimizer that wraps this one and steps tensor by tensor, and for subclasses:
-        one that overrides this, :meth:`init_single` or a number (``learning_rate`` as a property)
-        takes all its steps so, without the kernel, and its state is that of MLX.
+        one that overrides this, :meth:`init_single` or a number (``learning_rate`` as a property),
+        or an optimizer on which one of the two methods is set, takes all its steps so, without
+        the kernel, and its state is that of MLX.
 
         Args:
             gradient (array): The gradient.
