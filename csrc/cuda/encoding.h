@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <optional>
 
 #include "cuda/kernels.h"
 #include "cuda/packing.h"
@@ -37,25 +38,33 @@ const T* pointer(const mx::array* a) {
   return a ? mx::gpu_ptr<T>(*a) : nullptr;
 }
 
-/// Names `count` arrays as inputs of what is launched next: the encoder orders kernels
-/// by the buffers that they name. Many parameters are views of one arena: named once.
-void set_inputs(mx::cu::CommandEncoder& encoder, const mx::array* arrays, size_t count);
+/// The launches of one node, which write disjoint memory. Where nothing waits in the encoder they
+/// go straight to the stream: behind what was committed, before what is encoded later, and without
+/// a graph that costs the host an update and a launch. Else they join what waits, side by side.
+class Submission {
+ public:
+  Submission(mx::cu::CommandEncoder& encoder, size_t launches);
 
-/// Likewise the arrays that are there.
-void set_inputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays);
-void set_outputs(mx::cu::CommandEncoder& encoder, std::initializer_list<const mx::array*> arrays);
+  /// Names what the launches read and write: the encoder orders kernels by their buffers, and
+  /// counts elements. Of neighbours in one buffer one is enough: many parameters are views.
+  void reads(const mx::array* arrays, size_t count);
+  void reads(std::initializer_list<const mx::array*> arrays); // those that are there
+  void writes(std::initializer_list<const mx::array*> arrays);
 
-/// Launches a kernel whose one argument is this struct.
-template <typename Arguments>
-void launch(
-    mx::cu::CommandEncoder& encoder,
-    CUfunction kernel,
-    uint32_t blocks,
-    uint32_t threads,
-    Arguments& arguments) {
-  void* pointers[] = {&arguments};
-  encoder.add_kernel_node_raw(kernel, dim3(blocks), dim3(threads), dim3(), 0, pointers);
-}
+  /// Launches a kernel whose one argument is this struct.
+  template <typename Arguments>
+  void launch(CUfunction kernel, uint32_t blocks, uint32_t threads, Arguments& arguments) {
+    void* pointers[] = {&arguments};
+    launch(kernel, blocks, threads, pointers);
+  }
+
+ private:
+  void launch(CUfunction kernel, uint32_t blocks, uint32_t threads, void** arguments);
+
+  mx::cu::CommandEncoder& encoder_;
+  bool is_direct_;
+  std::optional<mx::cu::CommandEncoder::ConcurrentContext> side_by_side_;
+};
 
 /// A kernel for each batch; compiled and loaded, or an error now.
 template <typename T>
@@ -72,7 +81,7 @@ std::vector<CUfunction> kernels_for(const BatchList<T>& batches, Variant variant
 /// each is launched.
 template <typename T, typename After>
 void launch_batches(
-    mx::cu::CommandEncoder& encoder,
+    Submission& submission,
     const std::vector<CUfunction>& kernels,
     uint32_t threads,
     const BatchList<T>& batches,
@@ -82,28 +91,17 @@ void launch_batches(
     auto& arguments = batches[i]->arguments; // as much of it is read as the kernel declares
     common.count = arguments.common.count;
     arguments.common = common;
-    launch(encoder, kernels[i], batches[i]->blocks, threads, arguments);
+    submission.launch(kernels[i], batches[i]->blocks, threads, arguments);
     after();
   }
 }
 
-/// Calls `launch_all`, which makes `launches` launches that write disjoint memory: the
-/// encoder would put them in line.
-template <typename LaunchAll>
-void side_by_side(mx::cu::CommandEncoder& encoder, size_t launches, LaunchAll launch_all) {
-  if (launches > 1) {
-    auto concurrent = encoder.concurrent_context();
-    launch_all();
-  } else {
-    launch_all();
-  }
-}
-
-/// Whether everything that was launched on the stream is done, and nothing waits to be.
+/// Whether the stream is idle and nothing is uncommitted: only completion handlers of MLX may be
+/// left.
 bool has_nothing_to_do(mx::cu::CommandEncoder& encoder);
 
-/// Launches what waits, if it is much and the device has nothing to do: it works while the
-/// host goes on. Of a step that reads `elements` in all.
-void start_if_idle(mx::cu::CommandEncoder& encoder, size_t elements);
+/// What waits in the graph begins, if it is worth it and the device has nothing to do: it works
+/// while the host goes on.
+void start_if_idle(mx::cu::CommandEncoder& encoder);
 
 } // namespace mlx_fused_optim::cuda

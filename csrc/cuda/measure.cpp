@@ -61,19 +61,18 @@ void launch_chunks(
     const MeasureInputs& in,
     const MeasureBatches& batches,
     mx::array& chunks) {
-  set_inputs(encoder, in.arrays, plan.array_count());
-  set_inputs(encoder, {in.step, in.given});
-  set_outputs(encoder, {&chunks});
+  Submission submission(encoder, batches.launches());
+  submission.reads(in.arrays, plan.array_count());
+  submission.reads({in.step, in.given});
+  submission.writes({&chunks});
   MeasureCommon common{};
   common.control = plan.control;
   common.step = mx::gpu_ptr<uint64_t>(*in.step);
   common.given = pointer<float>(in.given);
   common.chunks = mx::gpu_ptr<Squares>(chunks);
   auto nothing = [] {};
-  side_by_side(encoder, batches.launches(), [&] {
-    launch_batches(encoder, kernels.dense, kThreads, batches.dense, common, nothing);
-    launch_batches(encoder, kernels.sparse, kThreads, batches.sparse, common, nothing);
-  });
+  launch_batches(submission, kernels.dense, kThreads, batches.dense, common, nothing);
+  launch_batches(submission, kernels.sparse, kThreads, batches.sparse, common, nothing);
 }
 
 void launch_folds(
@@ -84,8 +83,6 @@ void launch_folds(
     const mx::array& chunks,
     mx::array& sums,
     mx::array& measured) {
-  set_inputs(encoder, {&chunks});
-  set_outputs(encoder, {&sums, &measured});
   auto folds = std::make_unique<FoldLaunch>();
   folds->chunks = mx::gpu_ptr<Squares>(chunks);
   folds->sums = mx::gpu_ptr<Squares>(sums);
@@ -93,16 +90,16 @@ void launch_folds(
       plan.has_parameters ? mx::gpu_ptr<float>(measured) + fused_math::kMeasuredTensors : nullptr;
   folds->gradient_count = static_cast<uint32_t>(plan.gradient_count);
   const size_t arrays = batches.arrays();
-  const size_t launches = divide_up(arrays, FoldLaunch::kCapacity);
-  side_by_side(encoder, launches, [&] {
-    for (size_t first = 0; first < arrays; first += FoldLaunch::kCapacity) {
-      const size_t count = std::min<size_t>(arrays - first, FoldLaunch::kCapacity);
-      const auto begin = batches.first_chunk.begin() + first;
-      std::copy(begin, begin + count + 1, folds->first_chunk);
-      folds->first_array = static_cast<uint32_t>(first);
-      launch(encoder, kernel, static_cast<uint32_t>(count), fused_math::kFoldLanes, *folds);
-    }
-  });
+  Submission submission(encoder, divide_up(arrays, FoldLaunch::kCapacity));
+  submission.reads({&chunks});
+  submission.writes({&sums, &measured});
+  for (size_t first = 0; first < arrays; first += FoldLaunch::kCapacity) {
+    const size_t count = std::min<size_t>(arrays - first, FoldLaunch::kCapacity);
+    const auto begin = batches.first_chunk.begin() + first;
+    std::copy(begin, begin + count + 1, folds->first_chunk);
+    folds->first_array = static_cast<uint32_t>(first);
+    submission.launch(kernel, static_cast<uint32_t>(count), fused_math::kFoldLanes, *folds);
+  }
 }
 
 void launch_finish(
@@ -113,8 +110,9 @@ void launch_finish(
     const mx::array& sums,
     mx::array& measured,
     mx::array& skipped) {
-  set_inputs(encoder, {&sums, in.skipped});
-  set_outputs(encoder, {&measured, &skipped});
+  Submission submission(encoder, 1);
+  submission.reads({&sums, in.skipped});
+  submission.writes({&measured, &skipped});
   FinishLaunch finish{
       mx::gpu_ptr<Squares>(sums),
       mx::gpu_ptr<uint64_t>(*in.skipped),
@@ -122,7 +120,7 @@ void launch_finish(
       mx::gpu_ptr<uint64_t>(skipped),
       static_cast<uint32_t>(plan.gradient_count),
       plan.control.flags};
-  launch(encoder, kernel, 1, fused_math::kFoldLanes, finish);
+  submission.launch(kernel, 1, fused_math::kFoldLanes, finish);
 }
 
 } // namespace

@@ -25,11 +25,12 @@ void evaluate_schedule(
   }
   ScheduleLaunch arguments{
       schedule, mx::gpu_ptr<uint64_t>(steps), mx::gpu_ptr<float>(rates), rates.size()};
-  set_inputs(encoder, {&steps});
-  set_outputs(encoder, {&rates});
+  Submission submission(encoder, 1);
+  submission.reads({&steps});
+  submission.writes({&rates});
   // The kernel loops: more blocks than this would not run at once on any GPU.
   const auto blocks = std::min<uint64_t>(divide_up(rates.size(), kThreads), 4096);
-  launch(encoder, function, static_cast<uint32_t>(blocks), kThreads, arguments);
+  submission.launch(function, static_cast<uint32_t>(blocks), kThreads, arguments);
 }
 
 } // namespace mlx_fused_optim::cuda

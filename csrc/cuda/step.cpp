@@ -1,5 +1,5 @@
-// A step on a CUDA device: pointers are gathered, launches go to MLX's encoder of the
-// stream, which makes a CUDA graph of them or not.
+// A step on a CUDA device: pointers are gathered, launches go to the stream, or to MLX's graph of
+// what waits for it.
 #include "graph/step.h"
 
 #include "cuda/batches.h"
@@ -168,6 +168,33 @@ Common common_arguments(
   return common;
 }
 
+void submit(
+    mx::cu::CommandEncoder& encoder,
+    const std::vector<StepPlan>& plans,
+    const std::vector<StepInputs>& in,
+    const std::vector<StepOutputs>& out,
+    const std::vector<mx::array>& copies,
+    const Batches& batches,
+    const StepKernels& kernels) {
+  Submission submission(encoder, batches.launches());
+  for (size_t p = 0; p < plans.size(); ++p) {
+    submission.reads(in[p].parameters, plans[p].parameter_inputs());
+    submission.reads(in[p].gradients, plans[p].gradient_inputs);
+    submission.writes({out[p].parameters, out[p].step, out[p].used});
+    for (int slot = 0; slot < kSlots; ++slot) {
+      submission.reads({in[p].slots[slot]});
+      submission.writes({out[p].slots[slot]});
+    }
+  }
+  submission.reads({in[0].step, in[0].given, in[0].measured, in[0].groups});
+  submission.reads(copies.data(), copies.size());
+  auto common = common_arguments(plans, in, out);
+  auto counted = [&] { common.step_out = nullptr; }; // by the first launch
+  launch_batches(submission, kernels.tiled, kThreads, batches.tiled, common, counted);
+  launch_batches(submission, kernels.turned, kSquareThreads, batches.turned, common, counted);
+  launch_batches(submission, kernels.strided, kThreads, batches.strided, common, counted);
+}
+
 } // namespace
 
 void step(const Step& step) {
@@ -182,29 +209,12 @@ void step(const Step& step) {
   const auto kernels = kernels_of(plans[0], batches, device);
 
   const auto out = step.set_outputs([&](size_t bytes) { return allocate(bytes, step.stream); });
-  for (size_t p = 0; p < plans.size(); ++p) {
-    set_inputs(encoder, in[p].parameters, plans[p].parameter_inputs());
-    set_inputs(encoder, in[p].gradients, plans[p].gradient_inputs);
-    set_outputs(encoder, {out[p].parameters, out[p].step, out[p].used});
-    for (int slot = 0; slot < kSlots; ++slot) {
-      set_inputs(encoder, {in[p].slots[slot]});
-      set_outputs(encoder, {out[p].slots[slot]});
-    }
-  }
-  set_inputs(encoder, {in[0].step, in[0].given, in[0].measured, in[0].groups});
   each_left(step.node, in, out, [&](const mx::array& array) { encoder.add_temporary(array); });
-  set_inputs(encoder, copies.data(), copies.size());
   for (auto& copy : copies) {
     encoder.add_temporary(copy);
   }
-  auto common = common_arguments(plans, in, out);
-  auto counted = [&] { common.step_out = nullptr; }; // by the first launch
-  side_by_side(encoder, batches.launches(), [&] {
-    launch_batches(encoder, kernels.tiled, kThreads, batches.tiled, common, counted);
-    launch_batches(encoder, kernels.turned, kSquareThreads, batches.turned, common, counted);
-    launch_batches(encoder, kernels.strided, kThreads, batches.strided, common, counted);
-  });
-  start_if_idle(encoder, step.node.step_reads);
+  submit(encoder, plans, in, out, copies, batches, kernels);
+  start_if_idle(encoder);
 }
 
 constexpr Backend kBackend = {step, measure, evaluate_schedule, pace};

@@ -518,7 +518,6 @@ StepResult fused_step(
   // With no tensor at all, an empty arena still evaluates schedules.
   static const auto no_tensors = std::make_shared<const Arena>(Arena{mx::float32});
   const size_t arenas = std::max<size_t>(layout.arenas.size(), 1);
-  size_t reads = 0;
   const auto shared = std::make_shared<const StepControl>(control);
   // A trace may evaluate a node again, with other arrays, and transform it.
   const bool is_eager = !composed_is_asked_for() && !is_tracing();
@@ -583,7 +582,6 @@ StepResult fused_step(
     } else {
       append(all.back().arrays, std::move(arrays));
     }
-    reads += arena->size * (1 + plan.slot_inputs());
     all.back().bytes += arena->size * arena->dtype.size();
     all.back().node.plans.push_back(std::move(plan));
   }
@@ -591,7 +589,6 @@ StepResult fused_step(
   std::optional<mx::array> last;
   std::vector<Made> made(all.size());
   for (size_t n = all.size(); n-- > 0;) {
-    all[n].node.step_reads = reads;
     made[n] = make_node(std::move(all[n]), last, stream);
   }
   for (auto& node : made) {

@@ -236,7 +236,6 @@ struct StepNode {
   std::vector<StepPlan> plans;
   // The plans' arrays, where all are there; else they are inputs of the graph, before the numbers.
   std::vector<mx::array> held;
-  size_t step_reads = 0; // elements, gradients and slots, of all the step's nodes together
 
   /// The names for each plan.
   std::vector<StepInputs> inputs(const std::vector<mx::array>& arrays) const;

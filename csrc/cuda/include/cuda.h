@@ -24,6 +24,18 @@ CUresult cuCtxSynchronize();
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device);
 CUresult cuDriverGetVersion(int* version);
 CUresult cuGetErrorName(CUresult result, const char** name);
+CUresult cuLaunchKernel(
+    CUfunction function,
+    unsigned grid_x,
+    unsigned grid_y,
+    unsigned grid_z,
+    unsigned block_x,
+    unsigned block_y,
+    unsigned block_z,
+    unsigned shared_bytes,
+    CUstream stream,
+    void** arguments,
+    void** extra);
 CUresult cuMemGetInfo_v2(size_t* free, size_t* total);
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name);
 CUresult cuModuleLoadData(CUmodule* module, const void* image);
