@@ -66,8 +66,8 @@ def made(parameters, gradients, **options):
     return nodes(parameters.values())
 
 
-def of_the_state(optimizer):
-    return [a for _, a in tree_flatten(optimizer.state) if isinstance(a, mx.array)]
+def arrays_of(state):
+    return [a for _, a in tree_flatten(state) if isinstance(a, mx.array)]
 
 
 def flat(shape):
@@ -127,7 +127,7 @@ def test_the_bits_are_those_of_a_node_an_arena(options, dtypes):
             some = {k: mx.stop_gradient(g) if k in keep_lazy else g for k, g in gradients.items()}
             current = optimizer.apply_gradients(some, current)
             mx.eval(current, optimizer.state)
-        results.append([*current.values(), *of_the_state(optimizer)])
+        results.append([*current.values(), *arrays_of(optimizer.state)])
     assert optimizer.step.item() == 4
     for other in results[1:]:
         assert len(other) == len(results[0])
@@ -251,7 +251,8 @@ def test_gradients_live_until_the_device_has_read_them():
         assert mx.all(new[f"p{i}"] == -float(i)).item()
 
 
-def test_what_nobody_takes_lives_until_the_device_has_written_it():
+@pytest.mark.parametrize("nobody_takes", ["momentum", "parameters"])
+def test_what_nobody_takes_lives_until_the_device_has_written_it(nobody_takes):
     """Its memory would be somebody else's meanwhile."""
     parameters = in_arenas(optim.SGD(1.0), {f"p{i}": mx.zeros(HALF) for i in range(4)})
     gradients = {f"p{i}": mx.full(HALF, float(i)) for i in range(4)}
@@ -265,13 +266,53 @@ def test_what_nobody_takes_lives_until_the_device_has_written_it():
         parameters, gradients, state, learning_rate=rate, momentum=0.5
     )
     assert nodes(new.values()) == 1
-    del state
-    mx.async_eval(new)
+    taken = list(new.values()) if nobody_takes == "momentum" else arrays_of(state)
+    del new, state
+    mx.async_eval(taken)
     with mx.stream(mx.new_stream(mx.default_device())):
         noise = [mx.full((2 * HALF[0], HALF[1]), 77.0) for _ in range(4)]  # an arena's size
         mx.eval(noise)
-    mx.eval(new)
+    mx.eval(taken)
     assert all(mx.all(x == 77.0).item() for x in noise)
+
+
+def test_parameters_that_wait_while_others_of_their_step_go_on():
+    """They have the values of their step whenever they are asked for."""
+    optimizer = optim.SGD(1.0, momentum=0.5)
+    parameters = in_arenas(optimizer, {f"p{i}": mx.zeros(HALF) for i in range(6)})
+    gradients = {f"p{i}": mx.full(HALF, float(i + 1)) for i in range(6)}
+    mx.eval(gradients)
+    kept = []
+    for _ in range(4):
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        kept.append(parameters)
+        mx.eval(parameters["p0"], optimizer.state)
+        if len(kept) == 2:
+            mx.eval(parameters)
+    velocity = value = 0.0
+    for parameters in kept:
+        velocity = 0.5 * velocity + 1.0
+        value -= velocity
+        assert all(mx.all(parameters[f"p{i}"] == value * (i + 1)).item() for i in range(6))
+
+
+def test_a_parameter_that_waits_holds_its_own_arena_alone():
+    """The others of its step are written in place."""
+    optimizer = optim.SGD(0.1)
+    parameters = in_arenas(optimizer, random([HALF] * 6))
+    gradients = {k: flat(HALF) for k in parameters}
+    mx.eval(gradients)
+    let_go()
+    held = (parameters[f"p{i}"] for i in (2, 4))
+    before = [np.asarray(memoryview(p)).__array_interface__["data"][0] for p in held]
+    kept = []
+    for _ in range(3):
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        kept.append(parameters["p0"])
+        mx.eval([parameters[f"p{i}"] for i in range(2, 6)])
+        let_go()
+    held = (parameters[f"p{i}"] for i in (2, 4))
+    assert before == [np.asarray(memoryview(p)).__array_interface__["data"][0] for p in held]
 
 
 def test_a_rate_that_waits_holds_no_parameters():
@@ -526,7 +567,7 @@ def test_the_bits_are_those_of_arrays(options, dtype):
         for _ in range(3):
             current = optimizer.apply_gradients(given(number), current)
             mx.eval(current, optimizer.state)
-        results.append([*current.values(), *of_the_state(optimizer)])
+        results.append([*current.values(), *arrays_of(optimizer.state)])
     for other in results[1:]:
         assert len(other) == len(results[0])
         assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
