@@ -1,8 +1,11 @@
 """Settings for the whole suite."""
 
+import fcntl
 import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -40,6 +43,21 @@ def shared_folder(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = tmp_path_factory.getbasetemp().parent
         os.environ["MLX_FUSED_OPTIM_TEST_SHARED"] = str(folder)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory(request):
+    """A test that fills the GPU's memory has the GPU for itself, whatever process others run in."""
+    if not mx.cuda.is_available():
+        yield
+        return
+    kind = fcntl.LOCK_EX if request.node.get_closest_marker("fills_gpu") else fcntl.LOCK_SH
+    folder = Path(tempfile.gettempdir())
+    with (folder / "mlx_fused_optim.gpu_memory").open("w") as memory:
+        with (folder / "mlx_fused_optim.gpu_next").open("w") as turn:
+            fcntl.flock(turn, kind)  # nobody goes in while it waits for those that are
+            fcntl.flock(memory, kind)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -446,6 +446,7 @@ def test_no_tensors_count_steps():
     assert state.used.tolist() == pytest.approx([0.1, 0.01, 1.0, 0.9, 0.25, 0])
 
 
+@pytest.mark.fills_gpu
 def test_out_of_memory_changes_nothing():
     options = replace(MOMENTUM, clip_norm=2.0, **AVERAGE)
     parameters = [mx.random.normal((1 << 24,)) for _ in range(8)]  # 64 MiB, an arena each
