@@ -57,9 +57,9 @@ The picture has what all four of its runs have timed, each group on a scale of i
 ![Bars of a step's time, ours beside mlx compiled, torch fused and optax jit](benchmarks.svg)
 
 Where we lose on a GPU, to torch's fused kernels, it is with many small tensors: each arena, a
-sixteenth of a model, costs the host 5 to 10 us ([CUDA](cuda.md)). Rows of AdamW that were measured
-on 2026-11-27 ([Benchmarks](benchmarks.md) dates them) had a launch for each arena; those whose
-gradients are there share launches since.
+sixteenth of a model, costs the host 5 to 10 us ([CUDA](cuda.md)). Rows with a date of their own
+([Benchmarks](benchmarks.md)) are of earlier code: of 2026-11-27 with a launch for each arena, of
+2026-11-28 with every launch in a graph.
 """
 
 
