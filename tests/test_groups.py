@@ -329,7 +329,7 @@ def test_betas_of_a_group():
     """Under the name of the argument; what is wrong with them names the group."""
     for overrides, words in (
         ({"betas": 0.9}, "betas of group 1 is not a pair: got 0.9, allowed two numbers"),
-        ({"betas": (0.9, 2)}, "beta2 of group 1 is out of range: got 2.0, allowed 0 to below 1"),
+        ({"betas": (0.9, 2)}, "beta2 of group 1 is out of range: got 2.0, allowed 0 to <1"),
         ({"beta": 0.9}, "got 'beta', allowed .*, betas, beta1, beta2, eps"),
     ):
         with pytest.raises(ValueError, match=rf"^\[Adam\] .*{words}"):

@@ -61,7 +61,7 @@ OUT_OF_RANGE = [
     ({"trust_coefficient": INF}, "trust_coefficient", "inf"),
     ({"trust_coefficient": NAN}, "trust_coefficient", "nan"),
     ({"ema_decay": 1.0}, "ema_decay", "1.0"),
-    ({"ema_decay": 1.5}, "ema_decay", "1.5", "0 to below 1"),
+    ({"ema_decay": 1.5}, "ema_decay", "1.5", "0 to <1"),
     ({"ema_decay": -0.1}, "ema_decay", "-0.1"),
     ({"ema_decay": NAN}, "ema_decay", "nan"),
     ({"groups": [(any_tensor, {"lr": 0.1})]}, "group 0", "'lr'", "learning_rate_factor"),

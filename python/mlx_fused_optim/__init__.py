@@ -24,11 +24,15 @@ from .schedules import *
 
 if TYPE_CHECKING:
     from .accel import install, uninstall
+    from .optimizers import FusedOptimizer
 
 
 def __getattr__(name: str) -> object:
-    """What only some programs need, and what ``mlx.optimizers`` has besides what it defines,
-    such as ``tree_map``."""
+    """What only some programs need; the base of our optimizers, which is none itself and so not
+    among the classes that a program finds in ``dir``; and what ``mlx.optimizers`` has besides what
+    it defines, such as ``tree_map``."""
+    if name == "FusedOptimizer":
+        return optimizers.FusedOptimizer
     if name in ("install", "uninstall"):
         from .accel import install, uninstall
 
@@ -41,7 +45,8 @@ def __getattr__(name: str) -> object:
 
 
 __version__ = "0.1.0"
-__all__ = ["GradScaler", "describe", "install", "optimizers", "schedulers", "uninstall"]
+__all__ = ["FusedOptimizer", "GradScaler", "describe", "install", "optimizers", "schedulers"]
+__all__ += ["uninstall"]
 __all__ += distributed.__all__
 __all__ += functional.__all__
 __all__ += optimizers.__all__

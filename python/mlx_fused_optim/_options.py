@@ -315,7 +315,5 @@ def _checked_decay(op: str, value: Any) -> float | None:
     number = checked_number(op, "ema_decay", value, "a float or None")
     if not 0 <= number < 1:
         stays = ", at which an average never moves" if number == 1 else ""
-        raise ValueError(
-            f"[{op}] ema_decay is out of range: got {number}{stays}, allowed 0 to below 1."
-        )
+        raise ValueError(f"[{op}] ema_decay is out of range: got {number}{stays}, allowed 0 to <1.")
     return number

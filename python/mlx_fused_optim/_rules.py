@@ -46,8 +46,8 @@ class Range(NamedTuple):
         above = number > self.least if self.is_open[0] else number >= self.least
         below = number < self.most if self.is_open[1] else number <= self.most
         if not (above and below and math.isfinite(number)):
-            words = ("above " if self.is_open[0] else "") + f"{self.least:g} to "
-            words += ("below " if self.is_open[1] else "") + f"{self.most:g}"
+            words = (">" if self.is_open[0] else "") + f"{self.least:g} to "
+            words += ("<" if self.is_open[1] else "") + f"{self.most:g}"
             raise ValueError(
                 f"[{op}] {name} is out of range: got {number}, allowed {words}, finite."
             )

@@ -83,14 +83,14 @@ class GradScaler:
         self._growth_factor = checked_number(op, "growth_factor", growth_factor)
         if not 1 < self._growth_factor < math.inf:
             raise ValueError(
-                f"[{op}] growth_factor is out of range: got {self._growth_factor}, allowed above "
-                "1, finite."
+                f"[{op}] growth_factor is out of range: got {self._growth_factor}, allowed >1, "
+                "finite."
             )
         self._backoff_factor = checked_number(op, "backoff_factor", backoff_factor)
         if not 0 < self._backoff_factor < 1:
             raise ValueError(
-                f"[{op}] backoff_factor is out of range: got {self._backoff_factor}, allowed above "
-                "0, below 1."
+                f"[{op}] backoff_factor is out of range: got {self._backoff_factor}, allowed >0 "
+                "to <1."
             )
         self._growth_interval = as_integer(
             op, "growth_interval", growth_interval, at_least=1, at_most=2**31 - 1

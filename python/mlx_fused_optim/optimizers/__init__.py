@@ -4,7 +4,7 @@ from mlx.optimizers import Adafactor, MultiOptimizer, Optimizer, clip_grad_norm
 
 from .adam import Adam, Adamax, AdamW
 from .adaptive import AdaDelta, Adagrad, RMSprop
-from .base import FusedOptimizer
+from .base import FusedOptimizer as FusedOptimizer
 from .lion import Lion
 from .muon import Muon
 from .sgd import SGD
@@ -17,7 +17,6 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
-    "FusedOptimizer",
     "Lion",
     "MultiOptimizer",
     "Muon",

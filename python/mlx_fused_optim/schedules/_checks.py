@@ -40,7 +40,7 @@ def as_float(op: str, name: str, value: SupportsFloat) -> float:
 def as_positive(op: str, name: str, value: SupportsFloat) -> float:
     number = as_float(op, name, value)
     if number <= 0:
-        raise ValueError(f"[{op}] {name} must be positive: got {number}, allowed above 0.")
+        raise ValueError(f"[{op}] {name} must be positive: got {number}, allowed >0.")
     return number
 
 
