@@ -239,31 +239,34 @@ mx::array in_a_row(const mx::array& rows, mx::Stream stream) {
 /// What the gradients of an arena are read from: views that are not there yet from the array that
 /// they are views of, so that hundreds of nodes are neither made nor waited for.
 struct GradientInputs {
-  /// A trace may evaluate a node again with other arrays: there each gradient is an input.
+  /// Appends the arrays. A trace may evaluate a node again with other arrays: there each gradient
+  /// is an input.
   GradientInputs(
+      std::vector<mx::array>& arrays,
       const std::vector<mx::array>& gradients,
       const std::vector<int>& tensors,
       bool is_eager) {
-    arrays.reserve(tensors.size());
+    const size_t begin = arrays.size();
     std::vector<uint32_t> flats;
     for (int t : tensors) {
       const auto place = is_eager ? flat_place(gradients[t]) : std::nullopt;
-      auto is_its = [&](uint32_t i) { return arrays[i].id() == place->flat->id(); };
+      auto is_its = [&](uint32_t i) { return arrays[begin + i].id() == place->flat->id(); };
       auto known = place ? std::find_if(flats.begin(), flats.end(), is_its) : flats.end();
       if (known != flats.end()) {
         places.push_back({*known, place->begin});
         continue;
       }
-      const auto next = static_cast<uint32_t>(arrays.size());
+      const auto next = static_cast<uint32_t>(arrays.size() - begin);
       places.push_back({next, place ? place->begin : 0});
       arrays.push_back(place ? *place->flat : gradients[t]);
       if (place) {
         flats.push_back(next);
       }
     }
-    are_flat = flats.size() == arrays.size();
+    count = arrays.size() - begin;
+    are_flat = flats.size() == count;
     are_totals = std::any_of(flats.begin(), flats.end(), [&](auto i) {
-      auto& flat = arrays[i];
+      auto& flat = arrays[begin + i];
       return flat.status() == mx::array::Status::unscheduled && flat.has_primitive() &&
           typeid(flat.primitive()) == typeid(FusedStep);
     });
@@ -272,7 +275,7 @@ struct GradientInputs {
     }
   }
 
-  std::vector<mx::array> arrays;
+  size_t count; // of arrays
   std::vector<GradientPlace> places; // see StepPlan
   bool are_flat;
   bool are_totals; // which are yet to be summed
@@ -303,11 +306,6 @@ struct Gathered {
                });
   }
 };
-
-void append(std::vector<mx::array>& arrays, std::vector<mx::array>&& more) {
-  arrays.insert(
-      arrays.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
-}
 
 bool are_available(const std::vector<mx::array>& arrays) {
   return std::all_of(arrays.begin(), arrays.end(), [](auto& a) { return a.is_available(); });
@@ -356,6 +354,9 @@ Made make_node(Gathered gathered, std::optional<mx::array>& last, mx::Stream str
   return {step, std::move(outputs)};
 }
 
+/// So many visits of siblings take as long as one node more.
+constexpr size_t kManyVisits = 128;
+
 /// Puts a node's outputs where they belong.
 void put_outputs(Made& made, StepResult& result, mx::Stream stream) {
   const auto& plans = made.step->node().plans;
@@ -366,9 +367,10 @@ void put_outputs(Made& made, StepResult& result, mx::Stream stream) {
     if (out.parameters && plan.flags() & fused_math::kDirection) {
       result.parameters.push_back(*out.parameters);
     } else if (out.parameters) {
-      // For each use of an output MLX visits all of its siblings, twice: of several arenas each is
-      // used once, by a view that has no sibling.
-      const auto arena = plans.size() == 1
+      // For each use of an output MLX visits all of its siblings, twice. Where that is more than a
+      // node takes, the output is used once, by a view that has no sibling.
+      const size_t visits = made.outputs.size() * view_nodes(plan.tensor_count(), stream);
+      const auto arena = plans.size() == 1 || visits < kManyVisits
           ? *out.parameters
           : arena_tensor(*out.parameters, out.parameters->shape(), 0, stream);
       auto views = arena_tensors(arena, plan.arena, stream);
@@ -523,6 +525,7 @@ StepResult fused_step(
   const bool is_eager = !composed_is_asked_for() && !is_tracing();
   std::array<size_t, kSlots> used_slots{};
   std::vector<Gathered> all;
+  std::vector<mx::array> arrays; // an arena's; its memory serves the next
   for (size_t a = 0; a < arenas; ++a) {
     const auto arena = a < layout.arenas.size() ? layout.arenas[a] : no_tensors;
     const auto& tensors = arena->tensors;
@@ -534,11 +537,7 @@ StepResult fused_step(
       continue;
     }
     Gathered own; // of this arena
-    auto& arrays = own.arrays;
-    GradientInputs from(gradients, tensors, is_eager);
-    plan.places = std::move(from.places);
-    plan.gradient_inputs = from.arrays.size();
-    arrays.reserve(plan.array_inputs());
+    arrays.clear();
     if (whole) {
       arrays.push_back(*whole);
     } else if (!packs) {
@@ -547,7 +546,9 @@ StepResult fused_step(
       }
     }
     const bool is_together = packs || whole || (tensors.size() == 1 && are_available(arrays));
-    append(arrays, std::move(from.arrays));
+    GradientInputs from(arrays, gradients, tensors, is_eager);
+    plan.places = std::move(from.places);
+    plan.gradient_inputs = from.count;
     bool has_slots = true;
     for (int slot = 0; slot < kSlots; ++slot) {
       if (plan.has(slot)) {
@@ -579,9 +580,11 @@ StepResult fused_step(
       if (plan.flags() & fused_math::kGroups) {
         numbers.push_back(*options.group_numbers);
       }
-    } else {
-      append(all.back().arrays, std::move(arrays));
     }
+    all.back().arrays.insert(
+        all.back().arrays.end(),
+        std::make_move_iterator(arrays.begin()),
+        std::make_move_iterator(arrays.end()));
     all.back().bytes += arena->size * arena->dtype.size();
     all.back().node.plans.push_back(std::move(plan));
   }

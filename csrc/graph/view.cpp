@@ -44,6 +44,11 @@ void make_siblings(std::vector<mx::array>& arrays, size_t first) {
   }
 }
 
+size_t view_nodes(size_t views, mx::Stream stream) {
+  const size_t count = views_per_node(stream);
+  return (views + count - 1) / count;
+}
+
 std::vector<mx::array> arena_views(
     const mx::array& arena,
     std::shared_ptr<const Arena> layout,

@@ -73,6 +73,9 @@ class ArenaViews : public mx::Primitive {
 /// with the memory that they need and no more: a step makes hundreds.
 void make_siblings(std::vector<mx::array>& arrays, size_t first);
 
+/// Nodes that so many views of an arena are.
+size_t view_nodes(size_t views, mx::Stream stream);
+
 /// All tensors of a row-contiguous arena.
 std::vector<mx::array> arena_views(
     const mx::array& arena,
