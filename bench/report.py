@@ -37,6 +37,9 @@ MLX's own counter.
 
 "mlx" is `mlx.optimizers`, "torch" is `torch.optim`, "optax jit" is `optax.sgd` or `optax.adamw`
 under `jax.jit` with donated parameters and state. "constant" is ours with a constant learning rate.
+What a run leaves out, for time, is missing in its tables (optax, with hundreds of tensors). Tables
+with a date of their own are of earlier code: of 2026-11-27 with a launch for each arena, of
+2026-11-28 with every launch in a CUDA graph.
 
     make bench                                  # this machine; ARGS="--optimizer adamw"
     python bench/bench.py --json bench/results/NAME.json && python bench/report.py
@@ -56,10 +59,9 @@ The picture has what all four of its runs have timed, each group on a scale of i
 
 ![Bars of a step's time, ours beside mlx compiled, torch fused and optax jit](benchmarks.svg)
 
-Where we lose on a GPU, to torch's fused kernels, it is with many small tensors: each arena, a
-sixteenth of a model, costs the host 5 to 10 us ([CUDA](cuda.md)). Rows with a date of their own
-([Benchmarks](benchmarks.md)) are of earlier code: of 2026-11-27 with a launch for each arena, of
-2026-11-28 with every launch in a graph.
+Where we lose on a GPU, to torch's fused kernels, it is with many small tensors, which are bound by
+the host; each arena, a sixteenth of a model, costs it time ([CUDA](cuda.md)). An empty cell was not
+measured in the run of its row. [Benchmarks](benchmarks.md) says which rows are of earlier code.
 """
 
 
@@ -75,7 +77,7 @@ def medians(runs: dict[str, dict]) -> str:
     """A line for every work, wins and losses alike: the shortest time is bold."""
     lines = [
         SUMMARY,
-        "| | ours | compiled | mlx compiled | torch fused | optax jit |",
+        "| | ours | ours compiled | mlx compiled | torch fused | optax jit |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     peers = ("ours", "ours compiled", "mlx compiled", "torch fused", "optax jit")

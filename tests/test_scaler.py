@@ -389,6 +389,11 @@ def test_nothing_waits_for_the_device():
         ({"init_scale": "2"}, ("init_scale", "str"), TypeError),
         ({"growth_factor": 1.0}, ("growth_factor", "1.0"), ValueError),
         ({"growth_factor": math.inf}, ("growth_factor", "inf"), ValueError),
+        # What float32, in which it multiplies, makes of it:
+        ({"growth_factor": 1 + 1e-12}, ("growth_factor", "1.000000000001"), ValueError),
+        ({"growth_factor": 1e60}, ("growth_factor", "1e+60"), ValueError),
+        ({"backoff_factor": 1 - 1e-12}, ("backoff_factor", "0.999999999999"), ValueError),
+        ({"backoff_factor": 1e-60}, ("backoff_factor", "1e-60"), ValueError),
         ({"growth_factor": None}, ("growth_factor", "NoneType"), TypeError),
         ({"backoff_factor": 1.0}, ("backoff_factor", "1.0"), ValueError),
         ({"backoff_factor": 0.0}, ("backoff_factor", "0.0"), ValueError),
@@ -441,3 +446,9 @@ def test_states_that_do_not_fit(change, words):
 
     assert_refused(assign, "GradScaler", *words)
     assert scaler.state == before
+
+
+@pytest.mark.parametrize("loss", ["1", None, [mx.array(1.0), "1"]])
+def test_a_loss_that_is_no_array(loss):
+    with pytest.raises(TypeError, match=r"^\[GradScaler.scale\] .* got \w+, allowed an array"):
+        optim.GradScaler().scale(loss)

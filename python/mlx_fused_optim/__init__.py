@@ -24,7 +24,7 @@ from .schedules import *
 
 if TYPE_CHECKING:
     from .accel import install, uninstall
-    from .optimizers import FusedOptimizer
+    from .optimizers import FusedOptimizer as FusedOptimizer
 
 
 def __getattr__(name: str) -> object:
@@ -45,8 +45,7 @@ def __getattr__(name: str) -> object:
 
 
 __version__ = "0.1.0"
-__all__ = ["FusedOptimizer", "GradScaler", "describe", "install", "optimizers", "schedulers"]
-__all__ += ["uninstall"]
+__all__ = ["GradScaler", "describe", "install", "optimizers", "schedulers", "uninstall"]
 __all__ += distributed.__all__
 __all__ += functional.__all__
 __all__ += optimizers.__all__

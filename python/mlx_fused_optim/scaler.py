@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map, tree_merge
@@ -24,6 +24,11 @@ _NO_STEP = -1
 _MIN_SCALE = 2.0**-24
 
 
+def _as_float32(number: float) -> float:
+    """As :meth:`GradScaler.update` computes with it."""
+    return cast(float, mx.array(number).item())
+
+
 class GradScaler:
     """Scales a loss so that its float16 gradients do not vanish, and finds the scale.
 
@@ -40,8 +45,8 @@ class GradScaler:
         init_scale (float): The first scale. The backward pass of a float16 loss begins with
             it as a float16 number, so the default is the largest power of two that is one;
             torch's 65536 would lose the first step of such a loss. Default: ``32768.0``.
-        growth_factor (float): Above 1. Default: ``2.0``.
-        backoff_factor (float): Above 0, below 1. Default: ``0.5``.
+        growth_factor (float): Above 1, in float32. Default: ``2.0``.
+        backoff_factor (float): Above 0, below 1, in float32. Default: ``0.5``.
         growth_interval (int): In steps, 1 or more. Default: ``2000``.
         min_scale (float, optional): No step makes the scale smaller, however many in a row
             are bad; :math:`2^{-126}` to ``init_scale``. Without a floor 145 of them leave a
@@ -80,17 +85,17 @@ class GradScaler:
     ):
         op = "GradScaler"
         scale = checked_positive(op, "init_scale", init_scale, at_least=SMALLEST_SCALE)
-        self._growth_factor = checked_number(op, "growth_factor", growth_factor)
+        self._growth_factor = _as_float32(checked_number(op, "growth_factor", growth_factor))
         if not 1 < self._growth_factor < math.inf:
             raise ValueError(
-                f"[{op}] growth_factor is out of range: got {self._growth_factor}, allowed >1, "
-                "finite."
+                f"[{op}] growth_factor is out of range: got {growth_factor}, allowed >1, finite, "
+                "in float32."
             )
-        self._backoff_factor = checked_number(op, "backoff_factor", backoff_factor)
+        self._backoff_factor = _as_float32(checked_number(op, "backoff_factor", backoff_factor))
         if not 0 < self._backoff_factor < 1:
             raise ValueError(
-                f"[{op}] backoff_factor is out of range: got {self._backoff_factor}, allowed >0 "
-                "to <1."
+                f"[{op}] backoff_factor is out of range: got {backoff_factor}, allowed >0 to <1, "
+                "in float32."
             )
         self._growth_interval = as_integer(
             op, "growth_interval", growth_interval, at_least=1, at_most=2**31 - 1
@@ -135,8 +140,20 @@ class GradScaler:
         65520 on. So where the loss itself is float16, a scale that has grown to 65536 costs
         one skipped step, which halves it again. A loss that is taken in float32
         (``loss.astype(mx.float32)`` before its mean) has no such limit.
+
+        Raises:
+            TypeError: What is no array, nor a number.
         """
-        return tree_map(lambda value: value * self._state["scale"], loss)
+
+        def scaled(value: Any) -> mx.array:
+            if not isinstance(value, (mx.array, float, int)):
+                raise TypeError(
+                    f"[GradScaler.scale] the loss must be of arrays: got {type(value).__name__}, "
+                    "allowed an array or a tree of arrays."
+                )
+            return value * self._state["scale"]
+
+        return tree_map(scaled, loss)
 
     def step(
         self, optimizer: FusedOptimizer | Sharded | MultiOptimizer, model: Any, gradients: Any
