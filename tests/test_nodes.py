@@ -1,4 +1,4 @@
-"""Arenas whose gradients and parameters are there are stepped by one node of the graph, up to 16
+"""Arenas whose gradients and parameters are there are stepped by one node of the graph, up to 8
 and 128 MiB; those that wait, and those of a trace, have a node each. Neither changes a bit, nor
 what somebody holds, nor what is written in place."""
 
@@ -92,11 +92,11 @@ def test_arenas_that_wait_for_nothing_are_one_node():
     assert nodes(optimizer.apply_gradients(gradients, copies).values()) == 3
 
 
-def test_a_node_has_sixteen_arenas_of_128_mib_at_most():
+def test_a_node_has_eight_arenas_of_128_mib_at_most():
     alone = (9 * MIB // 8,)  # 4.5 MiB: two are too large for an arena
-    gradients = {f"p{i}": flat(alone) for i in range(18)}
-    assert made(random([alone] * 18), gradients) == 2
-    assert made(random([alone] * 16), {k: gradients[k] for k in list(gradients)[:16]}) == 1
+    gradients = {f"p{i}": flat(alone) for i in range(9)}
+    assert made(random([alone] * 9), gradients) == 2
+    assert made(random([alone] * 8), {k: gradients[k] for k in list(gradients)[:8]}) == 1
     large = (10 * MIB,)  # 40 MiB
     assert made(random([large] * 3), {f"p{i}": flat(large) for i in range(3)}) == 1
     assert made(random([large] * 4), {f"p{i}": flat(large) for i in range(4)}) == 2

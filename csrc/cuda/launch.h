@@ -76,7 +76,7 @@ constexpr uint32_t kGenericFlags = ~0u ^ 1u << 30;
 constexpr bool is_generic(uint32_t flags) { return flags >> 31; }
 
 /// Arenas that a launch may have.
-constexpr uint32_t kArenas = 16;
+constexpr uint32_t kArenas = 8;
 
 /// What all tensors of a step share. An arena's place in `control` is of none of them,
 /// and where one begins there is that of the first; the others begin at 0.

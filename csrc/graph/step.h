@@ -228,7 +228,7 @@ std::vector<mx::array> pack_arrays(
 
 /// Arenas that one node steps. Each output has all others as siblings, and an evaluation visits
 /// them with each; and all are to fit the arguments of a CUDA launch.
-constexpr size_t kMostArenas = 16;
+constexpr size_t kMostArenas = 8;
 
 /// What a node does, arena by arena, and the arrays that it holds.
 struct StepNode {
