@@ -222,7 +222,7 @@ def test_arenas_that_share_a_launch(dtype, options):
 
 
 # As many as kernels declare, and one more: see capacity_for in csrc/cuda/launch.h.
-@pytest.mark.parametrize("count", [32, 33, 64, 65, 128, 129, 256, 257, 449])
+@pytest.mark.parametrize("count", [32, 33, 64, 65, 128, 129, 256, 257, 463])
 def test_launches_of_every_size(count):
     """The last tensor of each, of tiles, squares and strided ones, and what is measured of them."""
     ways = {

@@ -46,9 +46,12 @@ OUT_OF_RANGE = [
     ({"clip_norm": NAN}, "clip_norm", "nan"),
     ({"clip_norm": 1e39}, "clip_norm", "1e+39"),
     ({"clip_norm": 1e-50}, "clip_norm", "1e-50"),
+    ({"clip_norm": 10**400}, "clip_norm", "e+308"),  # float() refuses it
+    ({"clip_norm": -(10**400)}, "clip_norm", "-1.7"),
     ({"clip_value": 0.0}, "clip_value", "0.0"),
     ({"clip_value": -1.0}, "clip_value", "-1.0"),
     ({"clip_value": NAN}, "clip_value", "nan"),
+    ({"clip_value": -(10**400)}, "clip_value", "-1.7"),
     ({"grad_scale": 0.0}, "grad_scale", "0.0"),
     ({"grad_scale": -2.0}, "grad_scale", "-2.0"),
     ({"grad_scale": NAN}, "grad_scale", "nan"),

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 
 import mlx.core as mx
@@ -153,20 +154,29 @@ def test_attributes_of_mlx(name):
 
 
 REFUSED = {
-    "SGD": ({"momentum": -0.5}, {"dampening": 1.5}, {"nesterov": True}),
+    "SGD": ({"momentum": -0.5}, {"dampening": 1.5}, {"nesterov": True},
+            {"momentum": 0.9, "nesterov": "False"}),
     "Adam": ({"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1e-8}, {"betas": (0.9,)},
-             {"betas": 0.9}),
+             {"betas": 0.9}, {"amsgrad": "no"}, {"amsgrad": 2}, {"bias_correction": "False"},
+             {"bias_correction": math.nan}),
     "Adamax": ({"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1e-8}),
     "Lion": ({"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}),
-    "RMSprop": ({"alpha": -0.1}, {"eps": 0.0}, {"eps": -1.0}),
+    "RMSprop": ({"alpha": -0.1}, {"alpha": 1.5}, {"eps": 0.0}, {"eps": -1.0}),
     "Adagrad": ({"eps": 0.0}, {"eps": -1.0}),
-    "AdaDelta": ({"rho": -0.1}, {"eps": 0.0}, {"eps": -1.0}),
+    "AdaDelta": ({"rho": -0.1}, {"rho": 1.5}, {"eps": 0.0}, {"eps": -1.0}),
 }  # fmt: skip
 REFUSED["AdamW"] = REFUSED["Adam"]
 NUMBERS = {
     "SGD": ("momentum", "dampening"), "Adam": ("eps",), "AdamW": ("eps",), "Adamax": ("eps",),
     "Lion": (), "RMSprop": ("alpha", "eps"), "Adagrad": ("eps",), "AdaDelta": ("rho", "eps"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("yes, no", [(True, False), (1, 0), (1.0, None)])
+def test_truth_values_are_those_that_mlx_takes(yes, no):
+    one = optim.AdamW(0.1, bias_correction=yes, amsgrad=no)
+    two = optim.AdamW(0.1, bias_correction=True, amsgrad=False)
+    assert_same(train(one, tree(0), [1, 2]), train(two, tree(0), [1, 2]))
 
 
 @every
@@ -739,6 +749,28 @@ def test_the_functions_have_the_bits_of_the_class(name):
         two, state = step(two, tree(seed), state, learning_rate=0.05, **arguments)
     assert_same([one, optimizer.state], [two, state])
     assert_same(optim.fused_ema(state), optimizer.ema_parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"eps": lambda step: -1.0},
+        {"betas": (0.9, lambda step: 2)},
+        {"betas": (lambda step: 1.0, 0)},
+    ],
+)
+def test_numbers_of_a_callable_that_make_no_sense_are_refused(arguments):
+    form = r"^\[%s\] (eps|beta1|beta2).* is out of range: got .*, allowed "
+    with pytest.raises(ValueError, match=form % "AdamW"):
+        optim.AdamW(0.1, **arguments)
+    w = {"w": mx.ones(3)}
+    with pytest.raises(ValueError, match=form % "fused_adamw_step"):
+        optim.fused_adamw_step(w, w, optim.fused_adamw_init(w), learning_rate=0.1, **arguments)
+    (name, value), *_ = arguments.items()
+    grouped = optim.AdamW(0.1, groups=[(lambda path, _: True, {name: value})])
+    with pytest.raises(ValueError, match=form % "AdamW"):
+        grouped.apply_gradients(w, w)
+    assert w["w"].tolist() == [1, 1, 1]
 
 
 @every

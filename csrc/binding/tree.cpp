@@ -133,9 +133,9 @@ void Tree::walk_dicts(nb::handle gradients, nb::handle parameters, size_t number
         op_,
         "the trees differ at ",
         described(walk.path),
-        ": got a dict of gradients and a ",
+        ": got a dict of gradients and, of parameters, ",
         python_type(parameters),
-        " of parameters, allowed the same structure.");
+        ", allowed the same structure.");
   }
   auto gradient_dict = nb::borrow<nb::dict>(gradients);
   auto parameter_dict = nb::borrow<nb::dict>(parameters);
@@ -185,9 +185,8 @@ void Tree::walk_sequences(nb::handle gradients, nb::handle parameters, size_t nu
         described(walk.path),
         ": got ",
         length,
-        " gradients and ",
-        is_sequence(parameters) ? std::to_string(nb::len(parameters)) + " parameters"
-                                : "a " + python_type(parameters) + " of parameters",
+        " gradients and, of parameters, ",
+        is_sequence(parameters) ? std::to_string(nb::len(parameters)) : python_type(parameters),
         ", allowed the same structure.");
   }
   for (size_t i = 0; i < length; ++i) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,8 @@ def as_float(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:  # an integer beyond float64
-        return math.inf
+    except OverflowError:  # an integer beyond float64: in no range, and not infinite
+        return sys.float_info.max if value > 0 else -sys.float_info.max
     except (TypeError, ValueError):
         return None
 
@@ -84,6 +85,13 @@ def checked_flag(op: str, name: str, value: Any) -> bool:
             "False."
         )
     return value
+
+
+def checked_choice(op: str, name: str, value: Any) -> bool:
+    """A truth value, or None or a number that is one, as mlx.optimizers takes them."""
+    if isinstance(value, (int, float, type(None))) and value in (None, 0, 1):
+        value = bool(value)
+    return checked_flag(op, name, value)
 
 
 def checked_scalar(op: str, name: str, value: Any) -> mx.array:

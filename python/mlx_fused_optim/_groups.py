@@ -247,7 +247,10 @@ def numbers_of(
         row[0] = overrides.get("learning_rate_factor", 1.0)
         for key, value in overrides.items():
             if key in COLUMNS or key in rule.scalars:
-                value = _value(value, f"{key} of group {number}", step, op)
+                if isinstance(value, Schedule):
+                    value = value(step)
+                elif callable(value):
+                    value = rule.value_at(step, op, key, value, f"{key} of group {number}")
             if key in COLUMNS:
                 row[COLUMNS[key] : COLUMNS[key] + 2] = [0.0, value]
             elif key in rule.scalars:
@@ -299,10 +302,3 @@ def named_betas(op: str, betas: Any, name: str = "betas") -> dict[str, Any]:
             f"[{op}] {name} is not a pair: got {betas!r}, allowed two numbers."
         ) from None
     return {"beta1": beta1, "beta2": beta2}
-
-
-def _value(value: Any, name: str, step: mx.array, op: str) -> Any:
-    """A constant as it is, and what is scheduled as an array."""
-    if isinstance(value, Schedule):
-        return value(step)
-    return checked_scalar(op, name, value(step)) if callable(value) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from . import _ext
 from ._bytes import DTYPE
-from ._checks import checked_number
+from ._checks import checked_number, checked_scalar
 from .schedules._checks import LARGEST_FLOAT32
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -125,6 +125,21 @@ class Rule:
     def kept(self, flags: int) -> tuple[str, ...]:
         """The slots of its own that a step with these flags keeps."""
         return self.own_slots[: _ext.rule_slots(self.number, flags)]
+
+    def value_at(
+        self,
+        step: mx.array,
+        op: str,
+        name: str,
+        function: Callable[[mx.array], Any],
+        label: str = "",
+    ) -> mx.array:
+        """What a callable gives at a step. A number of Python's is checked as a constant is; an
+        array's value is not looked at, as nothing waits for the device."""
+        value = function(step)
+        if name in self.ranges and isinstance(value, (int, float)):
+            value = self.ranges[name].checked(op, label or name, value)
+        return checked_scalar(op, label or name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rule_named, (self.name,)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from . import _ext, _groups, _packing
 from ._bytes import DTYPE
-from ._checks import Hyperparameter, LearningRate, checked_scalar
+from ._checks import Hyperparameter, LearningRate, checked_choice
 from ._layout import Layout, layout_of, layout_of_rows
 from ._newton_schulz import NewtonSchulz, has_matrices
 from ._options import Options, checked_scale
@@ -46,6 +46,7 @@ def checked_hyper(
         else rule.ranges[name].checked(op, name, numbers[name])
         for name in ("weight_decay", *rule.scalars)
     )
+    flags = {name: checked_choice(op, name, value) for name, value in flags.items()}
     bits = sum(bit for name, bit in rule.flags.items() if flags.get(name))
     if scalars[0] != 0:
         bits |= _ext.FLAGS["weight_decay"]
@@ -339,7 +340,8 @@ def take_step(
             scalars[name] = value._device
             in_kernel.append((name, position, scalars[name]))
         elif callable(value):
-            scalars[name] = scheduled[name] = checked_scalar(op, name, value(state["step"]))
+            value = hyper.rule.value_at(state["step"], op, name, value)
+            scalars[name] = scheduled[name] = value
 
     whole, order = tree, arranged(tree, hyper)
     tree = order.tree
@@ -357,10 +359,10 @@ def take_step(
     if arenas is None or not _packing.is_settled(state, layout, wanted, op):
         if arenas is None and not packs:
             raise ValueError(
-                f"[{op}] the state has no {' or '.join(wanted.slots)} for these parameters: got "
-                "the state of other parameters, or of steps with other options; allowed one "
-                f"from {op.removesuffix('_step')}_init(parameters, state=..., and the options of "
-                "the step)."
+                f"[{op}] the state does not have {' and '.join(wanted.slots)} for these "
+                "parameters: got the state of other parameters, or of steps with other options; "
+                f"allowed one from {op.removesuffix('_step')}_init(parameters, state=..., and the "
+                "options of the step)."
             )
         state = _packing.packed(state, tree, layout, wanted, parameters, op)
         arenas = _packing.arenas_of(state, layout, wanted, op) or []

@@ -8,7 +8,7 @@ import mlx.optimizers
 
 from .._checks import Hyperparameter, LearningRate
 from .._options import StepOptions
-from .._rules import ABOVE_ZERO, FROM_ZERO, Rule
+from .._rules import ABOVE_ZERO, UNIT, Rule
 from .base import FusedOptimizer, Number
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
 
     Args:
         {learning_rate}
-        alpha (float, Schedule or callable): The factor :math:`\alpha`, 0 or more.
+        alpha (float, Schedule or callable): The factor :math:`\alpha`, 0 to 1.
             Default: ``0.99``.
         eps (float): The term :math:`\epsilon` in the denominator, above 0. Default: ``1e-8``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
@@ -53,7 +53,7 @@ class RMSprop(FusedOptimizer, mlx.optimizers.RMSprop):
     """
 
     _op = "RMSprop"
-    _rule = Rule("rmsprop", alpha=FROM_ZERO, eps=ABOVE_ZERO)
+    _rule = Rule("rmsprop", alpha=UNIT, eps=ABOVE_ZERO)
     _of_mlx = frozenset({"alpha", "eps"})
 
     alpha = Number()
@@ -140,7 +140,7 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
 
     Args:
         {learning_rate}
-        rho (float, Schedule or callable): The factor :math:`\rho`, 0 or more.
+        rho (float, Schedule or callable): The factor :math:`\rho`, 0 to 1.
             Default: ``0.9``.
         eps (float): The term :math:`\epsilon` under the roots, above 0. Default: ``1e-6``.
         weight_decay (float, Schedule or callable): The weight decay :math:`\lambda`.
@@ -162,7 +162,7 @@ class AdaDelta(FusedOptimizer, mlx.optimizers.AdaDelta):
     """
 
     _op = "AdaDelta"
-    _rule = Rule("adadelta", rho=FROM_ZERO, eps=ABOVE_ZERO)
+    _rule = Rule("adadelta", rho=UNIT, eps=ABOVE_ZERO)
     _of_mlx = frozenset({"rho", "eps"})
 
     rho = Number()

@@ -139,7 +139,7 @@ class Number:
         name = self._name
         if callable(value):
             value = as_ours(value)
-            first = checked_scalar(instance._op, name, value(instance.step))
+            first = instance._rule.value_at(instance.step, instance._op, name, value)
             instance._schedulers[name] = value
             instance.state[name] = first
         else:

@@ -111,8 +111,8 @@ class SGD(FusedOptimizer, mlx.optimizers.SGD):
 
     @classmethod
     def _parsed(cls, op: str, numbers: dict[str, Any], flags: dict[str, bool]) -> Hyper:
-        momentum, nesterov = numbers["momentum"], bool(flags["nesterov"])
-        hyper = super()._parsed(op, numbers, {"nesterov": nesterov})
+        hyper = super()._parsed(op, numbers, flags)
+        nesterov = hyper.flags & cls._rule.flags["nesterov"]
         momentum, dampening = hyper.named["momentum"], hyper.named["dampening"]
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError(
