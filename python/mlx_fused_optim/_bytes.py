@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from . import _ext
-
-if TYPE_CHECKING:
-    from ._layout import Layout
+from ._layout import Layout
 
 BYTES = "8bit"
 DTYPE = mx.uint8  # of rows

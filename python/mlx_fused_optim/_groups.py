@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import _ext
 from ._checks import checked_factor, checked_positive, checked_scalar, least_of
+from ._layout import Layout
 from ._paths import leaves, name_of
 from ._recent import Recent
 from ._rules import ANY, RULE_PLACES, Rule
 from .schedules import Schedule
 from .schedules._of_mlx import as_ours
-
-if TYPE_CHECKING:
-    from ._layout import Layout
 
 Predicate = Callable[[str, mx.array], Any]
 GroupList = Sequence[tuple[Predicate, dict[str, Any]]]

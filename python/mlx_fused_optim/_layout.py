@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from ._options import dtype_name
+from ._dtypes import DTYPES, dtype_name
 from ._paths import Path, name_of
 from ._recent import Recent
-from ._rules import DTYPES
 
 
 class ArenaRow(NamedTuple):

@@ -11,10 +11,9 @@ import mlx.core as mx
 
 from . import _ext
 from ._checks import as_float
+from ._dtypes import DTYPES, dtype_name
 from ._layout import Layout
-from ._options import dtype_name
 from ._recent import Recent
-from ._rules import DTYPES
 from .schedules._checks import as_choice, as_integer
 
 Triple = tuple[float, float, float]

@@ -18,19 +18,15 @@ from ._checks import (
     checked_positive,
     checked_scalar,
 )
+from ._dtypes import DTYPES, dtype_name
 from ._groups import NO_GROUPS, GroupList, Groups, checked_groups
 from ._masters import MASTER24
-from ._rules import DTYPES, Rule
+from ._rules import Rule
 from .schedules._checks import LARGEST_UINT64, as_choice, as_integer
 from .schedules._of_mlx import as_ours
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Below it the reciprocal is beyond float32.
 SMALLEST_SCALE = 2.0**-126
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    return _NAMES[dtype]
 
 
 class StepOptions(TypedDict, total=False):

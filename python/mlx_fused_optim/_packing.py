@@ -28,10 +28,11 @@ from mlx.utils import tree_map
 
 from . import _ext
 from ._bytes import DTYPE, Bytes, joined_rows, numbers_of, rows_shape, split_rows
+from ._dtypes import DTYPES
 from ._layout import ArenaRow, Layout, described, encoded, layout_of_rows, layout_of_table
 from ._masters import byte_of, master_of
 from ._paths import Path, built, leaves, name_of
-from ._rules import DTYPES, Slot, Slots
+from ._rules import Slot, Slots
 
 State = dict[str, Any]
 # Where a state has that of a second optimizer, which steps the other tensors.

@@ -12,10 +12,8 @@ import mlx.core as mx
 from . import _ext
 from ._bytes import DTYPE
 from ._checks import checked_number, checked_scalar
+from ._dtypes import DTYPES
 from .schedules._checks import LARGEST_FLOAT32
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
 
 # What a rule's own slots may have: numbers, or rows of bytes.
 OWN_DTYPES = (*DTYPES.values(), DTYPE)

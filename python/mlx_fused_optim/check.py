@@ -31,8 +31,7 @@ from mlx.utils import tree_flatten
 import mlx_fused_optim as optim
 
 from . import reference
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+from ._dtypes import DTYPES
 
 
 class Case(NamedTuple):

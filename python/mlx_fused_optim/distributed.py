@@ -14,6 +14,7 @@ from mlx.nn.layers.distributed import FullyShardedModule
 from . import _ext, _packing
 from ._bytes import rows_shape
 from ._checks import LearningRate, checked_number, checked_scalar
+from ._dtypes import DTYPES
 from ._groups import Groups
 from ._layout import (
     Layout,
@@ -27,7 +28,7 @@ from ._layout import (
 from ._options import checked_scale
 from ._paths import built
 from ._recent import Recent
-from ._rules import DTYPES, FRAME_SLOTS, RULE_PLACES
+from ._rules import FRAME_SLOTS, RULE_PLACES
 from ._shards import Shards, broadcast, collective_size
 from ._step import Arranged, arranged, measured_step, wanted_slots
 from .optimizers import FusedOptimizer, Muon

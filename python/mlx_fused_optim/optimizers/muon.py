@@ -11,13 +11,14 @@ import mlx.optimizers
 
 from .. import _ext
 from .._checks import Hyperparameter, LearningRate, checked_scalar
+from .._dtypes import DTYPES
 from .._layout import Layout, layout_of, layout_of_rows
 from .._newton_schulz import NewtonSchulz, Triple, checked_dtype, checked_newton_schulz
 from .._options import Options, StepOptions, checked_scale
 from .._packing import OTHERS, check_scalars
 from .._paths import name_of
 from .._recent import Recent
-from .._rules import DTYPES, UNIT, Rule, Slots
+from .._rules import UNIT, Rule, Slots
 from .._step import Hyper, measured_step, never_changes
 from .base import FusedOptimizer, Number
 
