@@ -77,6 +77,8 @@ MUTANTS = [
     Mutant("groups_mistaken", GROUPS, "isinstance(value, float) else id(value))", "isinstance(value, float) else 0)", "groups"),
     Mutant("no_group_left_out", GROUPS, "if number + 1 not in taken:", "if False:", "options groups"),
     Mutant("truth_is_a_number", CHECKS, "(bool, str, bytes)", "(str, bytes)", "bad_input"),
+    Mutant("huge_integers_are_infinite", CHECKS, "return sys.float_info.max if value > 0 else -sys.float_info.max", "return math.inf", "options"),
+    Mutant("any_truth_value", CHECKS, "    return checked_flag(op, name, value)\n\n\ndef checked_scalar", "    return bool(value)\n\n\ndef checked_scalar", "rules"),
     Mutant("scale_of_one_array", STEP_PY, "if not isinstance(scale, float) or scale != 1:", "if isinstance(scale, float) and scale != 1:", "full_step scaler"),
     # ---- Python: steps that are taken again
     Mutant("prepared_groups_without_terms", GROUPS, '"groups": for_kernel(groups, key, rows, flags)', '"groups": for_kernel(groups, key, rows, 0)', "prepared"),
@@ -291,6 +293,7 @@ MUTANTS = [
     Mutant("moments_in_half", RULES_PY, "state_dtype: mx.Dtype | None = mx.float32,", "state_dtype: mx.Dtype | None = None,", "rules"),
     Mutant("factors_of_one", RULES_PY, "BELOW_ONE = Range(0.0, 1.0, (False, True))", "BELOW_ONE = Range(0.0, 1.0, (False, False))", "rules"),
     Mutant("eps_of_nothing", RULES_PY, "ABOVE_ZERO = Range(is_open=(True, False))", "ABOVE_ZERO = Range(is_open=(False, False))", "rules"),
+    Mutant("callables_of_any_number", RULES_PY, "if name in self.ranges and isinstance(value, (int, float)):", "if False:", "rules"),
     Mutant("coupled_adamw", "python/mlx_fused_optim/optimizers/adam.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
     Mutant("coupled_lion", "python/mlx_fused_optim/optimizers/lion.py", "    _usual = Options(decoupled=True)\n", "", "rules"),
     Mutant("betas_swapped", GROUPS, 'return {"beta1": beta1, "beta2": beta2}', 'return {"beta1": beta2, "beta2": beta1}', "rules"),
