@@ -33,13 +33,17 @@ void parallel_for(size_t size, size_t grain, const std::function<void(size_t, si
     body(0, size);
     return;
   }
-  // More pieces than threads, so that a core that is taken away for a moment
-  // does not hold up the others.
-  const size_t piece = std::max(grain, size / (threads * 8) + 1);
+  // Pieces become smaller towards the end, so that a core that is taken away for a moment does not
+  // hold up the others, and none waits for long for the last piece of another.
+  const size_t least = std::max<size_t>(grain / 4, 1);
   std::atomic<size_t> next{0};
   auto work = [&] {
-    for (size_t begin; (begin = next.fetch_add(piece)) < size;) {
-      body(begin, std::min(begin + piece, size));
+    for (size_t begin = next; begin < size;) {
+      const size_t end = std::min(size, begin + std::max(least, (size - begin) / (threads * 2)));
+      if (next.compare_exchange_weak(begin, end)) {
+        body(begin, end);
+        begin = next;
+      }
     }
   };
   std::vector<std::future<void>> done;
