@@ -65,9 +65,9 @@ The picture has what all four of its runs have timed, each group on a scale of i
 
 ![Bars of a step's time, ours beside mlx compiled, torch fused and optax jit](benchmarks.svg)
 
-Where we lose on a GPU to torch's fused kernels, it is with tens or hundreds of tensors in SGD's
-steps, which are bound by the host: each arena, a sixteenth of a model, costs it time
-([CUDA](cuda.md)). One tensor of 268M is within 4 % of MLX's compiled step, above or below. An empty
+Where we lose on a GPU to torch's fused kernels, it is with tens or hundreds of tensors, mostly in
+SGD's steps, which are bound by the host: each arena, a sixteenth of a model, costs it time
+([CUDA](cuda.md)). One tensor of 268M takes up to 4 % more than MLX's compiled step. An empty
 cell was not measured in the run of its row. [Benchmarks](benchmarks.md) says which rows are of
 earlier code.
 """

@@ -219,6 +219,30 @@ ERRORS = {
     "another shape": ([{"a": mx.ones(2)}, {"a": mx.ones(3)}], {}, ValueError, "wrong shape"),
     "integers": ([None, {"a": mx.ones(2, mx.int32)}], {}, ValueError, "got int32"),
     "a scale that is text": ([None, {"a": mx.ones(2)}, "1"], {}, TypeError, "scale must be"),
+    "a scale of infinity": (
+        [None, {"a": mx.ones(2)}, math.inf],
+        {},
+        ValueError,
+        "scale is out of range",
+    ),
+    "a scale of NaN": (
+        [None, {"a": mx.ones(2)}, math.nan],
+        {},
+        ValueError,
+        "scale is out of range",
+    ),
+    "a scale of float64 alone": (
+        [None, {"a": mx.ones(2)}, -1e39],
+        {},
+        ValueError,
+        "scale is out of range",
+    ),
+    "a scale of no float": (
+        [None, {"a": mx.ones(2)}, 10**400],
+        {},
+        ValueError,
+        "scale is out of range",
+    ),
     "a scale that is a tree": (
         [None, {"a": mx.ones(2)}, mx.ones(2)],
         {},

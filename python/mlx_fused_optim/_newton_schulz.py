@@ -14,7 +14,7 @@ from ._checks import as_float
 from ._dtypes import DTYPES, dtype_name
 from ._layout import Layout
 from ._recent import Recent
-from .schedules._checks import as_choice, as_integer
+from .schedules._checks import LARGEST_FLOAT32, as_choice, as_integer
 
 Triple = tuple[float, float, float]
 
@@ -281,11 +281,13 @@ def _checked_coefficients(op: str, given: Any) -> Sequence[Triple]:
     except TypeError:
         rows = []
     is_right = rows and all(
-        len(row) == 3 and all(x is not None and math.isfinite(x) for x in row) for row in rows
+        len(row) == 3 and all(x is not None and abs(x) <= LARGEST_FLOAT32 for x in row)
+        for row in rows
     )
     if not is_right:
         raise ValueError(
             f"[{op}] ns_coefficients are no triples: got {given!r}, allowed "
-            f"{', '.join(map(repr, COEFFICIENTS))}, or a list of (a, b, c), three finite numbers."
+            f"{', '.join(map(repr, COEFFICIENTS))}, or a list of (a, b, c), three "
+            "finite numbers of float32."
         )
     return rows  # type: ignore[return-value]

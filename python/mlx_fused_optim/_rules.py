@@ -39,8 +39,10 @@ class Range(NamedTuple):
     most: float = LARGEST_FLOAT32
     is_open: tuple[bool, bool] = (False, False)
 
-    def checked(self, op: str, name: str, value: Any) -> float:
-        number = checked_number(op, name, value, "a float, a schedule or a callable")
+    def checked(
+        self, op: str, name: str, value: Any, allowed: str = "a float, a schedule or a callable"
+    ) -> float:
+        number = checked_number(op, name, value, allowed)
         above = number > self.least if self.is_open[0] else number >= self.least
         below = number < self.most if self.is_open[1] else number <= self.most
         if not (above and below and math.isfinite(number)):

@@ -13,7 +13,7 @@ from mlx.nn.layers.distributed import FullyShardedModule
 
 from . import _ext, _packing
 from ._bytes import rows_shape
-from ._checks import LearningRate, checked_number, checked_scalar
+from ._checks import LearningRate, checked_scalar
 from ._dtypes import DTYPES
 from ._groups import Groups
 from ._layout import (
@@ -28,7 +28,7 @@ from ._layout import (
 from ._options import checked_scale
 from ._paths import built
 from ._recent import Recent
-from ._rules import FRAME_SLOTS, RULE_PLACES
+from ._rules import ANY, FRAME_SLOTS, RULE_PLACES
 from ._shards import Shards, broadcast, collective_size
 from ._step import Arranged, arranged, measured_step, wanted_slots
 from .optimizers import FusedOptimizer, Muon
@@ -73,7 +73,7 @@ def accumulate_gradients(
 
     Raises:
         ValueError, TypeError: The trees differ, an array is none of the three dtypes, or the
-            scale is no number.
+            scale is no finite number of float32.
 
     Example:
         >>> from mlx_fused_optim import SGD, accumulate_gradients
@@ -87,8 +87,10 @@ def accumulate_gradients(
         array([-1.5, -3], dtype=float32)
     """
     op = "accumulate_gradients"
-    is_array = isinstance(scale, mx.array)
-    scale = checked_scalar(op, "scale", scale) if is_array else checked_number(op, "scale", scale)
+    if isinstance(scale, mx.array):
+        scale = checked_scalar(op, "scale", scale)
+    else:
+        scale = ANY.checked(op, "scale", scale, "a float or a scalar array")
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
             f"[{op}] the dtype of a total is unknown: got {dtype}, allowed None, "
